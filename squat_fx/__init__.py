@@ -1,0 +1,27 @@
+"""squat_fx: a 2-bit KV cache for any traced model, with no change to the model's source."""
+
+from __future__ import annotations
+
+from squat_fx.api import compile, explain, report, rewrite
+from squat_fx.backend import NotRewritten
+from squat_fx.codecs import list_codecs
+from squat_fx.config import Config
+from squat_fx.report import CacheBytes, GraphReport, Report, cache_bytes
+from squat_fx.state import QuantizedKV
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheBytes",
+    "Config",
+    "GraphReport",
+    "NotRewritten",
+    "QuantizedKV",
+    "Report",
+    "cache_bytes",
+    "compile",
+    "explain",
+    "list_codecs",
+    "report",
+    "rewrite",
+]

@@ -1,0 +1,180 @@
+"""The functions a user calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, fx, nn
+
+from squat_fx.backend import compile_graph, copy_graph
+from squat_fx.codecs import Codec
+from squat_fx.config import Config, Inner
+from squat_fx.fallback import pack_dense_caches
+from squat_fx.report import Report
+from squat_fx.standalone import rewrite_module
+
+RECOMPILE_LIMIT = 64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
+Model = TypeVar("Model", bound=nn.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
+_ATTRIBUTE = "_squat_fx"
+
+
+class Compiled:
+    """A compiled callable: ``target`` through the backend, its eager calls packed afterwards, its report."""
+
+    def __init__(self, target: Callable[..., Any], config: Config) -> None:
+        self.config = config
+        self.report = Report()
+
+        def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+            return compile_graph(graph_module, examples, config, self.report)
+
+        limit = {"recompile_limit": RECOMPILE_LIMIT}
+        known = inspect.signature(torch.compile).parameters
+        self._takes_limit = "recompile_limit" in known
+        self._compiled = torch.compile(target, backend=backend, **(limit if self._takes_limit else {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.report.runs
+        if self._takes_limit:
+            result = self._compiled(*args, **kwargs)
+        else:
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                result = self._compiled(*args, **kwargs)
+        if self.report.runs == before and not torch.compiler.is_compiling():
+            packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
+            self.report.eager_calls += packed
+        return result
+
+
+class _Mark:
+    """What a compiled module carries; a copy of the module carries a copy of this, which knows that it is one."""
+
+    def __init__(self, compiled: Compiled | None) -> None:
+        self.compiled = compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        return _Mark(None)
+
+    def __reduce__(self) -> Any:
+        return _Mark, (None,)
+
+
+@overload
+def compile(model_or_fn: Model, bits: int = ..., **options: Any) -> Model: ...
+@overload
+def compile(model_or_fn: Function, bits: int = ..., **options: Any) -> Function: ...
+def compile(
+    model_or_fn: Any,
+    bits: int = 2,
+    *,
+    codec: str | Codec | None = None,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    residual_length: int = 32,
+    sink_length: int = 4,
+    skip_layers: Sequence[int] = (),
+    layer_bits: Mapping[int, int | tuple[int, int]] | None = None,
+    calibration: Any = None,
+    inner: Inner = "inductor",
+    cuda_graphs: bool = False,
+    strict: bool = False,
+) -> Any:
+    """Give a model or a function a packed KV cache.
+
+    An ``nn.Module`` is compiled in place, so that its ``generate()`` is reached, and returned; compiling it again replaces
+    the first time. A plain callable is compiled and returned. See :class:`squat_fx.Config` for the options.
+
+    Raises:
+        ValueError: an option is out of range; nothing has been changed.
+        TypeError: ``model_or_fn`` is neither a module nor callable.
+    """
+    config = Config(
+        bits=bits,
+        codec=codec,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        residual_length=residual_length,
+        sink_length=sink_length,
+        skip_layers=tuple(skip_layers),
+        layer_bits=layer_bits or {},
+        calibration=calibration,
+        inner=inner,
+        cuda_graphs=cuda_graphs,
+        strict=strict,
+    )
+    if isinstance(model_or_fn, nn.Module):
+        compiled = Compiled(model_or_fn._call_impl, config)
+        model_or_fn._compiled_call_impl = compiled
+        object.__setattr__(model_or_fn, _ATTRIBUTE, _Mark(compiled))
+        return model_or_fn
+    if not callable(model_or_fn):
+        raise TypeError(f"expected an nn.Module or a callable to compile, got {type(model_or_fn).__name__}")
+    return _wrap(model_or_fn, Compiled(model_or_fn, config))
+
+
+def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    for name in ("__name__", "__doc__", "__module__", "__qualname__", "__wrapped__"):
+        setattr(call, name, getattr(function, name, None))
+    setattr(call, _ATTRIBUTE, _Mark(compiled))
+    return call
+
+
+def report(model: Any) -> Report:
+    """What was rewritten, what was left alone and why, for what :func:`compile` returned.
+
+    Raises:
+        ValueError: ``model`` was never compiled by :func:`compile`.
+    """
+    mark = getattr(model, _ATTRIBUTE, None)
+    if mark is None:
+        raise ValueError("this model or function was not compiled by squat_fx.compile(); compile it first")
+    if mark.compiled is None:
+        copied = Report()
+        copied.note(
+            "this is a copy of a compiled model (deepcopy or pickle), and copies run uncompiled, with a full-precision "
+            "cache; call squat_fx.compile() on it"
+        )
+        return copied
+    if isinstance(model, nn.Module) and model._compiled_call_impl is not mark.compiled:
+        mark.compiled.report.note("the model was compiled again by something else; squat_fx no longer runs")
+    return mark.compiled.report
+
+
+def explain(model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: int = 2, **options: Any) -> Report:
+    """What :func:`compile` would rewrite, found by running ``model`` once (and one step more if it returns a HF cache).
+
+    The model is left as it is. ``example_inputs`` are positional (a sequence) or keyword arguments (a mapping).
+    """
+    config = Config.from_options({"bits": bits, **options, "inner": "eager"})
+    target = model.forward if isinstance(model, nn.Module) else model
+    compiled = Compiled(target, config)
+    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    with torch.no_grad():
+        result = compiled(*args, **kwargs)
+        cache = getattr(result, "past_key_values", None)
+        logits = getattr(result, "logits", None)
+        if cache is not None and isinstance(logits, Tensor):
+            step = {"input_ids": logits[:, -1:].argmax(-1), "past_key_values": cache}
+            compiled(**{k: v for k, v in kwargs.items() if k == "use_cache"}, **step)
+    return compiled.report
+
+
+def rewrite(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config | None = None
+) -> tuple[nn.Module, Report]:
+    """Rewrite a bare graph (``symbolic_trace``, ``make_fx``, ``torch.export(...).module()``).
+
+    Returns a module that takes and returns :class:`squat_fx.QuantizedKV` where the cache was (it also takes a dense cache
+    and packs it), and the report. ``graph_module`` is left as it is.
+
+    Raises:
+        ValueError: ``example_inputs`` do not fit the graph.
+    """
+    return rewrite_module(copy_graph(graph_module), example_inputs, config or Config())

@@ -1,0 +1,249 @@
+"""The ``squat`` backend: copy the graph, run the pipeline, compile what is left, put the boundary around it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from squat_fx.boundary import Boundary
+from squat_fx.config import Config
+from squat_fx.passes import Rewriting, run_pipeline
+from squat_fx.passes.records import InnerInput
+from squat_fx.report import GraphReport, Report, is_static
+from squat_fx.state import QuantizedKV
+
+logger = logging.getLogger(__name__)
+
+
+class NotRewritten(RuntimeError):
+    """With ``strict=True``: an attention was left alone; the message gives the reasons."""
+
+
+def squat(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend behind ``torch.compile(fn, backend="squat", options={...})``.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or ``mode`` was given.
+    """
+    if mode is not None:
+        raise ValueError(f"backend 'squat' takes options, not mode={mode!r}; try options={{'cuda_graphs': True}}")
+    return compile_graph(graph_module, example_inputs, Config.from_options(options or {}), Report())
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, report: Report
+) -> Callable[..., Any]:
+    """Rewrite and compile one Dynamo graph; what cannot be rewritten or compiled runs as it was."""
+    try:
+        run = _compile_rewritten(graph_module, list(example_inputs), config, report)
+    except Exception as error:
+        if config.strict:
+            raise
+        text = f"a graph runs as it was, because compiling it failed: {type(error).__name__}: {error}"
+        logger.warning("%s", text, exc_info=True)
+        report.note(text)
+        report.graphs.append(GraphReport("untouched", inner="eager"))
+        run = graph_module.forward
+
+    def counted(*args: Any) -> Any:
+        report.runs += 1
+        return run(*args)
+
+    return counted
+
+
+def _compile_rewritten(
+    graph_module: fx.GraphModule, examples: list[Any], config: Config, report: Report
+) -> Callable[..., Any]:
+    rewriting = Rewriting(copy_graph(graph_module), config, {})
+    placeholders = tuple(rewriting.graph.find_nodes(op="placeholder"))
+    rewriting.placeholders = placeholders
+    if _needs_gradients(examples):
+        reason = "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
+        report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
+        if any(isinstance(e, QuantizedKV) for e in examples):
+            return graph_module.forward
+        return _inner_compiler(config, examples)(rewriting.module, examples)
+    for node, example in zip(placeholders, examples, strict=True):
+        if isinstance(example, QuantizedKV):
+            rewriting.carriers[node] = example._storage.fmt
+    spec = rewrite_graph(rewriting)
+    positions = _fake_positions(rewriting, examples)
+    inner_examples = [_inner_example(fed, examples, positions) for fed in rewriting.inputs]
+    if config.strict and rewriting.skipped:
+        raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
+    static = is_static(inner_examples, rewriting.inputs)
+    inner_name = _available_inner(config, inner_examples)
+    compiler = _inner_compiler(config, inner_examples, static and bool(rewriting.handles))
+    report.graphs.append(GraphReport.of(rewriting, inner_name, static))
+    inner = compiler(rewriting.module, inner_examples)
+    handles = [placeholders.index(node) for node in rewriting.handles]
+    boundary = Boundary(inner, rewriting.inputs, rewriting.outputs, handles, examples, report)
+    return boundary if spec is None else _with_spec(boundary, spec)
+
+
+def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
+    return lambda *args: pytree.tree_unflatten(list(boundary(*args)), spec)
+
+
+def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
+    """Run the pipeline on a copied graph; returns the structure of its outputs if that is no flat tuple."""
+    output = rewriting.graph.output_node().args[0]
+    flat, spec = pytree.tree_flatten(output, is_leaf=lambda x: x is None)
+    positions: list[fx.Node] = []
+    rewriting.handles = list(rewriting.carriers)
+
+    def make_positions(row: int) -> fx.Node:
+        graph = rewriting.graph
+        if not positions:
+            first = rewriting.placeholders[0]
+            with graph.inserting_before(first):
+                node = graph.placeholder("positions")
+            node._dynamo_source = _source("squat_fx_positions")  # pyright: ignore[reportAttributeAccessIssue]
+            positions.append(node)
+        if row < 0:
+            return positions[0]
+        return graph.call_function(torch.select, (positions[0], 0, row))
+
+    rewriting.make_positions = make_positions
+    run_pipeline(rewriting)
+    _annotate_sources(rewriting)
+    rewriting.module.recompile()
+    is_flat = isinstance(output, (tuple, list)) and len(flat) == len(output)
+    return None if is_flat else spec
+
+
+# copying a Dynamo graph --------------------------------------------------------------------------------------------------
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be changed. Dynamo reads the original afterwards; AOT reads these attributes of the copy.
+
+    Without the placeholders' sources parameters lose their static mark, and CUDA graphs copy the weights every step.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, mapping))
+    graph.output_node().meta.update(graph_module.graph.output_node().meta)
+    copied = fx.GraphModule(graph_module, graph)
+    copied.meta = dict(graph_module.meta)
+    for name in ("_param_name_to_source",):
+        if hasattr(graph_module, name):
+            setattr(copied, name, getattr(graph_module, name))
+    for old in graph_module.graph.find_nodes(op="placeholder"):
+        if hasattr(old, "_dynamo_source"):
+            mapping[old]._dynamo_source = old._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
+    return copied
+
+
+def _source(name: str) -> Any:
+    from torch._dynamo.source import LocalSource
+
+    return LocalSource(name)
+
+
+def _annotate_sources(rewriting: Rewriting) -> None:
+    """Give arena placeholders the source ``carrier.arena``, and mark them static where CUDA graphs may want it."""
+    from torch._dynamo.source import AttrSource
+
+    nodes = rewriting.graph.find_nodes(op="placeholder")
+    for node, fed in zip(nodes, rewriting.inputs, strict=True):
+        if fed.kind != "arena":
+            continue
+        source = getattr(rewriting.placeholders[fed.index], "_dynamo_source", None)
+        if source is not None:
+            node._dynamo_source = AttrSource(source, fed.name)
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+# the inner compiler ------------------------------------------------------------------------------------------------------
+
+
+def _needs_gradients(examples: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(e, Tensor) and e.requires_grad for e in examples)
+
+
+def _fake_positions(rewriting: Rewriting, examples: Sequence[Any]) -> Any:
+    """An example of the positions tensor, fake where the other examples are."""
+    handles = [examples[rewriting.placeholders.index(node)] for node in rewriting.handles]
+    if not handles:
+        return None
+    like = handles[0]._storage["start"] if isinstance(handles[0], QuantizedKV) else handles[0]
+    if isinstance(like, FakeTensor):
+        with like.fake_mode:
+            return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+    return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+
+
+def _inner_example(fed: InnerInput, examples: Sequence[Any], positions: Any) -> Any:
+    if fed.kind == "positions":
+        return positions
+    example = examples[fed.index]
+    if fed.kind == "arena":
+        return example._storage[fed.name]
+    if fed.kind == "dense" and isinstance(example, QuantizedKV):
+        return example._storage["dense"].new_empty(example.shape)
+    return example
+
+
+@lru_cache(maxsize=1)
+def _has_cpp_compiler() -> bool:
+    from torch._inductor import cpp_builder
+
+    try:
+        return shutil.which(cpp_builder.get_cpp_compiler()) is not None
+    except Exception:
+        return False
+
+
+@lru_cache(maxsize=1)
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "no C++ compiler was found, so graphs run with inner='eager'; install g++ or clang, or pass inner='eager'",
+        stacklevel=2,
+    )
+
+
+def _available_inner(config: Config, examples: Sequence[Any]) -> str:
+    """The inner compiler that can run here."""
+    if config.inner != "inductor" or _has_cpp_compiler():
+        return config.inner
+    _warn_no_compiler()
+    return "eager"
+
+
+def _inner_compiler(
+    config: Config, examples: Sequence[Any], static: bool = False
+) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
+    name = _available_inner(config, examples)
+    if name == "eager":
+        return lambda module, _: module.forward
+    if name == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {}
+    if config.cuda_graphs and static:
+        patches = {
+            "triton.cudagraphs": True,
+            "triton.cudagraph_trees": True,
+            "triton.cudagraph_support_input_mutation": True,
+        }
+    return lambda module, inputs: compile_fx(module, inputs, config_patches=patches)

@@ -1,0 +1,196 @@
+"""The edge of a compiled callable: handles become plain tensors, and plain tensors become handles.
+
+Before the inner callable runs, every carrier is made writable and large enough and the positions are written. The ops
+inside write only where no reader of the old positions looks, so that nothing has happened until the call returned; then
+the new extents are committed. A run that raises, or is interrupted between layers, leaves every handle as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
+from squat_fx.passes.spelling import size_of
+from squat_fx.report import Report
+from squat_fx.state import TOKENS, QuantizedKV, Storage
+
+
+class Size:
+    """A size in terms of the call's arguments: a number, or an expression of symbols bound to their shapes."""
+
+    def __init__(self, expression: Any, examples: Sequence[Any]) -> None:
+        self._number = int(expression) if isinstance(expression, int) or expression.is_number else None
+        self._terms: list[tuple[Any, int, int | None]] = []
+        self._expression = expression
+        if self._number is None:
+            for symbol in sorted(expression.free_symbols, key=str):
+                self._terms.append((symbol, *_find_symbol(symbol, examples)))
+            if expression.is_symbol:
+                self._expression = None
+
+    def __call__(self, args: Sequence[Any]) -> int:
+        if self._number is not None:
+            return self._number
+        values = [args[i] if dim is None else args[i].shape[dim] for _, i, dim in self._terms]
+        if self._expression is None:
+            return int(values[0])
+        return int(self._expression.subs(zip((s for s, _, _ in self._terms), values, strict=True)))
+
+
+def _find_symbol(symbol: sympy.Symbol, examples: Sequence[Any]) -> tuple[int, int | None]:
+    """Which argument, or which dim of it, carries ``symbol``."""
+    for index, example in enumerate(examples):
+        if isinstance(example, torch.SymInt) and size_of(example) == symbol:
+            return index, None
+        if isinstance(example, Tensor):
+            for dim, size in enumerate(example.shape):
+                if isinstance(size, torch.SymInt) and size_of(size) == symbol:
+                    return index, dim
+    raise AssertionError(f"size symbol {symbol} is not bound to an input")
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """One handle argument: its index, its row of positions, and the edge that appends to it (None: it is only read)."""
+
+    index: int
+    edge: CacheEdge | None
+    new_tokens: Size | None
+
+
+class Boundary:
+    """Calls the inner graph with plain tensors; called by whoever called the original graph."""
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        inputs: Sequence[InnerInput],
+        outputs: Sequence[InnerOutput],
+        handles: Sequence[int],
+        examples: Sequence[Any],
+        report: Report,
+    ) -> None:
+        self._inner = inner
+        self._inputs = tuple(inputs)
+        self._outputs = tuple(outputs)
+        self._report = report
+        appended = {o.argument: o for o in outputs if o.kind == "appended"}
+        self._carriers = tuple(
+            Carrier(i, o.edge, Size(o.tokens, examples)) if (o := appended.get(i)) else Carrier(i, None, None)
+            for i in handles
+        )
+        self._stored_tokens = {
+            i: Size(o.tokens, examples) for i, o in enumerate(outputs) if o.kind == "stored"
+        }
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        args = self._packed_arguments(args)
+        staged = self._stage(args)
+        dense = self._copied_rings(staged)
+        results = self._inner(*self._gather(args, staged, dense))
+        return self._finish(args, results, staged, dense)
+
+    def _packed_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Pack a cache that arrives dense where a carrier was expected."""
+        out = list(args)
+        for carrier in self._carriers:
+            x = out[carrier.index]
+            if not isinstance(x, QuantizedKV) and carrier.edge is not None:
+                out[carrier.index] = QuantizedKV.from_dense(x, carrier.edge.fmt, carrier.edge.role)
+        return tuple(out)
+
+    def _stage(self, args: tuple[Any, ...]) -> dict[int, tuple[Storage, int]]:
+        """For each carrier that grows: a storage of its own with room, and how many tokens come."""
+        staged: dict[int, tuple[Storage, int]] = {}
+        taken: set[int] = set()
+        for carrier in self._carriers:
+            if carrier.new_tokens is None:
+                continue
+            storage = args[carrier.index].writable_storage()
+            if id(storage) in taken:  # the same handle twice: each appends to its own
+                storage = storage.copy()
+            taken.add(id(storage))
+            new_tokens = carrier.new_tokens(args)
+            storage.reserve(new_tokens)
+            staged[carrier.index] = storage, new_tokens
+        return staged
+
+    def _copied_rings(self, staged: dict[int, tuple[Storage, int]]) -> dict[int, Tensor]:
+        """Copies of the dense buffers that more than one token goes to: such an append may reuse ring slots."""
+        with torch.inference_mode(False), torch.no_grad():
+            return {i: storage["dense"].clone() for i, (storage, n) in staged.items() if n > 1}
+
+    def _gather(
+        self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]], dense: dict[int, Tensor]
+    ) -> list[Any]:
+        gathered = []
+        for fed in self._inputs:
+            if fed.kind == "argument":
+                gathered.append(args[fed.index])
+            elif fed.kind == "arena":
+                storage = staged[fed.index][0]
+                copied = dense.get(fed.index) if fed.name == "dense" else None
+                gathered.append(storage[fed.name] if copied is None else copied)
+            elif fed.kind == "dense":
+                x = args[fed.index]
+                gathered.append(x.dequantize() if isinstance(x, QuantizedKV) else x)
+            else:
+                gathered.append(self._positions(args, staged))
+        return gathered
+
+    def _positions(self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]) -> Tensor:
+        rows, device = [], torch.device("cpu")
+        for carrier in self._carriers:
+            storage = staged[carrier.index][0] if carrier.index in staged else None
+            rows.append((storage.length, storage.watermark) if storage else (args[carrier.index].shape[TOKENS], 0))
+            device = args[carrier.index].device
+        return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+    def _finish(
+        self,
+        args: tuple[Any, ...],
+        results: Sequence[Any],
+        staged: dict[int, tuple[Storage, int]],
+        dense: dict[int, Tensor],
+    ) -> tuple[Any, ...]:
+        """Commit what was appended, and put together what the caller expects."""
+        appended: dict[int, QuantizedKV] = {}
+        for index, (storage, new_tokens) in staged.items():
+            if index in dense:
+                storage["dense"].copy_(dense[index])
+            storage.commit(storage.extent.after(new_tokens, storage.fmt))
+            appended[index] = self._report.track(QuantizedKV(storage, storage.length))
+        stored: dict[int, QuantizedKV] = {}
+        results = list(results)
+        out: list[Any] = []
+        for position, made in enumerate(self._outputs):
+            if made.kind == "value":
+                out.append(results[made.first])
+            elif made.kind == "appended":
+                out.append(appended[made.argument])
+            else:
+                if made.first not in stored:
+                    assert made.edge is not None
+                    arenas = results[made.first : made.first + made.count]
+                    results[made.first : made.first + made.count] = [None] * made.count
+                    length = self._stored_tokens[position](args)
+                    handle = QuantizedKV.from_arenas(arenas, length, made.edge.fmt, made.edge.role)
+                    stored[made.first] = self._report.track(handle)
+                out.append(stored[made.first])
+        return tuple(out)
+
+
+def unflatten_output(run: Callable[..., tuple[Any, ...]], spec: pytree.TreeSpec) -> Callable[..., Any]:
+    """``run`` with its flat outputs in the original structure."""
+
+    def call(*args: Any) -> Any:
+        return pytree.tree_unflatten(list(run(*args)), spec)
+
+    return call

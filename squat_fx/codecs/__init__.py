@@ -1,0 +1,76 @@
+"""How numbers become bits. One codec is one file and one row of ``CODECS``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from functools import lru_cache
+
+from squat_fx.codecs.base import Codec, Format, Layout, PerChannel, PerToken, Role, make_format
+from squat_fx.codecs.kivi import Kivi
+from squat_fx.codecs.none import Lossless
+
+CODECS: dict[str, type[Codec]] = {
+    Kivi.name: Kivi,
+    Lossless.name: Lossless,
+}
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Format",
+    "Kivi",
+    "Layout",
+    "Lossless",
+    "PerChannel",
+    "PerToken",
+    "Role",
+    "codec_class",
+    "codec_from_spec",
+    "codec_spec",
+    "list_codecs",
+    "make_format",
+    "register",
+]
+
+
+def list_codecs() -> tuple[str, ...]:
+    """Names of the codecs that ``compile(codec=...)`` takes."""
+    return tuple(CODECS)
+
+
+def register(codec: type[Codec]) -> type[Codec]:
+    """Add a codec class to the table under its ``name``; usable as a decorator.
+
+    Raises:
+        ValueError: another class already has that name.
+    """
+    if CODECS.setdefault(codec.name, codec) is not codec:
+        raise ValueError(f"a codec named {codec.name!r} exists already: {CODECS[codec.name].__qualname__}")
+    return codec
+
+
+def codec_class(name: str) -> type[Codec]:
+    """The codec class called ``name``.
+
+    Raises:
+        ValueError: there is none; the message names the nearest one.
+    """
+    if name in CODECS:
+        return CODECS[name]
+    near = difflib.get_close_matches(name, CODECS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown codec {name!r}, choose one of {', '.join(CODECS)}{hint}")
+
+
+def codec_spec(codec: Codec) -> str:
+    """``codec`` as one string, the form in which ops carry it: its name and its hyper-parameters as json."""
+    return f"{codec.name} {json.dumps(dataclasses.asdict(codec), sort_keys=True)}"  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=64)
+def codec_from_spec(spec: str) -> Codec:
+    """Undo :func:`codec_spec`; a bare name gives the codec with its defaults."""
+    name, _, fields = spec.partition(" ")
+    return codec_class(name)(**json.loads(fields or "{}"))

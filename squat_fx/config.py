@@ -1,0 +1,134 @@
+"""What the user may ask for, checked once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from squat_fx.codecs import Codec, Format, codec_class, codec_spec, make_format
+
+Inner = Literal["inductor", "aot_eager", "eager"]
+WIDTHS = (1, 2, 3, 4, 8)
+DEFAULT_CODEC = "kivi"
+LARGEST_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of :func:`squat_fx.compile`, frozen and validated.
+
+    Attributes:
+        bits: width of a code, for keys and values; 1, 2, 3, 4 or 8.
+        codec: a name from :func:`squat_fx.list_codecs`, a codec instance, or None for the default.
+        key_bits, value_bits: widths for one role; None takes ``bits``.
+        residual_length: newest tokens kept exactly, at least.
+        sink_length: first valid tokens of a row kept exactly.
+        skip_layers: layers whose cache stays as it is; negative numbers count from the last attention of the graph.
+        layer_bits: other widths for some layers, ``{layer: bits}`` or ``{layer: (key_bits, value_bits)}``.
+        calibration: for codecs that take one; none does yet.
+        inner: what compiles the rewritten graph.
+        cuda_graphs: let Inductor replay static decode graphs as CUDA graphs.
+        strict: raise where an attention is left alone or a graph cannot be compiled, instead of running it as it was.
+
+    Raises:
+        ValueError: a value is outside what is allowed; the message says what is.
+    """
+
+    bits: int = 2
+    codec: str | Codec | None = None
+    key_bits: int | None = None
+    value_bits: int | None = None
+    residual_length: int = 32
+    sink_length: int = 4
+    skip_layers: tuple[int, ...] = ()
+    layer_bits: Mapping[int, int | tuple[int, int]] = field(default_factory=dict)
+    calibration: Any = None
+    inner: Inner = "inductor"
+    cuda_graphs: bool = False
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        object.__setattr__(self, "layer_bits", MappingProxyType(dict(self.layer_bits)))
+        for name in ("bits", "key_bits", "value_bits"):
+            _check_width(name, getattr(self, name), optional=name != "bits")
+        for layer, widths in self.layer_bits.items():
+            if not isinstance(layer, int):
+                raise ValueError(f"layer_bits maps layer numbers to bits, got the key {layer!r}")
+            for width in widths if isinstance(widths, tuple) else (widths,):
+                _check_width(f"layer_bits[{layer}]", width)
+        for name in ("residual_length", "sink_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be a number of tokens, 0 or more, got {value!r}")
+        if any(not isinstance(layer, int) for layer in self.skip_layers):
+            raise ValueError(f"skip_layers must be layer numbers, got {self.skip_layers!r}")
+        if self.inner not in get_args(Inner):
+            raise ValueError(f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}")
+        if self.calibration is not None:
+            raise ValueError("no codec takes a calibration yet; leave calibration=None")
+        if isinstance(self.codec, str):
+            codec_class(self.codec)
+        elif self.codec is not None and not isinstance(self.codec, Codec):
+            raise ValueError(f"codec must be a name or a codec instance, got {self.codec!r}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Config:
+        """A config from ``torch.compile(..., options=...)``.
+
+        Raises:
+            ValueError: an option is unknown; the message names the nearest one.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown option {name!r}{hint} Options are: {', '.join(known)}")
+        return cls(**options)
+
+    @cached_property
+    def resolved_codec(self) -> Codec:
+        """The codec as an instance."""
+        if isinstance(self.codec, Codec):
+            return self.codec
+        return codec_class(self.codec or DEFAULT_CODEC)()
+
+    def skips(self, layer: int, layers: int) -> bool:
+        """Whether ``layer`` of ``layers`` stays as it is."""
+        return layer in self.skip_layers or layer - layers in self.skip_layers
+
+    def widths(self, layer: int) -> tuple[int, int]:
+        """Bits of a key code and of a value code in ``layer``."""
+        chosen = self.layer_bits.get(layer)
+        if chosen is not None:
+            return chosen if isinstance(chosen, tuple) else (chosen, chosen)
+        return self.key_bits or self.bits, self.value_bits or self.bits
+
+    def formats(
+        self, layer: int, layers: int, key_dim: Any, value_dim: Any
+    ) -> tuple[Format, Format] | str:
+        """The stored formats of a layer's keys and values, or why the layer is left alone."""
+        if self.skips(layer, layers):
+            return "the layer is in skip_layers"
+        for dim in (key_dim, value_dim):
+            if not isinstance(dim, int) or not 1 <= dim <= LARGEST_HEAD_DIM:
+                return f"head_dim {dim} is outside 1..{LARGEST_HEAD_DIM}"
+        codec, (key_bits, value_bits) = self.resolved_codec, self.widths(layer)
+        spec, exact = codec_spec(codec), (self.residual_length, self.sink_length)
+        return (
+            make_format(codec, spec, "key", key_dim, key_bits, *exact),
+            make_format(codec, spec, "value", value_dim, value_bits, *exact),
+        )
+
+
+def _check_width(name: str, value: Any, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if value not in WIDTHS or isinstance(value, bool):
+        nearest = f"; the nearest is {min(WIDTHS, key=lambda w: abs(w - value))}" if isinstance(value, (int, float)) else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {value!r}{nearest}")

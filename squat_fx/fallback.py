@@ -1,0 +1,73 @@
+"""Calls that ran eagerly: pack what they left dense.
+
+Dynamo runs a model as it is once its recompile limit is reached, while it is disabled, or where compiling failed. A decode
+step is then served by the handles themselves; a prefill leaves dense keys and values, which are packed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squat_fx.config import Config
+from squat_fx.report import Report
+from squat_fx.state import TOKENS, QuantizedKV
+
+
+def pack_dense_caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, config: Config, report: Report
+) -> bool:
+    """Pack the dense layers of every Hugging Face cache among arguments and results; whether there was one."""
+    found = False
+    mask = kwargs.get("attention_mask")
+    for cache in _caches(args, kwargs, result):
+        layers = cache.layers
+        for index, layer in enumerate(layers):
+            if _is_dense(layer):
+                found |= _pack(layer, index, len(layers), mask, config, report)
+            elif isinstance(getattr(layer, "keys", None), QuantizedKV):
+                found = True
+    return found
+
+
+def _caches(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    candidates = (*args, *kwargs.values(), getattr(result, "past_key_values", None))
+    for candidate in candidates:
+        cache = getattr(candidate, "self_attention_cache", candidate)
+        layers = getattr(cache, "layers", None)
+        if isinstance(layers, list) and id(cache) not in seen and all(hasattr(x, "keys") for x in layers):
+            seen.add(id(cache))
+            yield cache
+
+
+def _is_dense(layer: Any) -> bool:
+    """Whether a cache layer holds growing dense keys and values: no static buffer, no sliding window."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if getattr(layer, "is_sliding", False) or getattr(layer, "is_compileable", False):
+        return False
+    if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
+        return False
+    if isinstance(keys, QuantizedKV) or isinstance(values, QuantizedKV):
+        return False
+    return keys.dim() == values.dim() == 4 and keys.numel() > 0 and keys.shape[:3] == values.shape[:3]
+
+
+def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report: Report) -> bool:
+    keys, values = layer.keys, layer.values
+    if keys.requires_grad or values.requires_grad:
+        return False
+    formats = config.formats(index, layers, keys.shape[3], values.shape[3])
+    if isinstance(formats, str):
+        return False
+    valid = None
+    if isinstance(mask, Tensor) and mask.shape == (keys.shape[0], keys.shape[TOKENS]):
+        valid = mask.bool()
+        valid = None if bool(valid.all()) else valid
+    with torch.inference_mode(False), torch.no_grad():
+        layer.keys = report.track(QuantizedKV.from_dense(keys, formats[0], "key", valid))
+        layer.values = report.track(QuantizedKV.from_dense(values, formats[1], "value", valid))
+    return True

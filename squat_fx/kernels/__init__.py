@@ -1,0 +1,1 @@
+"""How operations run: ``ops`` (schemas, fakes, dispatch), ``reference`` (the specification, in torch), Triton files."""

@@ -1,0 +1,175 @@
+"""Compile the launchers' kernels for a GPU that is not there, and say what became of them.
+
+    python -m squat_fx.kernels.aot
+
+A launcher runs on small CPU tensors with its launches recorded instead of run; each recorded launch is compiled with the
+types, alignments and constants it would have had. Triton's wheel carries the assembler and the disassembler, so no driver
+is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from squat_fx.codecs import Codec, Format, Kivi, codec_spec, make_format
+from squat_fx.kernels import launch
+from squat_fx.kernels.reference import Arenas, empty_arenas
+
+CAPABILITIES = (80, 90)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its arguments by name, and compiler options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes; ``spills`` and ``shared`` in bytes, ``instructions`` of the whole kernel."""
+
+    kernel: str
+    capability: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect the launches of a ``with`` block; nothing runs."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
+        launches.append(Launch(kernel, arguments, options))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def compile_launch(launched: Launch, capability: int) -> Resources:
+    """Compile for ``("cuda", capability, 32)``."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    signature = {}
+    for parameter in launched.kernel.params:
+        value = launched.arguments[parameter.name]
+        path = (parameter.num,)
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[path] = "constexpr", value
+        else:
+            specialize = not parameter.do_not_specialize
+            signature[parameter.name] = _type(value, path, specialize, constants, attributes)
+    source = ASTSource(launched.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launched.options)
+    return _resources(compiled, capability)
+
+
+def _type(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
+    """Triton's name for the type of an argument; notes constants and alignment as a real launch would."""
+    if isinstance(value, tuple):
+        types = [_type(v, (*path, i), specialize, constants, attributes) for i, v in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or (specialize and isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor) or (specialize and isinstance(value, int) and value % 16 == 0):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "i32" if isinstance(value, int) else "fp32"
+
+
+def _resources(compiled: Any, capability: int) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage, sass = (_run("cuobjdump", option, path) for option in ("--dump-resource-usage", "--dump-sass"))
+    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        kernel=compiled.metadata.name,
+        capability=capability,
+        registers=numbers["REG"],
+        spills=numbers["STACK"] + numbers["LOCAL"],
+        shared=compiled.metadata.shared,
+        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/", sass, re.MULTILINE)),
+    )
+
+
+def _run(tool: str, option: str, path: Path) -> str:
+    return subprocess.run([TOOLS / tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+# representative launches -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a row of the table is compiled for."""
+
+    head_dim: int
+    bits: int
+    queries_per_kv: int = 4
+    q_len: int = 1
+    dtype: torch.dtype = torch.float16
+    codec: Codec = Kivi()
+
+    def formats(self) -> tuple[Format, Format]:
+        """Of keys and of values."""
+        spec = codec_spec(self.codec)
+        return tuple(  # pyright: ignore[reportReturnType]
+            make_format(self.codec, spec, role, self.head_dim, self.bits, 32, 4) for role in ("key", "value")
+        )
+
+    def tokens(self, count: int, heads: int = 2) -> Tensor:
+        """``[batch, heads, count, head_dim]``."""
+        return torch.zeros(2, heads, count, self.head_dim, dtype=self.dtype)
+
+
+def _arenas(shape: Shape, fmt: Format) -> Arenas:
+    return empty_arenas(shape.tokens(1), 256, fmt)
+
+
+def attend_launches(shape: Shape, mask: Tensor | None = None) -> list[Launch]:
+    """Attention of ``q_len`` queries over the past and as many new tokens."""
+    sides = [(_arenas(shape, fmt), (_positions(), i), fmt) for i, fmt in enumerate(shape.formats())]
+    query, new = shape.tokens(shape.q_len, 2 * shape.queries_per_kv), shape.tokens(shape.q_len)
+    with recorded() as launches:
+        launch.attend(query, new, new, *sides, mask=mask, sinks=None, scale=1.0, causal=0, softcap=0.0)
+    return launches
+
+
+def _positions() -> Tensor:
+    return torch.zeros(2, 2, dtype=torch.int64)

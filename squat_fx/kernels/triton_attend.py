@@ -1,0 +1,256 @@
+"""Attention over packed, dense and new tokens at once.
+
+    out = softmax(softcap(scale * query @ key.T) + mask) @ value      softcap(s) = softcap * tanh(s / softcap)
+
+A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens. Rows are (query token,
+query head) pairs, heads first, so that all query heads of a KV head read its codes once. The tokens of a sequence are put
+in this order, ``BLOCK_N`` at a time, and dealt out evenly:
+
+1. *packed*: keys and values both packed;
+2. *mixed*: the rest, each packed, dense or new: sinks, what lies after the packed tokens, new tokens.
+
+Lengths are read from ``positions`` on the device; the grid depends on capacities alone. Each share leaves an unnormalised
+output, its maximum and its sum; ``merge_kernel`` adds them up and lets the sink logits take part.
+
+| tensor | shape |
+|---|---|
+| ``query`` | ``[batch, num_heads, q_len, key head_dim]``, any strides but the last |
+| ``new_key, new_value`` | ``[batch, num_kv_heads, new_len, head_dim]``, the same |
+| ``mask`` | broadcast to ``[batch, num_heads, q_len, kv_len]`` by zero strides; uint8 for bool, or float |
+| ``partial`` | fp32 ``[batch * num_heads * q_len, shares, value head_dim]`` |
+| ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, shares]`` |
+
+Dots take the query's dtype and add in fp32; softmax is fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from squat_fx.kernels.triton_planes import (
+    any_plane,
+    exact_rows,
+    load_words,
+    num_planes,
+    packed_plane,
+    packed_tokens,
+)
+
+NO_CAUSALITY = tl.constexpr(0)
+TOP_LEFT = tl.constexpr(1)
+
+# One warp for each 16 query rows: a dot over one plane group has work for no more. Untuned.
+BLOCK_N = 32
+LARGEST_BLOCK_M = 64
+MERGE_BLOCK_D = 64
+
+
+def tile(rows: int, head_dim: int) -> tuple[int, int]:
+    """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows of one KV head."""
+    block_m = min(max(16, triton.next_power_of_2(rows)), LARGEST_BLOCK_M)
+    return block_m, max(block_m // 16, 2 if head_dim > 128 else 1)
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def masked_scores(
+    scores, mask, mask_row, mask_stride, position, seen, query_token, kv_len, q_len, scale,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Raw dot products ``[M, N]`` to what the softmax takes; -inf where a query does not attend."""
+    scores *= scale
+    if SOFTCAP > 0:
+        scores = SOFTCAP * tanh(scores / SOFTCAP)
+    if CAUSAL == TOP_LEFT:
+        seen = seen & (position <= query_token)
+    elif CAUSAL != NO_CAUSALITY:
+        seen = seen & (position <= query_token + (kv_len - q_len))
+    if mask is not None:
+        extra = tl.load(mask + mask_row + position.to(tl.int64) * mask_stride, mask=seen, other=0)
+        if mask.dtype.element_ty == tl.uint8:
+            seen = seen & (extra != 0)
+        else:
+            scores += extra.to(tl.float32)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def attend_tile(
+    q, acc, running_max, running_sum, position, keep, query_token, keep_row, head, length, q_len, kv_len, scale,
+    key, key_start, key_count, new_key, new_key_head, new_key_stride,
+    value, value_start, value_count, new_value, new_value_head, new_value_stride,
+    mask, mask_row, mask_stride,
+    KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MIXED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take ``BLOCK_N`` tokens at ``position`` ``[N]`` into the running softmax."""
+    lane = tl.arange(0, 16)[None, :]
+    dtype = q[0].dtype
+    column = position[:, None]  # [N, 1]
+    there = keep[:, None]
+
+    slot = column - key_start - KEY.sink_length
+    packed = there
+    if MIXED:
+        packed = there & (slot >= 0) & (slot < key_count)
+        exact = exact_rows(key, new_key, new_key_head, new_key_stride, head, column, key_start, length, KEY)
+    words = load_words(key, head, slot, packed, lane, KEY)
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j in tl.static_range(num_planes(KEY)):
+        if MIXED:
+            k = any_plane(key, words, exact, head, slot, packed, there, lane, j, KEY)
+        else:
+            k = packed_plane(key, words, head, slot, packed, lane, j, KEY)
+        scores = tl.dot(q[j], tl.trans(k.to(dtype)), scores, input_precision="ieee")
+
+    seen = keep_row[:, None] & keep[None, :]
+    scores = masked_scores(
+        scores, mask, mask_row, mask_stride, position[None, :], seen, query_token[:, None], kv_len, q_len, scale,
+        CAUSAL, SOFTCAP,
+    )  # fmt: skip
+    new_max = tl.maximum(running_max, tl.max(scores, 1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp(scores - base[:, None])
+    alpha = tl.exp(running_max - base)
+    running_sum = running_sum * alpha + tl.sum(p, 1)
+    p = p.to(dtype)
+
+    slot = column - value_start - VALUE.sink_length
+    if MIXED:
+        packed = there & (slot >= 0) & (slot < value_count)
+        exact = exact_rows(
+            value, new_value, new_value_head, new_value_stride, head, column, value_start, length, VALUE
+        )
+    words = load_words(value, head, slot, packed, lane, VALUE)
+    new_acc = ()
+    for j in tl.static_range(num_planes(VALUE)):
+        if MIXED:
+            v = any_plane(value, words, exact, head, slot, packed, there, lane, j, VALUE)
+        else:
+            v = packed_plane(value, words, head, slot, packed, lane, j, VALUE)
+        new_acc += (tl.dot(p, v.to(dtype), acc[j] * alpha[:, None], input_precision="ieee"),)
+    return new_acc, new_max, running_sum
+
+
+@triton.jit(do_not_specialize=["key_row", "value_row"])
+def attend_kernel(
+    query, new_key, new_value, key, value, positions, key_row, value_row, mask, partial, partial_max, partial_sum,
+    num_kv_heads, q_len, new_len, scale,
+    query_strides, new_key_strides, new_value_strides, mask_strides,
+    KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
+    head = tl.program_id(0).to(tl.int64)
+    share = tl.program_id(2)
+    shares = tl.num_programs(2)
+    batch = head // num_kv_heads
+    kv_head = head % num_kv_heads
+
+    length = tl.load(positions + 2 * key_row).to(tl.int32)
+    kv_len = length + new_len
+    key_start = tl.load(key.start + batch)
+    value_start = tl.load(value.start + batch)
+    key_count = packed_tokens(tl.load(positions + 2 * key_row + 1).to(tl.int32), key_start, KEY)
+    value_count = packed_tokens(tl.load(positions + 2 * value_row + 1).to(tl.int32), value_start, VALUE)
+
+    # Packed positions are first <= t < last; mixed ones are key_start <= t < sinks_end and last <= t < kv_len.
+    first = tl.maximum(key_start + KEY.sink_length, value_start + VALUE.sink_length)
+    last = tl.minimum(
+        key_start + KEY.sink_length + key_count, value_start + VALUE.sink_length + value_count
+    )
+    last = tl.maximum(tl.minimum(last, length), first)
+    num_sinks = tl.maximum(tl.minimum(first, length) - key_start, 0)
+    tail = tl.maximum(tl.minimum(last, length), key_start)
+    num_mixed = num_sinks + tl.maximum(kv_len - tail, 0)
+    packed_tiles = tl.cdiv(last - first, BLOCK_N)
+    tiles = packed_tiles + tl.cdiv(num_mixed, BLOCK_N)
+    tiles_per_share = tl.cdiv(tiles, shares)
+    tile_begin = share * tiles_per_share
+    tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
+
+    lane = tl.arange(0, 16)[None, :]
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    keep_row = query_token < q_len
+    query_rows = query + batch * query_strides[0] + query_head * query_strides[1] + query_token * query_strides[2]
+    q = ()
+    for j in tl.static_range(num_planes(KEY)):
+        channel = 16 * j + lane
+        keep = keep_row[:, None] & (channel < KEY.head_dim)
+        q += (tl.load(query_rows[:, None] + channel, mask=keep, other=0.0),)
+    new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
+    new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
+    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
+    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+
+    acc = ()
+    for _ in tl.static_range(num_planes(VALUE)):
+        acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    token = tl.arange(0, BLOCK_N)
+    for i in range(tile_begin, tl.minimum(tile_end, packed_tiles)):
+        position = first + i * BLOCK_N + token
+        acc, running_max, running_sum = attend_tile(
+            q, acc, running_max, running_sum, position, position < last,
+            query_token, keep_row, head, length, q_len, kv_len, scale,
+            key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
+            value, value_start, value_count, new_value, new_value_head, new_value_strides[2],
+            mask, mask_row, mask_strides[3],
+            KEY, VALUE, CAUSAL, SOFTCAP, False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    for i in range(tl.maximum(tile_begin, packed_tiles), tile_end):
+        index = (i - packed_tiles) * BLOCK_N + token
+        position = tl.where(index < num_sinks, key_start + index, tail + index - num_sinks)
+        acc, running_max, running_sum = attend_tile(
+            q, acc, running_max, running_sum, position, index < num_mixed,
+            query_token, keep_row, head, length, q_len, kv_len, scale,
+            key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
+            value, value_start, value_count, new_value, new_value_head, new_value_strides[2],
+            mask, mask_row, mask_strides[3],
+            KEY, VALUE, CAUSAL, SOFTCAP, True, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+    out = (((batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token) * shares + share).to(tl.int64)
+    tl.store(partial_max + out, running_max, mask=keep_row)
+    tl.store(partial_sum + out, running_sum, mask=keep_row)
+    if tile_begin < tile_end:
+        for j in tl.static_range(num_planes(VALUE)):
+            channel = 16 * j + lane
+            keep = keep_row[:, None] & (channel < VALUE.head_dim)
+            tl.store(partial + out[:, None] * VALUE.head_dim + channel, acc[j], mask=keep)
+
+
+@triton.jit
+def merge_kernel(
+    partial, partial_max, partial_sum, sinks, output, num_heads, q_len, shares,
+    HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the shares of one query row. Grid ``(batch * num_heads * q_len, blocks of channels)``."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [D]
+    share = tl.arange(0, BLOCK_S)  # [S]
+    maximum = tl.load(partial_max + row * shares + share, mask=share < shares, other=float("-inf"))
+    total = tl.load(partial_sum + row * shares + share, mask=share < shares, other=0.0)
+    base = tl.max(maximum, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + row // q_len % num_heads).to(tl.float32)
+        base = tl.maximum(base, sink)
+    base = tl.where(base == float("-inf"), 0.0, base)
+    weight = tl.exp(maximum - base)
+    # A share without a visible token may have left its output unwritten.
+    keep = (maximum > float("-inf"))[:, None] & (channel < HEAD_DIM)[None, :]
+    pointers = partial + (row * shares + share)[:, None] * HEAD_DIM + channel[None, :]
+    out = tl.sum(tl.load(pointers, mask=keep, other=0.0) * weight[:, None], 0)
+    total = tl.sum(total * weight, 0)
+    if sinks is not None:
+        total += tl.exp(sink - base)
+    out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(output + row * HEAD_DIM + channel, out.to(output.dtype.element_ty), mask=channel < HEAD_DIM)

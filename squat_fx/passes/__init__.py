@@ -1,0 +1,35 @@
+"""How graphs change. ``PIPELINE`` is the order; each file is one pass and shows its graphs."""
+
+from __future__ import annotations
+
+from squat_fx.passes.base import GraphPass
+from squat_fx.passes.canonicalize import Canonicalize
+from squat_fx.passes.find_cache_edges import FindCacheEdges
+from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
+from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
+from squat_fx.passes.serve_positions import ServePositions
+from squat_fx.passes.verify import Verify
+
+PIPELINE: tuple[type[GraphPass], ...] = (
+    Canonicalize,
+    FindCacheEdges,
+    ServePositions,
+    QuantizeKVCache,
+    Verify,
+)
+
+__all__ = [
+    "PIPELINE",
+    "Attention",
+    "AttentionSite",
+    "CacheEdge",
+    "GraphPass",
+    "Rewriting",
+    "Skipped",
+]
+
+
+def run_pipeline(rewriting: Rewriting) -> None:
+    """Run every pass in order."""
+    for graph_pass in PIPELINE:
+        graph_pass()(rewriting)

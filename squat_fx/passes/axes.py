@@ -1,0 +1,172 @@
+"""Follow views and know, at each step, which axis is which.
+
+A chain such as ``cat > getitem(None) > expand > reshape > transpose`` is not compared with patterns: the axes of its
+source get names, and each view moves, splits, merges or repeats them. What comes out says whether the chain is a
+``repeat_kv``, a transpose, both or something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from squat_fx.passes.spelling import VIEWS, argument, dim_of, kind, same_size, shape_of
+
+Atom = tuple[str, Any]  # (name, size)
+Axis = tuple[Atom, ...]  # outermost first; () has size 1
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Where a chain of views started, and its axes at the end: names such as ``("batch", "heads", "repeat")``."""
+
+    source: fx.Node
+    axes: tuple[tuple[str, ...], ...]
+    repeat: int = 1
+
+
+def follow_views(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Followed | str:
+    """Walk up from ``node`` to the first node that ``stop`` names, and track ``[batch, heads, tokens, channels]``.
+
+    Returns a reason, as a sentence without subject, where a step is no view or cannot be tracked.
+    """
+    chain: list[fx.Node] = []
+    while not stop(node):
+        step = kind(node)
+        same_dtype_cast = step == "cast" and _dtype(node) == _dtype(node.args[0])
+        if step not in VIEWS and not same_dtype_cast:
+            return f"comes from {describe(node)}, not from a past + new concatenation on dim -2 that is returned"
+        chain.append(node)
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+        if not isinstance(node, fx.Node):
+            return "is a constant"
+    shape = shape_of(node)
+    if shape is None or len(shape) != 4:
+        return "is not four-dimensional [batch, heads, tokens, channels]"
+    names = ("batch", "heads", "tokens", "channels")
+    axes: list[Axis] | None = [((name, size),) for name, size in zip(names, shape, strict=True)]
+    for view in reversed(chain):
+        axes = _apply(view, axes)
+        if axes is None:
+            return f"passes through {describe(view)}, which is no repeat, transpose or merge of heads"
+    repeats = [size for axis in axes for name, size in axis if name == "repeat"]
+    if any(not isinstance(r, int) for r in repeats):
+        return "is repeated a symbolic number of times"
+    repeat = 1
+    for r in repeats:
+        repeat *= r
+    return Followed(node, tuple(tuple(name for name, _ in axis) for axis in axes), repeat)
+
+
+def describe(node: fx.Node) -> str:
+    """The operation of a node for a reader: ``linear``, ``index_copy_``, ``placeholder``."""
+    if node.op == "placeholder":
+        return "a graph input"
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _dtype(node: Any) -> Any:
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return getattr(value, "dtype", None)
+
+
+def _apply(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
+    """The axes after one view."""
+    step = kind(node)
+    if step in ("same", "cast"):
+        return axes
+    if step == "unsqueeze":
+        dim = argument(node, 1, "dim")
+        return _inserted(axes, dim % (len(axes) + 1))
+    if step == "transpose":
+        a, b = (dim_of(argument(node, i, f"dim{i - 1}"), axes) for i in (1, 2))
+        moved = list(axes)
+        moved[a], moved[b] = moved[b], moved[a]
+        return moved
+    if step == "permute":
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return [axes[dim_of(d, axes)] for d in order]  # pyright: ignore[reportArgumentType]
+    if step == "getitem":
+        return _getitem(node.args[1], axes)
+    if step == "slice":
+        return axes if _is_whole(node, argument(node, 1, "dim", 0)) else None
+    if step == "repeat_interleave":
+        return _repeat_interleave(node, axes)
+    after = shape_of(node)
+    if after is None:
+        return None
+    return _expanded(axes, after) if step == "expand" else _regrouped(axes, after)
+
+
+def _inserted(axes: list[Axis], dim: int) -> list[Axis]:
+    return [*axes[:dim], (), *axes[dim:]]
+
+
+def _getitem(index: Any, axes: list[Axis]) -> list[Axis] | None:
+    """``x[:, :, None, :, :]``: new axes only."""
+    items = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        named = sum(i is not None and i is not Ellipsis for i in items)
+        items = (*items[:at], *[slice(None)] * (len(axes) - named), *items[at + 1 :])
+    out, rest = [], list(axes)
+    for item in items:
+        if item is None:
+            out.append(())
+        elif item == slice(None) and rest:
+            out.append(rest.pop(0))
+        else:
+            return None
+    return out + rest
+
+
+def _is_whole(node: fx.Node, dim: int) -> bool:
+    before, after = shape_of(node.args[0]), shape_of(node)
+    return before is not None and after is not None and same_size(before[dim], after[dim])
+
+
+def _repeat_interleave(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
+    repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    if not isinstance(repeats, int) or dim is None:
+        return None
+    dim = dim_of(dim, axes)
+    return [(*a, ("repeat", repeats)) if i == dim else a for i, a in enumerate(axes)]
+
+
+def _expanded(axes: list[Axis], after: tuple[Any, ...]) -> list[Axis] | None:
+    out: list[Axis] = []
+    for axis, size in zip(axes, after, strict=True) if len(axes) == len(after) else ():
+        if same_size(_size(axis), size):
+            out.append(axis)
+        elif _size(axis) == 1:
+            out.append((("repeat", size),))
+        else:
+            return None
+    return out if len(out) == len(axes) else None
+
+
+def _regrouped(axes: list[Axis], after: tuple[Any, ...]) -> list[Axis] | None:
+    """Axes of a reshape: every new dim must be a run of whole old atoms."""
+    atoms = [atom for axis in axes for atom in axis]
+    out: list[Axis] = []
+    for size in after:
+        run: list[Atom] = []
+        while not run or not same_size(_size(tuple(run)), size):
+            if not run and size == 1 and (not atoms or atoms[0][1] != 1):
+                break
+            if not atoms:
+                return None
+            run.append(atoms.pop(0))
+        out.append(tuple(run))
+    return out if all(size == 1 for _, size in atoms) else None
+
+
+def _size(axis: Axis) -> Any:
+    size: Any = 1
+    for _, s in axis:
+        size = size * s
+    return size

@@ -1,0 +1,239 @@
+"""Rewrite the cache edges and attentions that were found.
+
+Before (prefill):
+    key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
+After:
+    arenas = squat_fx.store(key, valid);  out = attention(query, key, value);  return out, *arenas, ...
+
+Before (decode):
+    key = cat([past_key, new_key], -2);  out = attention(query, key, value);  return out, key, value
+After:
+    out = squat_fx.attend(query, new_key, new_value, *key_arenas, *value_arenas, positions, ...)
+    squat_fx.append_(*key_arenas, new_key, valid, positions, ...);  return out
+
+Attention always sees the new tokens exactly, beside the packed past; then they are appended.
+
+Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor; the carrier still grows
+packed. Keeps: shapes, dtypes and metadata of every surviving node, and the order of outputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from squat_fx.kernels import ops
+from squat_fx.passes.base import GraphPass
+from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
+from squat_fx.passes.spelling import flat_outputs, shape_of, value_of
+
+
+class QuantizeKVCache(GraphPass):
+    """Insert the ops, replace the outputs, drop what nobody reads."""
+
+    name = "quantize kv cache"
+
+    def run(self, rewriting: Rewriting) -> int:
+        """See the module's docstring."""
+        edges = rewriting.edges()
+        self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
+        self._arenas: dict[fx.Node, list[fx.Node]] = {}
+        last_reader: dict[fx.Node, fx.Node] = {}
+        for site in rewriting.sites:
+            if site.kind == "decode":
+                attend = self._attend(site, rewriting)
+                last_reader[site.key.stored] = last_reader[site.value.stored] = attend
+        stored: dict[fx.Node, list[fx.Node]] = {}
+        for edge in edges.values():
+            mask = _mask_of(edge, rewriting)
+            if edge.kind == "decode":
+                self._append(edge, mask, last_reader.get(edge.stored, edge.stored), rewriting)
+            else:
+                stored[edge.stored] = self._store(edge, mask, rewriting)
+        _replace_outputs(rewriting, edges, stored)
+        rewriting.graph.eliminate_dead_code(_is_impure)
+        _settle_inputs(rewriting, self._arenas)
+        return len(edges)
+
+    def _carrier_arenas(self, edge: CacheEdge, rewriting: Rewriting) -> list[fx.Node]:
+        """Placeholders for the arenas of the edge's carrier, made on first use."""
+        carrier = edge.past
+        assert carrier is not None
+        if carrier not in self._arenas:
+            graph, nodes = rewriting.graph, []
+            after = carrier
+            for name in edge.fmt.arena_names:
+                with graph.inserting_after(after):
+                    after = graph.placeholder(f"{carrier.name}_{name}")
+                handle = value_of(carrier)
+                if hasattr(handle, "_storage"):
+                    after.meta["example_value"] = handle._storage[name]
+                nodes.append(after)
+            self._arenas[carrier] = nodes
+        return self._arenas[carrier]
+
+    def _attend(self, site: AttentionSite, rewriting: Rewriting) -> fx.Node:
+        attention, graph = site.attention, rewriting.graph
+        key, value = self._carrier_arenas(site.key, rewriting), self._carrier_arenas(site.value, rewriting)
+        positions = rewriting.make_positions
+        assert positions is not None
+        output = attention.output
+        with graph.inserting_before(output):
+            query, merged = attention.query, len(shape_of(attention.query) or ()) == 3
+            if merged:
+                heads = site.num_queries_per_kv * shape_of(site.key.stored)[1]  # pyright: ignore[reportOptionalSubscript]
+                query = graph.call_method("unflatten", (query, 0, (-1, heads)))
+            attend = graph.call_function(
+                ops.overload("attend", site.key.fmt.layout),
+                (
+                    query,
+                    site.key.new,
+                    site.value.new,
+                    *key,
+                    *value,
+                    positions(-1),
+                    rewriting.handles.index(site.key.past),  # pyright: ignore[reportArgumentType]
+                    rewriting.handles.index(site.value.past),  # pyright: ignore[reportArgumentType]
+                    _four_dims(attention.mask, graph),
+                    attention.sinks,
+                    attention.scale,
+                    attention.causal,
+                    attention.softcap,
+                    site.key.fmt.to_ints(),
+                    site.value.fmt.to_ints(),
+                ),
+            )
+            attend.meta["squat_layer"] = site.layer
+            replacement = graph.call_method("flatten", (attend, 0, 1)) if merged else attend
+        replacement.meta.update(output.meta)
+        output.replace_all_uses_with(replacement)
+        graph.erase_node(output)
+        return attend
+
+    def _append(self, edge: CacheEdge, mask: fx.Node | None, after: fx.Node, rewriting: Rewriting) -> None:
+        graph = rewriting.graph
+        arenas = self._carrier_arenas(edge, rewriting)
+        valid = self._valid_tokens(mask, edge.new, graph)
+        positions = rewriting.make_positions
+        assert positions is not None
+        row = rewriting.handles.index(edge.past)  # pyright: ignore[reportArgumentType]
+        tail = (positions(-1), row, edge.fmt.codec, edge.fmt.to_ints())
+        with graph.inserting_after(_latest(after, edge.new, valid)):
+            graph.call_function(
+                ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
+            )
+
+    def _store(self, edge: CacheEdge, mask: fx.Node | None, rewriting: Rewriting) -> list[fx.Node]:
+        graph = rewriting.graph
+        valid = self._valid_tokens(mask, edge.stored, graph)
+        arguments = (edge.stored, valid, edge.fmt.codec, edge.fmt.to_ints())
+        with graph.inserting_after(_latest(edge.stored, valid)):
+            store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
+        out: list[fx.Node] = []
+        for index in range(len(edge.fmt.arena_names)):
+            with graph.inserting_after(_latest(store, *out)):
+                out.append(graph.call_function(operator.getitem, (store, index)))
+        return out
+
+    def _valid_tokens(self, mask: fx.Node | None, new: fx.Node, graph: fx.Graph) -> fx.Node | None:
+        """Which of the new tokens are no padding: one node per mask and number of tokens."""
+        if mask is None:
+            return None
+        key = (mask, shape_of(new)[2])  # pyright: ignore[reportOptionalSubscript]
+        if key not in self._valid:
+            with graph.inserting_after(_latest(mask, new)):
+                start = graph.call_method("contiguous", (new,))  # replaced below; marks the place
+            with graph.inserting_before(start):
+                full = _four_dims(mask, graph)
+                valid = graph.call_function(torch.ops.squat_fx.valid_tokens.default, (full, new))
+            graph.erase_node(start)
+            self._valid[key] = valid
+        return self._valid[key]
+
+
+def _is_impure(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.is_impure() or bool(schema and schema.is_mutable)
+
+
+def _latest(*nodes: fx.Node | None) -> fx.Node:
+    """The last of some nodes in the order of their graph."""
+    return max(node for node in nodes if node is not None)
+
+
+def _four_dims(mask: fx.Node | None, graph: fx.Graph) -> fx.Node | None:
+    """``mask`` with leading dims added up to four."""
+    for _ in range(4 - len(shape_of(mask) or ()) if mask is not None else 0):
+        mask = graph.call_method("unsqueeze", (mask, 0))
+    return mask
+
+
+def _mask_of(edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
+    """The mask of the attention over an edge; all attentions over one cache see the same padding."""
+    for site in rewriting.sites:
+        if edge.stored in (site.key.stored, site.value.stored):
+            return site.attention.mask
+    return None
+
+
+def _replace_outputs(
+    rewriting: Rewriting, edges: dict[fx.Node, CacheEdge], stored: dict[fx.Node, list[fx.Node]]
+) -> None:
+    """Return arenas where a cache was returned, and note how each flat output is made."""
+    inner: list[Any] = []
+    first: dict[fx.Node, int] = {}
+    for node in flat_outputs(rewriting.graph):
+        edge = edges.get(node)
+        if edge is None:
+            rewriting.outputs.append(InnerOutput("value", first=len(inner)))
+            inner.append(node)
+            continue
+        if edge.kind == "decode":
+            argument = rewriting.placeholders.index(edge.past)  # pyright: ignore[reportArgumentType]
+            tokens = shape_of(edge.new)[2]  # pyright: ignore[reportOptionalSubscript]
+            rewriting.outputs.append(InnerOutput("appended", argument=argument, tokens=tokens, edge=edge))
+            continue
+        if node not in first:
+            first[node] = len(inner)
+            inner.extend(stored[node])
+        tokens = shape_of(node)[2]  # pyright: ignore[reportOptionalSubscript]
+        count = len(stored[node])
+        rewriting.outputs.append(InnerOutput("stored", first[node], count, tokens=tokens, edge=edge))
+    rewriting.graph.output_node().args = (tuple(inner),)
+
+
+def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -> None:
+    """Drop dead placeholders and note what feeds the others."""
+    indices = {node: i for i, node in enumerate(rewriting.placeholders)}
+    names = {
+        node: (indices[carrier], name)
+        for carrier, nodes in arenas.items()
+        for node, name in zip(nodes, (rewriting.carriers[carrier] or _fmt_of(carrier, rewriting)).arena_names, strict=True)
+    }
+    for node in rewriting.graph.find_nodes(op="placeholder"):
+        if node in names:
+            index, name = names[node]
+            rewriting.inputs.append(InnerInput("arena", index, name))
+        elif node not in indices:
+            rewriting.inputs.append(InnerInput("positions"))
+        elif not node.users and (node in rewriting.carriers or isinstance(value_of(node), torch.SymInt)):
+            rewriting.graph.erase_node(node)
+        else:
+            is_dense = node in rewriting.carriers and not all(_reads_shape(u) for u in node.users)
+            rewriting.inputs.append(InnerInput("dense" if is_dense else "argument", indices[node]))
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether a reader of a carrier only asks for its size, which a handle answers."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target in (torch.ops.aten.sym_size.int, getattr)
+
+
+def _fmt_of(carrier: fx.Node, rewriting: Rewriting) -> Any:
+    return next(e.fmt for e in rewriting.edges().values() if e.past is carrier)
+
+

@@ -1,0 +1,142 @@
+"""What the passes find: small frozen records, in the order in which they are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import fx
+
+from squat_fx.codecs import Format, Role
+
+if TYPE_CHECKING:
+    from squat_fx.config import Config
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention, whichever way the model wrote it.
+
+    ``output = softmax(softcap(scale * query @ key.T) + mask) @ value`` per query head, with logits ``sinks`` in the
+    normalisation. ``causal`` is one of ``reference.NO_CAUSALITY``, ``TOP_LEFT`` (torch's ``is_causal``), ``BOTTOM_RIGHT``.
+    ``key`` and ``value`` are the nodes the attention reads, head repeats and transposes included.
+    """
+
+    output: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    scale: float
+    mask: fx.Node | None = None
+    causal: int = 0
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    spelling: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class CacheEdge:
+    """Where one role of a layer's cache passes through the graph.
+
+    ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and ``past`` a carrier;
+    in a ``prefill`` edge there is nothing packed yet.
+    """
+
+    role: Role
+    kind: Literal["prefill", "decode"]
+    stored: fx.Node
+    new: fx.Node
+    past: fx.Node | None
+    fmt: Format
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention over past and new keys and values that will be rewritten."""
+
+    attention: Attention
+    key: CacheEdge
+    value: CacheEdge
+    num_queries_per_kv: int
+    layer: int
+
+    @property
+    def kind(self) -> str:
+        """``"prefill"`` or ``"decode"``."""
+        return self.key.kind
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An attention or a cache that runs as it was, and why; ``reason`` is a sentence for the user."""
+
+    node: str
+    reason: str
+    layer: int | None = None
+
+
+@dataclass
+class Rewriting:
+    """One graph on its way through the pipeline.
+
+    Attributes:
+        module: the copied graph module, changed in place.
+        carriers: placeholders that arrive as ``QuantizedKV``, with their stored format (None: decided by the config).
+        attentions, sites, skipped, notes: what the passes found.
+        inputs: what the rewritten graph's placeholders are fed with, filled by ``quantize_kv_cache``.
+        outputs: how each flat output is made, likewise.
+    """
+
+    module: fx.GraphModule
+    config: Config
+    carriers: dict[fx.Node, Format | None]
+    attentions: list[Attention] = field(default_factory=list)
+    sites: list[AttentionSite] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lone_edges: list[CacheEdge] = field(default_factory=list)
+    inputs: list[InnerInput] = field(default_factory=list)
+    outputs: list[InnerOutput] = field(default_factory=list)
+    handles: list[fx.Node] = field(default_factory=list)
+    make_positions: Callable[[int], Any] | None = None
+    placeholders: tuple[fx.Node, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph being rewritten."""
+        return self.module.graph
+
+    def edges(self) -> dict[fx.Node, CacheEdge]:
+        """All cache edges by the node that is returned."""
+        found = {edge.stored: edge for site in self.sites for edge in (site.key, site.value)}
+        return found | {edge.stored: edge for edge in self.lone_edges}
+
+
+@dataclass(frozen=True)
+class InnerInput:
+    """What one placeholder of the inner graph is fed with.
+
+    ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized), ``"arena"`` (arena
+    ``name`` of carrier ``index``) or ``"positions"``.
+    """
+
+    kind: Literal["argument", "dense", "arena", "positions"]
+    index: int = -1
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class InnerOutput:
+    """How one flat output of the compiled callable is made from the inner graph's outputs.
+
+    ``kind`` is ``"value"`` (inner output ``first``), ``"appended"`` (the carrier argument ``argument``, longer by
+    ``tokens``) or ``"stored"`` (``count`` arenas from inner output ``first``, holding ``tokens`` tokens).
+    """
+
+    kind: Literal["value", "appended", "stored"]
+    first: int = -1
+    count: int = 0
+    argument: int = -1
+    tokens: Any = 0
+    edge: CacheEdge | None = None

@@ -1,0 +1,529 @@
+"""The carrier: keys or values between two calls, packed, and for everyone else a tensor.
+
+A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``, ``device``), and every
+operation on it is right: appending, cropping, batch selection and attention stay packed, everything else dequantizes.
+So a cache object, a beam search or a piece of code that was never compiled can hold one without knowing it.
+
+Several handles may share one :class:`Storage`. The storage holds tokens ``[0, length)`` and each handle is a prefix of
+it; an append that would disturb another living handle copies first. Tokens appended eagerly stay ``pending``, exact,
+until the handle is next appended to, which is what the compiled path does with the tokens of a call.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from squat_fx.codecs import Format, Role
+from squat_fx.kernels import ops, reference
+from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.pool import POOL, grown_capacity
+
+aten = torch.ops.aten
+TOKENS = 2  # the dim that grows
+
+
+class _Lease:
+    """That a living handle reads the first ``length`` stored tokens of a storage."""
+
+    __slots__ = ("__weakref__", "length")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+class Storage:
+    """The arenas of one role of one layer, and how much of them is written.
+
+    Attributes:
+        fmt: the stored format.
+        role: ``"key"`` or ``"value"``.
+        length, watermark: see :mod:`squat_fx.kernels.reference`.
+    """
+
+    def __init__(self, arenas: Arenas, extent: Extent, fmt: Format, role: Role) -> None:
+        self.fmt = fmt
+        self.role: Role = role
+        self.length = extent.length
+        self.watermark = extent.watermark
+        self._arenas = dict(
+            zip(fmt.arena_names, (*arenas.packed, arenas.dense, arenas.start), strict=True)
+        )
+        self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+
+    @classmethod
+    def pooled(cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int) -> Storage:
+        """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
+        storage = cls(arenas, extent, fmt, role)
+        storage._move_to_pool(capacity)
+        weakref.finalize(storage, _give_back, storage._arenas).atexit = False
+        return storage
+
+    @property
+    def arenas(self) -> Arenas:
+        """The tensors, as ops take them."""
+        *packed, dense, start = self._arenas.values()
+        return Arenas(tuple(packed), dense, start)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The arenas in the order of ``Format.arena_names``."""
+        return tuple(self._arenas.values())
+
+    @property
+    def extent(self) -> Extent:
+        """What is written."""
+        return Extent(self.length, self.watermark)
+
+    @property
+    def capacity(self) -> int:
+        """Packed tokens that fit."""
+        return self._arenas["qdata"].shape[TOKENS]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas, spare capacity included."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._arenas[name]
+
+    def lease(self, length: int) -> _Lease:
+        """Note a living reader of the first ``length`` tokens."""
+        lease = _Lease(length)
+        self._leases.add(lease)
+        return lease
+
+    def longest_reader(self, besides: _Lease) -> int:
+        """Tokens that the other living handles read."""
+        return max((lease.length for lease in self._leases if lease is not besides), default=0)
+
+    def reserve(self, new_tokens: int) -> None:
+        """Grow until ``new_tokens`` more fit, whatever leaves the ring."""
+        needed = self.extent.after(new_tokens, self.fmt).packed(0, self.fmt)
+        if needed > self.capacity:
+            with torch.inference_mode(False), torch.no_grad():
+                for name in self.fmt.packed_names:
+                    self._replace(name, grown_capacity(self.capacity_of(name), needed))
+
+    def capacity_of(self, name: str) -> int:
+        """Tokens that fit into the packed arena ``name``."""
+        return self._arenas[name].shape[TOKENS] * self.fmt.tokens_per_slot(name)
+
+    def commit(self, extent: Extent) -> None:
+        """Make ``extent`` what is written; the append itself has happened."""
+        self.length, self.watermark = extent.length, extent.watermark
+
+    def append(self, new: Tensor, valid: Tensor | None = None) -> None:
+        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them."""
+        self.reserve(new.shape[TOKENS])
+        positions = torch.tensor([[self.length, self.watermark]], device=new.device)
+        with torch.inference_mode(False), torch.no_grad():
+            ops.overload("append_", self.fmt.layout)(
+                *self.tensors, new, valid, positions, 0, self.fmt.codec, self.fmt.to_ints()
+            )
+        self.commit(self.extent.after(new.shape[TOKENS], self.fmt))
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on, in place."""
+        after = Extent(length, min(self.watermark, length))
+        reference.truncate(self.arenas, self.extent, after, self.fmt)
+        self.commit(after)
+
+    def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
+        """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
+        with torch.inference_mode(False), torch.no_grad():
+            *packed, dense, start = (batch(arena) for arena in self.tensors)
+            arenas = Arenas(tuple(packed), dense, start)
+            return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
+
+    def dequantize(self, length: int) -> Tensor:
+        """The first ``length`` tokens as numbers."""
+        positions = torch.tensor([[self.length, self.watermark]], device=self["start"].device)
+        op = ops.overload("dequantize", self.fmt.layout)
+        return op(*self.tensors, positions, 0, length, self.fmt.to_ints())
+
+    def _move_to_pool(self, capacity: int) -> None:
+        for name in self.fmt.packed_names:
+            self._replace(name, capacity)
+        for name in ("dense", "start"):
+            old = self._arenas[name]
+            self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
+            self._arenas[name].copy_(old)
+
+    def _replace(self, name: str, capacity: int) -> None:
+        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if it was pooled."""
+        old = self._arenas[name]
+        shape = list(old.shape)
+        shape[TOKENS] = capacity // self.fmt.tokens_per_slot(name)
+        new = POOL.take(tuple(shape), old.dtype, old.device)
+        kept = min(old.shape[TOKENS], shape[TOKENS])
+        new[:, :, :kept].copy_(old[:, :, :kept])
+        torch._dynamo.maybe_mark_dynamic(new, TOKENS)
+        self._arenas[name] = new
+        if getattr(old, "_squat_pooled", False):
+            POOL.give(old)
+        new._squat_pooled = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _give_back(arenas: dict[str, Tensor]) -> None:
+    for arena in arenas.values():
+        POOL.give(arena)
+
+
+class QuantizedKV(Tensor):
+    """Packed keys or values ``[batch, num_kv_heads, seq_len, head_dim]`` that look like the dense tensor.
+
+    Made by a rewritten graph, by :meth:`from_dense`, or by operating on another one; never empty.
+    Not differentiable, and not to be written in place (``ValueError``).
+    """
+
+    _storage: Storage
+    _pending: Tensor | None
+    _lease: _Lease
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @staticmethod
+    def __new__(cls, storage: Storage, length: int, pending: Tensor | None = None) -> QuantizedKV:
+        dense = storage["dense"]
+        shape = (dense.shape[0], dense.shape[1], length, dense.shape[3])
+        handle = Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
+        handle._storage = storage
+        handle._pending = pending
+        if type(dense) is not FakeTensor:
+            handle._lease = storage.lease(length - (0 if pending is None else pending.shape[TOKENS]))
+            torch._dynamo.maybe_mark_dynamic(handle, TOKENS)
+        return handle
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def from_dense(cls, x: Tensor, fmt: Format, role: Role, valid: Tensor | None = None) -> QuantizedKV:
+        """Pack ``x`` ``[batch, heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]`` is False for padding."""
+        if x.dim() != 4 or x.shape[3] != fmt.head_dim:
+            raise ValueError(
+                f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            arenas = ops.overload("store", fmt.layout)(x, valid, fmt.codec, fmt.to_ints())
+            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role)
+
+    @classmethod
+    def from_arenas(cls, arenas: Sequence[Tensor], length: int, fmt: Format, role: Role) -> QuantizedKV:
+        """A handle over what the op ``store`` returned for ``length`` tokens."""
+        *packed, dense, start = arenas
+        extent = Extent(0, 0).after(length, fmt)
+        capacity = grown_capacity(length, 0)
+        storage = Storage.pooled(Arenas(tuple(packed), dense, start), extent, fmt, role, capacity)
+        return cls(storage, length)
+
+    # what the handle is ------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> Format:
+        """The stored format."""
+        return self._storage.fmt
+
+    @property
+    def role(self) -> Role:
+        """``"key"`` or ``"value"``."""
+        return self._storage.role
+
+    @property
+    def storage_nbytes(self) -> int:
+        """Bytes held: arenas with their spare capacity, exact tokens and tokens not yet written."""
+        return self._storage.nbytes + (0 if self._pending is None else self._pending.nbytes)
+
+    def dequantize(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The dense tensor, ``[batch, heads, seq_len, head_dim]``; zeros where padding was not stored."""
+        stored = self._storage.dequantize(self._lease.length)
+        return stored if self._pending is None else torch.cat([stored, self._pending], TOKENS)
+
+    def writable_storage(self) -> Storage:
+        """The storage with this handle as its newest reader and nothing pending, so that an append may go in place.
+
+        Copies if another living handle reads tokens that this one does not have; truncates in place if none does.
+        """
+        self._own(self._lease.length)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._storage.append(pending)
+            self._lease.length = self._storage.length
+        return self._storage
+
+    def _own(self, length: int) -> None:
+        storage = self._storage
+        if storage.length == length:
+            return
+        if storage.longest_reader(besides=self._lease) > length:
+            self._storage = storage = storage.copy()
+            self._lease = storage.lease(length)
+        storage.truncate(length)
+
+    def appended(self, storage: Storage) -> QuantizedKV:
+        """The handle after an append to ``storage`` was committed."""
+        return QuantizedKV(storage, storage.length)
+
+    # the traceable wrapper protocol --------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return list(self._storage.fmt.arena_names), (self._storage.fmt, self._storage.role)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> QuantizedKV:
+        fmt, role = context
+        *packed, dense, start = (inner[name] for name in fmt.arena_names)
+        storage = Storage(Arenas(tuple(packed), dense, start), Extent(size[TOKENS], 0), fmt, role)
+        return QuantizedKV(storage, size[TOKENS])
+
+    def __getattr__(self, name: str) -> Tensor:
+        # Dynamo reads the flattened tensors as attributes of the handle.
+        storage = self.__dict__.get("_storage")
+        if storage is not None and name in storage.fmt.arena_names:
+            return storage[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handles = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV)]
+        kinds = {type(h._storage["dense"]) for h in handles}
+        if FakeTensor in kinds:
+            # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is never looked at.
+            return _call_dense(func, args, kwargs, lambda h: h._storage["dense"].new_empty(h.shape))
+        if kinds - {Tensor, torch.nn.Parameter}:
+            raise ValueError(
+                "a QuantizedKV reached a graph that was not compiled with backend='squat'; "
+                "compile it with that backend, or pass cache.dequantize()"
+            )
+        if (packed := PACKED_OPS.get(func)) is not None:
+            result = packed(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if func._schema.is_mutable and isinstance(args[0], QuantizedKV):
+            raise ValueError(
+                f"a QuantizedKV cannot be written in place ({func}); build a new tensor from its dequantize()"
+            )
+        return _call_dense(func, args, kwargs, QuantizedKV.dequantize)
+
+    # copies --------------------------------------------------------------------------------------------------------------
+
+    def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        fmt = self._storage.fmt
+        return (
+            f"QuantizedKV({self.role}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"codec={fmt.codec!r}, {self.storage_nbytes} bytes)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
+        if id(self) not in memo:
+            memo[id(self)] = self._copied()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.writable_storage()
+        storage = self._storage
+        state = (storage.tensors, storage.length, storage.watermark, storage.fmt, storage.role)
+        return _rebuild, copy.copy(state)
+
+    def _copied(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> QuantizedKV:
+        """A handle with a storage of its own; ``batch`` selects or repeats rows."""
+        source = self.writable_storage()
+        return QuantizedKV(source.copy(batch), source.length)
+
+
+def _rebuild(
+    tensors: tuple[Tensor, ...], length: int, watermark: int, fmt: Format, role: Role
+) -> QuantizedKV:
+    *packed, dense, start = tensors
+    capacity = packed[0].shape[TOKENS]
+    arenas = Arenas(tuple(packed), dense, start)
+    return QuantizedKV(Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length)
+
+
+def _call_dense(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Callable[[QuantizedKV], Tensor]
+) -> Any:
+    """Run ``func`` on the dense tensors that the handles stand for."""
+
+    def convert(x: Any) -> Any:
+        return dense(x) if isinstance(x, QuantizedKV) else x
+
+    args, kwargs = pytree.tree_map(convert, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+# operations that stay packed -------------------------------------------------------------------------------------------
+# Each takes the op and its arguments, and returns NotImplemented to be dequantized after all.
+
+
+def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    first, *rest = tensors
+    if dim % 4 != TOKENS or not isinstance(first, QuantizedKV) or not rest:
+        return NotImplemented
+    if any(isinstance(x, QuantizedKV) or x.dim() != 4 for x in rest):
+        return NotImplemented
+    new = torch.cat(rest, TOKENS) if len(rest) > 1 else rest[0]
+    if new.shape[TOKENS] == 0:
+        return _alias(func, first)
+    storage = first.writable_storage()
+    with torch.inference_mode(False), torch.no_grad():
+        return QuantizedKV(storage, storage.length + new.shape[TOKENS], new.to(first.dtype).clone())
+
+
+def _alias(func: Any, x: QuantizedKV, *args: Any, **kwargs: Any) -> QuantizedKV:
+    pending = 0 if x._pending is None else x._pending.shape[TOKENS]
+    return QuantizedKV(x._storage, x._lease.length + pending, x._pending)
+
+
+def _slice(
+    func: Any, x: QuantizedKV, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    size = x.shape[dim]
+    first, last, stride = slice(start, end, step).indices(size)
+    if stride == 1 and (first, last) == (0, size):
+        return _alias(func, x)
+    if dim % 4 == 0 and last > first:
+        return x._copied(lambda arena: func(arena, 0, start, end, step).clone())
+    if dim % 4 != TOKENS or first != 0 or stride != 1 or not 0 < last < size:
+        return NotImplemented
+    return QuantizedKV(x.writable_storage(), last)
+
+
+def _index_select(func: Any, x: QuantizedKV, dim: int, index: Tensor) -> Any:
+    return x._copied(lambda arena: func(arena, 0, index)) if dim % 4 == 0 else NotImplemented
+
+
+def _index(func: Any, x: QuantizedKV, indices: Sequence[Tensor | None]) -> Any:
+    if not isinstance(x, QuantizedKV) or indices[0] is None or any(i is not None for i in indices[1:]):
+        return NotImplemented
+    if indices[0].dim() != 1:
+        return NotImplemented
+    return x._copied(lambda arena: func(arena, [indices[0]]))
+
+
+def _repeat_interleave(func: Any, x: QuantizedKV, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
+    if dim is None or dim % 4 != 0:
+        return NotImplemented
+    return x._copied(lambda arena: func(arena, repeats, 0, **kwargs))
+
+
+def _clone(func: Any, x: QuantizedKV, **kwargs: Any) -> QuantizedKV:
+    return x._copied()
+
+
+def _to_copy(
+    func: Any, x: QuantizedKV, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
+) -> Any:
+    """``x.to(...)``: parameters keep their precision, the dense tokens take ``dtype``."""
+    source = x.writable_storage()
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    old = x.dtype
+
+    def convert(arena: Tensor) -> Tensor:
+        is_dense = arena is source["dense"] or source.fmt.layout == "dense"
+        target = dtype if is_dense and arena.dtype == old else None
+        return arena.to(device=device, dtype=target, copy=True)
+
+    return x._copied(convert)
+
+
+def _sdpa(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Any:
+    """Attend to packed keys and values, the pending tokens beside them."""
+    if isinstance(query, QuantizedKV) or not (isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV)):
+        return NotImplemented
+    if any(h._lease.length != h._storage.length for h in (key, value)):
+        return NotImplemented  # an older reader: its prefix is dequantized
+    layout = key.format.layout
+    if layout != value.format.layout:
+        return NotImplemented
+    positions = torch.tensor(
+        [[h._storage.length, h._storage.watermark] for h in (key, value)], device=query.device
+    )
+    return ops.overload("attend", layout)(
+        query,
+        key._pending,
+        value._pending,
+        *key._storage.tensors,
+        *value._storage.tensors,
+        positions,
+        0,
+        1,
+        mask,
+        None,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        reference.TOP_LEFT if causal else reference.NO_CAUSALITY,
+        0.0,
+        key.format.to_ints(),
+        value.format.to_ints(),
+    )
+
+
+def _sdpa_composite(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if dropout_p:
+        return NotImplemented
+    return _sdpa(func, query, key, value, attn_mask, is_causal, scale)
+
+
+def _sdpa_cpu(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Any:
+    out = _sdpa(func, query, key, value, attn_mask, is_causal, scale)
+    return out if out is NotImplemented else (out, query.new_zeros(query.shape[:3], dtype=torch.float32))
+
+
+PACKED_OPS: dict[Any, Callable[..., Any]] = {
+    aten.cat.default: _cat,
+    aten.slice.Tensor: _slice,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.repeat_interleave.self_Tensor: _repeat_interleave,
+    aten.clone.default: _clone,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.contiguous.default: _alias,
+    aten.lift_fresh.default: _alias,
+    aten._to_copy.default: _to_copy,
+    aten.scaled_dot_product_attention.default: _sdpa_composite,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _sdpa_cpu,
+}
