@@ -177,4 +177,4 @@ def rewrite(
     Raises:
         ValueError: ``example_inputs`` do not fit the graph.
     """
-    return rewrite_module(copy_graph(graph_module), example_inputs, config or Config())
+    return rewrite_module(copy_graph(graph_module), example_inputs, config or Config(), graph_module.graph._codegen)

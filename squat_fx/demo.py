@@ -288,7 +288,7 @@ def _explained_write_errors(cache: Path) -> Iterator[None]:
 
 def _disk_full(cache: Path) -> str:
     return (
-        f"the disk that holds {cache} is full; free about 600 MB "
+        f"the disk that holds {cache} is full; free about 500 MB "
         "or set SQUAT_FX_CACHE to a folder on another disk"
     )
 
@@ -460,4 +460,4 @@ two generations no ship of any consequence left port without a chronometer, and 
 three, so that if one went wrong the other two could outvote it.
 """
 
-DEFAULT_PROMPT = f"{PASSAGE}\nSummarize the text above in five sentences."
+DEFAULT_PROMPT = f"Summarize the following text.\n\n{PASSAGE}"

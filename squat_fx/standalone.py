@@ -6,38 +6,128 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from squat_fx.backend import NotRewritten, rewrite_graph
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
-from squat_fx.passes.records import Rewriting
+from squat_fx.passes import Rewriting
 from squat_fx.passes.spelling import argument, dim_of, kind, returned_nodes, shape_of, value_of
 from squat_fx.report import GraphReport, Report
+
+PyTreeCodeGen = fx.graph._PyTreeCodeGen
 
 
 class RewrittenModule(nn.Module):
     """A rewritten graph, called as the original was, with ``QuantizedKV`` where the cache is."""
 
-    def __init__(self, boundary: Boundary, module: fx.GraphModule, codegen: Any) -> None:
+    def __init__(self, boundary: Boundary, rewriting: Rewriting, codegen: Any, spec: Any) -> None:
         super().__init__()
-        self.module = module
+        self.module = rewriting.module
         self._boundary = boundary
         self._codegen = codegen
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten graph."""
-        flat = self._codegen.process_inputs(*args, **kwargs) if kwargs or self._is_pytree else args
-        out = self._boundary(*flat)
-        return self._codegen.process_outputs(out) if self._is_pytree else out
+        self._spec = spec
+        self._expected = [(node.name, shape_of(node)) for node in rewriting.placeholders]
 
     @property
-    def _is_pytree(self) -> bool:
-        return isinstance(self._codegen, fx.graph._PyTreeCodeGen)
+    def graph(self) -> fx.Graph:
+        """The rewritten graph, in terms of plain tensors."""
+        return self.module.graph
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewritten graph.
+
+        Raises:
+            ValueError: an input does not have the shape the graph was captured for.
+        """
+        is_pytree = isinstance(self._codegen, PyTreeCodeGen)
+        flat = _flat_inputs(self._codegen, args, kwargs)
+        self._check(flat)
+        out = self._boundary(*flat)
+        if is_pytree:
+            return self._codegen.process_outputs(out)
+        return out if self._spec is None else torch.utils._pytree.tree_unflatten(list(out), self._spec)
+
+    def _check(self, flat: Sequence[Any]) -> None:
+        if len(flat) != len(self._expected):
+            raise ValueError(f"expected {len(self._expected)} inputs, got {len(flat)}")
+        for (name, shape), x in zip(self._expected, flat, strict=True):
+            if shape is None or not isinstance(x, Tensor):
+                continue
+            fits = len(shape) == x.dim() and all(
+                not isinstance(want, int) or want == have for want, have in zip(shape, x.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"input {name!r} has shape {tuple(x.shape)}, but the graph was captured for {list(shape)}; "
+                    "capture it with dynamic shapes, or with example inputs of more than one token"
+                )
 
 
-def rewrite_module(module, example_inputs, config):
-    raise NotImplementedError
+def rewrite_module(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, codegen: Any
+) -> tuple[nn.Module, Report]:
+    """See :func:`squat_fx.rewrite`; ``graph_module`` is a copy, ``codegen`` the original's calling convention."""
+    examples = list(_flat_inputs(codegen, tuple(example_inputs), {}))
+    placeholders = tuple(graph_module.graph.find_nodes(op="placeholder"))
+    if len(examples) != len(placeholders):
+        raise ValueError(f"the graph has {len(placeholders)} inputs, got {len(examples)} example inputs")
+    _drop_input_guards(graph_module.graph)
+    if any(value_of(n) is None for n in placeholders):
+        _propagate_shapes(graph_module, examples)
+    rewriting = Rewriting(graph_module, config, _carriers(graph_module.graph), placeholders=placeholders)
+    spec = rewrite_graph(rewriting)
+    if config.strict and rewriting.skipped:
+        raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
+    report = Report([GraphReport.of(rewriting, "eager", static=False)])
+    handles = [placeholders.index(node) for node in rewriting.handles]
+    values = [value_of(node) for node in placeholders]
+    boundary = Boundary(graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report)
+    return RewrittenModule(boundary, rewriting, codegen, spec), report
+
+
+def _flat_inputs(codegen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+    if not isinstance(codegen, PyTreeCodeGen):
+        return (*args, *kwargs.values())
+    return codegen.process_inputs(*args, **kwargs)
+
+
+def _drop_input_guards(graph: fx.Graph) -> None:
+    """Remove ``torch.export``'s check of the inputs; ours knows that a cache may be packed."""
+    for node in graph.find_nodes(op="call_module"):
+        if str(node.target) == "_guards_fn":
+            graph.erase_node(node)
+
+
+def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> None:
+    """Give every node a fake value, with every input dim symbolic until the graph itself fixes it."""
+    mode = FakeTensorMode(
+        shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False), allow_non_fake_inputs=True
+    )
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
+        return mode.from_tensor(x, symbolic_context=dynamic)
+
+    with torch.no_grad():
+        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*map(fake, examples))
+
+
+def _carriers(graph: fx.Graph) -> dict[fx.Node, None]:
+    """Inputs that are a past: something is concatenated to them on dim -2, and the result is returned."""
+    returned = returned_nodes(graph)
+    found: dict[fx.Node, None] = {}
+    for node in returned:
+        parts = node.args[0] if kind(node) == "cat" else ()
+        shape = shape_of(node)
+        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or shape is None or len(shape) != 4:
+            continue
+        past = parts[0]
+        if isinstance(past, fx.Node) and past.op == "placeholder" and dim_of(argument(node, 1, "dim", 0), shape) == 2:
+            found[past] = None
+    return found

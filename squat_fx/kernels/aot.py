@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from squat_fx.codecs import Codec, Format, Kivi, codec_spec, make_format
+from squat_fx.codecs import Codec, Format, Kivi, Role, codec_spec, make_format
 from squat_fx.kernels import launch
-from squat_fx.kernels.reference import Arenas, empty_arenas
+from squat_fx.kernels.reference import Arenas, Extent, empty_arenas
 
+ROLES: tuple[Role, ...] = ("key", "value")
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
@@ -137,7 +138,7 @@ def _run(tool: str, option: str, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a row of the table is compiled for."""
+    """What a few rows of the table are compiled for."""
 
     head_dim: int
     bits: int
@@ -146,30 +147,71 @@ class Shape:
     dtype: torch.dtype = torch.float16
     codec: Codec = Kivi()
 
-    def formats(self) -> tuple[Format, Format]:
-        """Of keys and of values."""
-        spec = codec_spec(self.codec)
-        return tuple(  # pyright: ignore[reportReturnType]
-            make_format(self.codec, spec, role, self.head_dim, self.bits, 32, 4) for role in ("key", "value")
-        )
+    def format(self, role: Role) -> Format:
+        """How ``role`` is stored."""
+        return make_format(self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4)
 
     def tokens(self, count: int, heads: int = 2) -> Tensor:
         """``[batch, heads, count, head_dim]``."""
         return torch.zeros(2, heads, count, self.head_dim, dtype=self.dtype)
 
+    def arenas(self, role: Role) -> Arenas:
+        """Storage of ``role``."""
+        return empty_arenas(self.tokens(1), 256, self.format(role))
 
-def _arenas(shape: Shape, fmt: Format) -> Arenas:
-    return empty_arenas(shape.tokens(1), 256, fmt)
+
+SHAPES = tuple(Shape(head_dim, bits) for head_dim in (64, 128, 256) for bits in (2, 4))
+POSITIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
-def attend_launches(shape: Shape, mask: Tensor | None = None) -> list[Launch]:
-    """Attention of ``q_len`` queries over the past and as many new tokens."""
-    sides = [(_arenas(shape, fmt), (_positions(), i), fmt) for i, fmt in enumerate(shape.formats())]
+def attend_launches(shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None) -> list[Launch]:
+    """Attention of ``q_len`` queries over a past and as many new tokens."""
+    key, value = ((shape.arenas(role), (POSITIONS, i), shape.format(role)) for i, role in enumerate(ROLES))
     query, new = shape.tokens(shape.q_len, 2 * shape.queries_per_kv), shape.tokens(shape.q_len)
     with recorded() as launches:
-        launch.attend(query, new, new, *sides, mask=mask, sinks=None, scale=1.0, causal=0, softcap=0.0)
+        launch.attend(query, new, new, key, value, mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0)
     return launches
 
 
-def _positions() -> Tensor:
-    return torch.zeros(2, 2, dtype=torch.int64)
+def write_launches(shape: Shape, role: Role, new_len: int, valid: Tensor | None = None) -> list[Launch]:
+    """``new_len`` tokens into the storage of ``role``."""
+    with recorded() as launches:
+        launch.write(shape.arenas(role), shape.tokens(new_len), valid, (POSITIONS, 0), shape.format(role))
+    return launches
+
+
+def dequantize_launches(shape: Shape, role: Role) -> list[Launch]:
+    """The stored tokens of ``role`` as numbers."""
+    with recorded() as launches:
+        launch.dense_past(shape.arenas(role), Extent(200, 160), shape.format(role))
+    return launches
+
+
+def representative(shape: Shape) -> Iterator[tuple[str, Launch]]:
+    """Every kernel at ``shape``, with the role it works on."""
+    yield from (("both", launched) for launched in attend_launches(shape))
+    for role in ROLES:
+        for launches in (write_launches(shape, role, 1), write_launches(shape, role, 64)):
+            yield from ((role, launched) for launched in launches)
+        yield from ((role, launched) for launched in dequantize_launches(shape, role))
+
+
+def main() -> None:
+    """Print what each kernel takes, by shape."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("capability", "head_dim", "bits", "kernel", "role", "registers", "spills", "shared", "instructions")
+    for capability in CAPABILITIES:
+        for shape in SHAPES:
+            for role, launched in representative(shape):
+                r = compile_launch(launched, capability)
+                numbers = (r.registers, r.spills, r.shared, r.instructions)
+                table.add_row(
+                    str(capability), str(shape.head_dim), str(shape.bits), r.kernel, role, *map(str, numbers)
+                )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

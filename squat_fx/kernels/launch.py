@@ -6,6 +6,7 @@ every grid follows from shapes alone, so a CUDA graph of these launches stays ri
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -14,9 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
-from squat_fx.codecs import Format
-from squat_fx.kernels import triton_attend
+from squat_fx.codecs import Format, Kivi, codec_from_spec
+from squat_fx.kernels import reference, triton_append, triton_attend, triton_dequantize
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.codecs.planes import LANES
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
 
 logger = logging.getLogger(__name__)
@@ -24,7 +26,9 @@ logger = logging.getLogger(__name__)
 DeviceExtent = tuple[Tensor, int]
 Side = tuple[Arenas, DeviceExtent, Format]
 
-NO_STRIDES = (0, 0, 0)
+Strides = tuple[int, ...]
+
+NO_STRIDES: Strides = (0, 0, 0)
 MOST_SHARES = 64
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SHARE = 4
@@ -69,7 +73,8 @@ def attend(
             num_kv_heads, q_len, new_len, scale,
             query.stride()[:3], _strides(new_key), _strides(new_value), mask_strides,
             key_constant, value_constant, queries_per_kv, causal, softcap,
-            BLOCK_M=block_m, BLOCK_N=triton_attend.BLOCK_N, num_warps=num_warps,
+            BLOCK_M=block_m, BLOCK_N=triton_attend.BLOCK_N,
+            num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
         )  # fmt: skip
         block_d = triton_attend.MERGE_BLOCK_D
         triton_attend.merge_kernel[(partial.shape[0], triton.cdiv(head_dim, block_d))](
@@ -77,6 +82,134 @@ def attend(
             HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
         )  # fmt: skip
     return output
+
+
+def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
+    """See :func:`squat_fx.kernels.reference.quantize`; one launch."""
+    if fmt.layout == "dense" or not rounds_in_kernel(fmt):
+        return reference.quantize(x, valid, fmt)
+    # A prompt of whole groups, of which nothing stays exact.
+    fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0)
+    arenas = reference.empty_arenas(x, x.shape[2], fmt)
+    _pack(arenas, x, valid, _on_device(Extent(0, 0), x), fmt)
+    return arenas.packed
+
+
+def write(
+    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent | DeviceExtent, fmt: Format
+) -> None:
+    """See :func:`squat_fx.kernels.reference.write`; one launch for one token, two or three for more."""
+    positions, row = _on_device(extent, new)
+    new = _like(_rows(new), arenas)
+    batch, heads, new_len = new.shape[:3]
+    in_kernel = rounds_in_kernel(fmt)
+    constant = stored_format(fmt)
+    stored = _stored(arenas, constant)
+    valid, valid_strides = _valid_and_strides(valid, batch)
+    common = (positions, row, heads)
+    block_t = triton_append.BLOCK_T
+    with _on(new.device):
+        if new_len == 1 and in_kernel:
+            triton_append.append_kernel[(batch * heads,)](
+                stored, new, _strides(new), valid, valid_strides, *common, constant,
+                BLOCK_T=1, PADDED_T=triton.next_power_of_2(fmt.token_group),
+            )  # fmt: skip
+            return
+        if valid is not None:
+            triton_append.start_kernel[(batch,)](
+                arenas.start, valid, valid_strides, positions, row, new_len, BLOCK_T=1024
+            )
+        if in_kernel:
+            _pack(arenas, new, valid, (positions, row), fmt)
+        else:
+            _pack_in_torch(arenas, new, valid, (positions, row), fmt)
+        triton_append.ring_kernel[(batch * heads, triton.cdiv(new_len, block_t))](
+            stored, new, _strides(new), *common, new_len, constant, BLOCK_T=block_t
+        )
+
+
+def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
+    """See :func:`squat_fx.kernels.reference.dense_past`; one launch."""
+    batch, heads = arenas.dense.shape[:2]
+    output = arenas.dense.new_empty((batch, heads, extent.length, fmt.head_dim))
+    block_t = triton_dequantize.BLOCK_T
+    constant = stored_format(fmt)
+    if output.numel():
+        with _on(output.device):
+            triton_dequantize.dequantize_kernel[(batch * heads, triton.cdiv(extent.length, block_t))](
+                _stored(arenas, constant), output, extent.watermark, heads, extent.length, constant, BLOCK_T=block_t
+            )
+    return output
+
+
+# rounding ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def rounds_in_kernel(fmt: Format) -> bool:
+    """Whether the kernels know how ``fmt`` rounds; one warning that says why if not."""
+    if fmt.layout == "dense":
+        return True
+    codec = codec_from_spec(fmt.codec)
+    if type(codec) is not Kivi:
+        reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
+    elif fmt.channel_group not in (1, fmt.head_dim) and fmt.channel_group % LANES:
+        reason = f"a channel group of {fmt.channel_group} is not whole plane groups of {LANES} channels"
+    else:
+        return True
+    _warn_once(reason)
+    return False
+
+
+@lru_cache(maxsize=64)
+def _warn_once(reason: str) -> None:
+    logger.warning("%s: quantizing with torch operations on the GPU, which is slower", reason)
+
+
+def _pack(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format) -> None:
+    """Pack what leaves the ring when ``new`` comes in."""
+    batch, heads, new_len = new.shape[:3]
+    per_program = fmt.token_group if fmt.token_group > 1 else triton_append.BLOCK_T
+    constant = stored_format(fmt)
+    valid, valid_strides = _valid_and_strides(valid, batch)
+    with _on(new.device):
+        triton_append.pack_kernel[(batch * heads, triton.cdiv(new_len, per_program))](
+            _stored(arenas, constant), new, _strides(new), valid, valid_strides, *extent, heads, new_len, constant,
+            BLOCK_T=triton_append.BLOCK_T, PADDED_T=triton.next_power_of_2(per_program),
+        )  # fmt: skip
+
+
+def _pack_in_torch(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format) -> None:
+    """The same in torch, for any codec. As many slots are quantized as could leave; those that stay keep what they hold."""
+    positions, row = extent
+    length, watermark = positions[row].unbind()
+    new_len, device = new.shape[2], new.device
+    start = arenas.start.long()[:, None]
+
+    def packed(mark: Tensor) -> Tensor:
+        return (mark - start - fmt.sink_length).clamp(min=0) // fmt.token_group * fmt.token_group
+
+    before = packed(watermark)
+    after = packed(torch.maximum(watermark, length + new_len - fmt.residual_length))
+    span = triton.cdiv(new_len, fmt.token_group) * fmt.token_group
+    slot = before + torch.arange(span, device=device)  # [batch, span]
+    position = slot + fmt.sink_length + start
+    column = (position - length).clamp(0, new_len - 1)
+    source = torch.where(
+        position < length, fmt.sink_length + slot % fmt.ring_length, fmt.dense_length + column
+    )
+    rows = torch.cat([arenas.dense, new], 2)
+    leaving = rows.gather(2, source[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
+    if valid is not None:
+        valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (position < length)
+    for name, arena, codes in zip(
+        fmt.packed_names, arenas.packed, reference.quantize(leaving, valid, fmt), strict=True
+    ):
+        step = fmt.tokens_per_slot(name)
+        # Wrapped around, slots that are not there stay distinct, so that each is written once.
+        where = (slot[:, ::step] // step % arena.shape[2])[:, None, :, None].expand_as(codes)
+        keep = (slot < after)[:, None, ::step, None]
+        arena.scatter_(2, where, torch.where(keep, codes, arena.gather(2, where)))
 
 
 def num_shares(programs: int, tokens: int, device: torch.device) -> int:
@@ -99,6 +232,24 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def _on_device(extent: Extent | DeviceExtent, like: Tensor) -> DeviceExtent:
+    """``extent`` where kernels read it; filled on the device, since a copy from the host would wait."""
+    if not isinstance(extent, Extent):
+        return extent
+    positions = like.new_zeros((1, 2), dtype=torch.int64)
+    for column, number in enumerate((extent.length, extent.watermark)):
+        if number:
+            positions[:, column].fill_(number)
+    return positions, 0
+
+
+def _valid_and_strides(valid: Tensor | None, batch: int) -> tuple[Tensor | None, Strides]:
+    if valid is None:
+        return None, (0, 0)
+    valid = valid.expand(batch, -1)
+    return (valid.view(torch.uint8) if valid.dtype == torch.bool else valid), valid.stride()
+
+
 def _rows(x: Tensor | None) -> Tensor | None:
     """``x`` with neighbouring channels next to each other."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
@@ -109,12 +260,12 @@ def _like(new: Tensor | None, arenas: Arenas) -> Tensor | None:
     return None if new is None else new.to(arenas.dense.dtype)
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
+def _strides(x: Tensor | None) -> Strides:
     """Strides of ``[batch, heads, tokens, channels]`` before the last."""
     return NO_STRIDES if x is None else x.stride()[:3]
 
 
-def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
+def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, Strides]:
     """``mask`` as numbers, and its strides: zero along what it broadcasts."""
     if mask is None:
         return None, (*NO_STRIDES, 0)

@@ -40,16 +40,17 @@ from squat_fx.kernels.triton_planes import (
 NO_CAUSALITY = tl.constexpr(0)
 TOP_LEFT = tl.constexpr(1)
 
-# One warp for each 16 query rows: a dot over one plane group has work for no more. Untuned.
+# Chosen from registers and spills (``aot.py``), not timed.
 BLOCK_N = 32
 LARGEST_BLOCK_M = 64
 MERGE_BLOCK_D = 64
+NUM_STAGES = 2
 
 
 def tile(rows: int, head_dim: int) -> tuple[int, int]:
-    """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows of one KV head."""
+    """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows of one KV head: a warp holds 16 rows of 64 channels."""
     block_m = min(max(16, triton.next_power_of_2(rows)), LARGEST_BLOCK_M)
-    return block_m, max(block_m // 16, 2 if head_dim > 128 else 1)
+    return block_m, max(block_m // 16, triton.next_power_of_2(triton.cdiv(head_dim, 64)))
 
 
 @triton.jit
@@ -80,15 +81,27 @@ def masked_scores(
 
 
 @triton.jit
+def tile_groups(slot, keep, tile_token, BLOCK_N: tl.constexpr, fmt: tl.constexpr):
+    """The token group of each slot of a packed tile and whether it exists: one number if the tile lies in one group."""
+    if fmt.token_group % BLOCK_N == 0:
+        group = (tile_token - fmt.sink_length) // fmt.token_group
+        keep_group = True
+    else:
+        group = slot // fmt.token_group
+        keep_group = keep
+    return group, keep_group
+
+
+@triton.jit
 def attend_tile(
-    q, acc, running_max, running_sum, position, keep, query_token, keep_row, head, length, q_len, kv_len, scale,
+    q, acc, running_max, running_sum, position, keep, tile_position, query_token, keep_row, head, length, q_len, kv_len, scale,
     key, key_start, key_count, new_key, new_key_head, new_key_stride,
     value, value_start, value_count, new_value, new_value_head, new_value_stride,
     mask, mask_row, mask_stride,
     KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MIXED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take ``BLOCK_N`` tokens at ``position`` ``[N]`` into the running softmax."""
+    """Take the tokens at ``position`` ``[N]`` into the running softmax; the first of a packed tile is ``tile_position``."""
     lane = tl.arange(0, 16)[None, :]
     dtype = q[0].dtype
     column = position[:, None]  # [N, 1]
@@ -99,13 +112,15 @@ def attend_tile(
     if MIXED:
         packed = there & (slot >= 0) & (slot < key_count)
         exact = exact_rows(key, new_key, new_key_head, new_key_stride, head, column, key_start, length, KEY)
+    else:
+        group, keep_group = tile_groups(slot, packed, tile_position - key_start, BLOCK_N, KEY)
     words = load_words(key, head, slot, packed, lane, KEY)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in tl.static_range(num_planes(KEY)):
         if MIXED:
             k = any_plane(key, words, exact, head, slot, packed, there, lane, j, KEY)
         else:
-            k = packed_plane(key, words, head, slot, packed, lane, j, KEY)
+            k = packed_plane(key, words, head, slot, packed, group, keep_group, lane, j, KEY)
         scores = tl.dot(q[j], tl.trans(k.to(dtype)), scores, input_precision="ieee")
 
     seen = keep_row[:, None] & keep[None, :]
@@ -126,13 +141,15 @@ def attend_tile(
         exact = exact_rows(
             value, new_value, new_value_head, new_value_stride, head, column, value_start, length, VALUE
         )
+    else:
+        group, keep_group = tile_groups(slot, packed, tile_position - value_start, BLOCK_N, VALUE)
     words = load_words(value, head, slot, packed, lane, VALUE)
     new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if MIXED:
             v = any_plane(value, words, exact, head, slot, packed, there, lane, j, VALUE)
         else:
-            v = packed_plane(value, words, head, slot, packed, lane, j, VALUE)
+            v = packed_plane(value, words, head, slot, packed, group, keep_group, lane, j, VALUE)
         new_acc += (tl.dot(p, v.to(dtype), acc[j] * alpha[:, None], input_precision="ieee"),)
     return new_acc, new_max, running_sum
 
@@ -159,11 +176,11 @@ def attend_kernel(
     key_count = packed_tokens(tl.load(positions + 2 * key_row + 1).to(tl.int32), key_start, KEY)
     value_count = packed_tokens(tl.load(positions + 2 * value_row + 1).to(tl.int32), value_start, VALUE)
 
-    # Packed positions are first <= t < last; mixed ones are key_start <= t < sinks_end and last <= t < kv_len.
-    first = tl.maximum(key_start + KEY.sink_length, value_start + VALUE.sink_length)
-    last = tl.minimum(
-        key_start + KEY.sink_length + key_count, value_start + VALUE.sink_length + value_count
-    )
+    # Packed positions are first <= t < last, in whole tiles of the key's slots; the mixed ones lie on both sides.
+    key_first = key_start + KEY.sink_length
+    value_first = value_start + VALUE.sink_length
+    first = key_first + tl.cdiv(tl.maximum(value_first - key_first, 0), BLOCK_N) * BLOCK_N
+    last = tl.minimum(key_first + key_count, value_first + value_count)
     last = tl.maximum(tl.minimum(last, length), first)
     num_sinks = tl.maximum(tl.minimum(first, length) - key_start, 0)
     tail = tl.maximum(tl.minimum(last, length), key_start)
@@ -197,9 +214,10 @@ def attend_kernel(
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     token = tl.arange(0, BLOCK_N)
     for i in range(tile_begin, tl.minimum(tile_end, packed_tiles)):
-        position = first + i * BLOCK_N + token
+        tile_position = first + i * BLOCK_N
+        position = tile_position + token
         acc, running_max, running_sum = attend_tile(
-            q, acc, running_max, running_sum, position, position < last,
+            q, acc, running_max, running_sum, position, position < last, tile_position,
             query_token, keep_row, head, length, q_len, kv_len, scale,
             key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
             value, value_start, value_count, new_value, new_value_head, new_value_strides[2],
@@ -210,7 +228,7 @@ def attend_kernel(
         index = (i - packed_tiles) * BLOCK_N + token
         position = tl.where(index < num_sinks, key_start + index, tail + index - num_sinks)
         acc, running_max, running_sum = attend_tile(
-            q, acc, running_max, running_sum, position, index < num_mixed,
+            q, acc, running_max, running_sum, position, index < num_mixed, 0,
             query_token, keep_row, head, length, q_len, kv_len, scale,
             key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
             value, value_start, value_count, new_value, new_value_head, new_value_strides[2],

@@ -175,9 +175,9 @@ def unpack_plane(words, plane: tl.constexpr, fmt: tl.constexpr):
 
 
 @triton.jit
-def parameter_offsets(stored, head, slot, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """Where the scales and zero points of a plane group lie: ``[N, 16]``, or ``[N, 1]`` if its lanes share them."""
-    groups = head * (stored.capacity // fmt.token_group) + slot // fmt.token_group
+def parameter_offsets(stored, head, group, lane, plane: tl.constexpr, fmt: tl.constexpr):
+    """Where the scales and zero points of a plane group lie, ``[N, 16]``; of size 1 along what shares them."""
+    groups = head * (stored.capacity // fmt.token_group) + group
     if fmt.channel_groups == 1:
         offsets = groups
     elif fmt.channel_group % 16 == 0:
@@ -189,16 +189,21 @@ def parameter_offsets(stored, head, slot, lane, plane: tl.constexpr, fmt: tl.con
 
 
 @triton.jit
-def packed_plane(stored, words, head, slot, keep, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """One plane group of packed tokens as numbers, fp32 ``[N, 16]``; zero where not ``keep``."""
+def packed_plane(
+    stored, words, head, slot, keep, group, keep_group, lane, plane: tl.constexpr, fmt: tl.constexpr
+):
+    """One plane group of packed tokens as numbers, fp32 ``[N, 16]``; finite where not ``keep``.
+
+    ``group`` is the token group of each token, ``[N, 1]``, or a single number if the tile lies in one.
+    """
     if fmt.pieces is None:
         channel = plane * 16 + lane
         rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         x = tl.load(rows + channel, mask=keep & (channel < fmt.head_dim), other=0.0).to(tl.float32)
     else:
-        offsets = parameter_offsets(stored, head, slot, lane, plane, fmt)
-        scale = tl.load(stored.scale + offsets, mask=keep, other=0.0).to(tl.float32)
-        zero_point = tl.load(stored.zero_point + offsets, mask=keep, other=0.0).to(tl.float32)
+        offsets = parameter_offsets(stored, head, group, lane, plane, fmt)
+        scale = tl.load(stored.scale + offsets, mask=keep_group, other=0.0).to(tl.float32)
+        zero_point = tl.load(stored.zero_point + offsets, mask=keep_group, other=0.0).to(tl.float32)
         x = unpack_plane(words, plane, fmt).to(tl.float32) * scale + zero_point
     return x
 
@@ -239,6 +244,8 @@ def exact_rows(stored, new, new_head, new_stride, head, position, start, length,
 def any_plane(stored, words, exact, head, slot, packed, keep, lane, plane: tl.constexpr, fmt: tl.constexpr):
     """One plane group of tokens packed (at ``slot``, where ``packed``) or not (at ``exact``), fp32 ``[N, 16]``."""
     channel = plane * 16 + lane
-    x = packed_plane(stored, words, head, slot, packed, lane, plane, fmt)
+    x = packed_plane(
+        stored, words, head, slot, packed, slot // fmt.token_group, packed, lane, plane, fmt
+    )
     unpacked = keep & (packed == 0) & (channel < fmt.head_dim)
     return tl.where(packed, x, tl.load(exact + channel, mask=unpacked, other=0.0).to(tl.float32))

@@ -108,6 +108,8 @@ class QuantizeKVCache(GraphPass):
             )
             attend.meta["squat_layer"] = site.layer
             replacement = graph.call_method("flatten", (attend, 0, 1)) if merged else attend
+            if not merged and _is_token_major(output):
+                replacement = _token_major(attend, graph)
         replacement.meta.update(output.meta)
         output.replace_all_uses_with(replacement)
         graph.erase_node(output)
@@ -152,6 +154,19 @@ class QuantizeKVCache(GraphPass):
             graph.erase_node(start)
             self._valid[key] = valid
         return self._valid[key]
+
+
+def _is_token_major(output: fx.Node) -> bool:
+    """Whether the attention's output lies in memory as [batch, tokens, heads, channels], as fused SDPA leaves it."""
+    value = value_of(output)
+    heads, tokens = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()[1:3])
+    return heads < tokens
+
+
+def _token_major(node: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The same numbers in that order: what follows may be a ``view`` that only fits there."""
+    swapped = graph.call_function(torch.transpose, (node, 1, 2))
+    return graph.call_function(torch.transpose, (graph.call_method("contiguous", (swapped,)), 1, 2))
 
 
 def _is_impure(node: fx.Node) -> bool:

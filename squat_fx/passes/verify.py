@@ -53,12 +53,18 @@ class Verify(GraphPass):
                 lengths[shape[2]] = carrier
         for node in rewriting.graph.nodes:
             used = {s for size in (shape_of(node) or ()) for s in getattr(size, "free_symbols", ())}
-            if node.op == "placeholder" and used & set(lengths):
+            if node.op == "placeholder" and used & set(lengths) and not _asked_for_size(node, rewriting):
                 rewriting.notes.append(
                     f"the decode graph is dynamic: input {node.name!r} grows with the cache "
                     "(leave out an all-ones attention mask to get a static graph)"
                 )
                 return
+
+
+def _asked_for_size(node: fx.Node, rewriting: Rewriting) -> bool:
+    """Whether an input is a packed cache that only its size is read from."""
+    nodes = rewriting.graph.find_nodes(op="placeholder")
+    return node in rewriting.carriers and rewriting.inputs[list(nodes).index(node)].kind == "argument"
 
 
 def _arena_nodes(rewriting: Rewriting) -> set[fx.Node]:

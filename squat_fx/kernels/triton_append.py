@@ -1,0 +1,250 @@
+"""Quantize, pack and put away new tokens.
+
+    scale = (max - min) / (2**bits - 1)      zero_point = min      code = round_half_even((x - zero_point) / scale)
+
+over the valid numbers of a group; scale and zero point are rounded to fp16 *before* the codes are computed (``kivi``; bit
+for bit as ``codecs/kivi.py``). Tokens that leave the ring come from its old part or from ``new``; what stays goes to a
+sink slot or a ring slot.
+
+One new token takes one launch, ``append_kernel``: a ring holds one group more than the residual, so that the token never
+lands on one that is being packed. More tokens may reuse ring slots, so they take ``start_kernel`` (where rows begin, with
+``valid``), ``pack_kernel``, ``ring_kernel``, in this order.
+
+| tensor | shape |
+|---|---|
+| ``new`` | ``[batch, num_kv_heads, new_len, head_dim]``, any strides but the last |
+| ``valid`` | uint8 ``[batch, new_len]``, any strides; None: all |
+| ``positions`` | int64 ``[handles, 2]``: length and watermark before the new tokens |
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from squat_fx.kernels.triton_planes import dense_slot, exact_rows, num_planes, packed_tokens, store_words
+
+ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: the sum's low mantissa bits are the integer, half to even
+SMALLEST_SCALE = tl.constexpr(1e-6)
+LARGEST_HALF = tl.constexpr(65504.0)
+BLOCK_T = 32
+
+
+@triton.constexpr_function
+def begins_group(fmt, plane):
+    """Whether a plane group is the first of its channel group."""
+    return fmt.channel_group == 1 or plane * 16 % fmt.channel_group == 0
+
+
+@triton.constexpr_function
+def group_end(fmt, plane):
+    """One past the last plane group of the channel group that begins at ``plane``."""
+    return min(plane + -(-fmt.channel_group // 16), fmt.num_planes)
+
+
+@triton.constexpr_function
+def rows_per_program(fmt, block_t):
+    """Tokens that one program packs: a token group, or ``block_t`` tokens that share nothing."""
+    return fmt.token_group if fmt.token_group > 1 else block_t
+
+
+@triton.jit
+def range_of(planes, seen, first: tl.constexpr, last: tl.constexpr, fmt: tl.constexpr):
+    """Smallest and largest seen number of each group in plane groups ``first`` to ``last - 1``; zeros if none is seen."""
+    low = tl.where(seen[first], planes[first], float("inf"))
+    high = tl.where(seen[first], planes[first], float("-inf"))
+    for j in tl.static_range(first + 1, last):
+        low = tl.minimum(low, tl.where(seen[j], planes[j], float("inf")))
+        high = tl.maximum(high, tl.where(seen[j], planes[j], float("-inf")))
+    if fmt.channel_group > 1:
+        low = tl.min(low, 1, keep_dims=True)
+        high = tl.max(high, 1, keep_dims=True)
+    if fmt.token_group > 1:
+        low = tl.min(low, 0, keep_dims=True)
+        high = tl.max(high, 0, keep_dims=True)
+    empty = low > high
+    return tl.where(empty, 0.0, low), tl.where(empty, 0.0, high)
+
+
+@triton.jit
+def scale_and_zero_point(low, high, fmt: tl.constexpr):
+    """fp16 scale and zero point of each group."""
+    scale = tl.div_rn(high - low, tl.full(low.shape, fmt.levels, tl.float32))
+    scale = tl.minimum(tl.maximum(scale, SMALLEST_SCALE), LARGEST_HALF)
+    zero_point = tl.minimum(tl.maximum(low, -LARGEST_HALF), LARGEST_HALF)
+    return scale.to(tl.float16), zero_point.to(tl.float16)
+
+
+@triton.jit
+def round_to_levels(x, scale, zero_point, fmt: tl.constexpr):
+    """Codes, int32: round half to even, then clamp."""
+    x = x - zero_point.to(tl.float32)
+    scale, x = tl.broadcast(scale.to(tl.float32), x)
+    steps = tl.minimum(tl.maximum(tl.div_rn(x, scale), 0.0), fmt.levels)
+    return (steps + ROUND_TO_INTEGER).to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
+def pack_rows(stored, head, slot, keep, usable, rows, lane, fmt: tl.constexpr):
+    """Quantize the tokens at pointers ``rows`` ``[T, 1]`` into packed ``slot``; ``usable`` ones make the range."""
+    planes = ()
+    seen = ()
+    for j in tl.static_range(num_planes(fmt)):
+        channel = 16 * j + lane
+        there = channel < fmt.head_dim
+        planes += (tl.load(rows + channel, mask=keep & there, other=0.0).to(tl.float32),)
+        seen += (usable & there,)
+    group = slot // fmt.token_group
+    keep_group = keep
+    if fmt.token_group > 1:  # one group: its rows are the tile's
+        group = tl.min(group, 0, keep_dims=True)
+        keep_group = tl.max(keep.to(tl.int32), 0, keep_dims=True) > 0
+    parameters = head * (stored.capacity // fmt.token_group) + group
+    codes = ()
+    for j in tl.static_range(num_planes(fmt)):
+        if begins_group(fmt, j):
+            low, high = range_of(planes, seen, j, group_end(fmt, j), fmt)
+            scale, zero_point = scale_and_zero_point(low, high, fmt)
+            if fmt.channel_group == 1:
+                channel = 16 * j + lane
+                keep_group_channel = keep_group & (channel < fmt.head_dim)
+            else:
+                channel = 16 * j // fmt.channel_group
+                keep_group_channel = keep_group
+            offsets = parameters * fmt.channel_groups + channel
+            tl.store(stored.scale + offsets, scale, mask=keep_group_channel)
+            tl.store(stored.zero_point + offsets, zero_point, mask=keep_group_channel)
+        code = round_to_levels(planes[j], scale, zero_point, fmt)
+        codes += (tl.where(16 * j + lane < fmt.head_dim, code, 0),)
+    store_words(stored, head, slot, keep, lane, codes, fmt)
+
+
+@triton.jit
+def copy_rows(source, target, keep, lane, fmt: tl.constexpr):
+    """Copy whole tokens between pointers ``[T, 1]``."""
+    for j in tl.static_range(num_planes(fmt)):
+        channel = 16 * j + lane
+        there = keep & (channel < fmt.head_dim)
+        tl.store(target + channel, tl.load(source + channel, mask=there, other=0.0), mask=there)
+
+
+@triton.jit
+def pack_leaving(
+    stored, new, new_head, new_stride, valid, valid_row, valid_stride, head, block, start, length, before, after,
+    fmt: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
+):  # fmt: skip
+    """Pack a block of the slots from ``before`` to ``after``."""
+    lane = tl.arange(0, 16)[None, :]
+    row = tl.arange(0, PADDED_T)[:, None]  # [T, 1]
+    slot = before + block * rows_per_program(fmt, BLOCK_T) + row
+    keep = (row < rows_per_program(fmt, BLOCK_T)) & (slot < after)
+    position = slot + fmt.sink_length + start
+    rows = exact_rows(stored, new, new_head, new_stride, head, position, start, length, fmt)
+    if fmt.pieces is None:
+        target = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
+        copy_rows(rows, target, keep, lane, fmt)
+    else:
+        usable = keep
+        if valid is not None:
+            pointers = valid + valid_row + (position - length).to(tl.int64) * valid_stride
+            usable = keep & (tl.load(pointers, mask=keep & (position >= length), other=1) != 0)
+        pack_rows(stored, head, slot, keep, usable, rows, lane, fmt)
+
+
+@triton.jit
+def packed_before_and_after(positions, row, start, new_len, fmt: tl.constexpr):
+    """The length, and how many tokens of a row are packed before and after ``new_len`` more."""
+    length = tl.load(positions + 2 * row).to(tl.int32)
+    watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
+    before = packed_tokens(watermark, start, fmt)
+    after = packed_tokens(tl.maximum(watermark, length + new_len - fmt.residual_length), start, fmt)
+    return length, before, after
+
+
+@triton.jit
+def store_new(stored, new, new_head, new_stride, head, column, keep, start, length, after, lane, fmt: tl.constexpr):
+    """Copy the new tokens at ``column`` ``[T, 1]`` that are not packed to their dense slots."""
+    token = length + column - start
+    keep = keep & (token >= 0) & ((token < fmt.sink_length) | (token - fmt.sink_length >= after))
+    target = stored.dense + head * fmt.dense_length * fmt.head_dim + dense_slot(token, fmt) * fmt.head_dim
+    copy_rows(new + new_head + column.to(tl.int64) * new_stride, target, keep, lane, fmt)
+
+
+@triton.jit(do_not_specialize=["row"])
+def append_kernel(
+    stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
+    FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
+):  # fmt: skip
+    """One new token. Grid ``(batch * num_kv_heads,)``."""
+    head = tl.program_id(0).to(tl.int64)
+    batch = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    start = tl.load(stored.start + batch)
+    if valid is not None:
+        # Every head of a row comes to the same start, whether or not another has written it already.
+        length = tl.load(positions + 2 * row).to(tl.int32)
+        invalid = tl.load(valid + batch * valid_strides[0]) == 0
+        start = tl.where(start >= length, length + invalid.to(tl.int32), start)
+        tl.store(stored.start + batch, start, mask=kv_head == 0)
+    length, before, after = packed_before_and_after(positions, row, start, 1, FORMAT)
+    new_head = batch * new_strides[0] + kv_head * new_strides[1]
+    if after > before:
+        pack_leaving(
+            stored, new, new_head, 0, valid, batch * valid_strides[0], 0, head, 0, start, length, before, after,
+            FORMAT, BLOCK_T, PADDED_T,
+        )  # fmt: skip
+    lane = tl.arange(0, 16)[None, :]
+    column = tl.zeros([1, 1], tl.int32)
+    store_new(stored, new, new_head, 0, head, column, column == 0, start, length, after, lane, FORMAT)
+
+
+@triton.jit(do_not_specialize=["row"])
+def start_kernel(start, valid, valid_strides, positions, row, new_len, BLOCK_T: tl.constexpr):
+    """Rows without a token start at their first valid new one. Grid ``(batch,)``."""
+    batch = tl.program_id(0).to(tl.int64)
+    length = tl.load(positions + 2 * row).to(tl.int32)
+    old = tl.load(start + batch)
+    if old >= length:
+        first = new_len
+        for i in range(0, new_len, BLOCK_T):
+            column = i + tl.arange(0, BLOCK_T)
+            pointers = valid + batch * valid_strides[0] + column.to(tl.int64) * valid_strides[1]
+            is_valid = tl.load(pointers, mask=column < new_len, other=0) != 0
+            first = tl.minimum(first, tl.min(tl.where(is_valid, column, new_len), 0))
+        tl.store(start + batch, length + first)
+
+
+@triton.jit(do_not_specialize=["row"])
+def pack_kernel(
+    stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads, new_len,
+    FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
+):  # fmt: skip
+    """Pack what leaves the ring. Grid ``(batch * num_kv_heads, blocks of packed tokens)``."""
+    head = tl.program_id(0).to(tl.int64)
+    batch = head // num_kv_heads
+    new_head = batch * new_strides[0] + head % num_kv_heads * new_strides[1]
+    start = tl.load(stored.start + batch)
+    length, before, after = packed_before_and_after(positions, row, start, new_len, FORMAT)
+    block = tl.program_id(1)
+    if before + block * rows_per_program(FORMAT, BLOCK_T) < after:
+        pack_leaving(
+            stored, new, new_head, new_strides[2], valid, batch * valid_strides[0], valid_strides[1],
+            head, block, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["row"])
+def ring_kernel(
+    stored, new, new_strides, positions, row, num_kv_heads, new_len, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Copy the new tokens that stay exact. Grid ``(batch * num_kv_heads, blocks of new tokens)``."""
+    head = tl.program_id(0).to(tl.int64)
+    batch = head // num_kv_heads
+    new_head = batch * new_strides[0] + head % num_kv_heads * new_strides[1]
+    start = tl.load(stored.start + batch)
+    length, _, after = packed_before_and_after(positions, row, start, new_len, FORMAT)
+    lane = tl.arange(0, 16)[None, :]
+    column = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
+    store_new(
+        stored, new, new_head, new_strides[2], head, column, column < new_len, start, length, after, lane, FORMAT
+    )
