@@ -131,7 +131,7 @@ def print_comparison(comparison: Comparison, bits: int, console: Console) -> Non
     table = Table("", "full precision", small_name, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    table.add_row("cache", megabytes(full.cache_bytes.stored), megabytes(small.cache_bytes.stored))
+    table.add_row("cache", mebibytes(full.cache_bytes.stored), mebibytes(small.cache_bytes.stored))
     table.add_row("tokens generated", str(len(full.tokens)), str(len(small.tokens)))
     table.add_row("seconds", f"{full.seconds:.1f}", f"{small.seconds:.1f}")
     table.add_row(
@@ -146,11 +146,11 @@ def print_comparison(comparison: Comparison, bits: int, console: Console) -> Non
         highlight=False,
     )
     console.rule("Report", align="left")
-    console.print(Text(str(comparison.report)))
+    console.print(str(comparison.report), markup=False, highlight=False, soft_wrap=True)
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
 
 
 def stay_offline() -> None:

@@ -301,6 +301,7 @@ def load_model(folder: Path) -> Any:
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.float16 if on_gpu else torch.float32
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:

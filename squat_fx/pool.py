@@ -39,9 +39,10 @@ class ArenaPool:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A zeroed tensor that may be written under any grad or inference mode."""
         with torch.inference_mode(False), torch.no_grad():
-            for address, arena in self._free.items():
-                if arena.shape == shape and arena.dtype == dtype and arena.device == device:
-                    del self._free[address]
+            # A copy, and pop: the garbage collector may run here and give or evict arenas.
+            for address, arena in list(self._free.items()):
+                fits = arena.shape == shape and arena.dtype == dtype and arena.device == device
+                if fits and self._free.pop(address, None) is not None:
                     arena.zero_()
                     break
             else:

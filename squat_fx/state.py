@@ -11,6 +11,7 @@ until the handle is next appended to, which is what the compiled path does with 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from squat_fx.pool import POOL, grown_capacity
 
 aten = torch.ops.aten
 TOKENS = 2  # the dim that grows
+IN_PLACE_ERROR = "a QuantizedKV cannot be written in place ({}); build a new tensor from its dequantize()"
 
 
 class _Lease:
@@ -108,10 +110,11 @@ class Storage:
     def reserve(self, new_tokens: int) -> None:
         """Grow until ``new_tokens`` more fit, whatever leaves the ring."""
         needed = self.extent.after(new_tokens, self.fmt).packed(0, self.fmt)
-        if needed > self.capacity:
-            with torch.inference_mode(False), torch.no_grad():
-                for name in self.fmt.packed_names:
-                    self._replace(name, grown_capacity(self.capacity_of(name), needed))
+        for name in self.fmt.packed_names:
+            # Each for itself: memory may have run out between two of them, and the caller tried again.
+            if needed > self.capacity_of(name):
+                with torch.inference_mode(False), torch.no_grad():
+                    self._replace(name, grown_capacity(self.capacity_of(name), needed), pooled=True)
 
     def capacity_of(self, name: str) -> int:
         """Tokens that fit into the packed arena ``name``."""
@@ -122,14 +125,19 @@ class Storage:
         self.length, self.watermark = extent.length, extent.watermark
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
-        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them."""
-        self.reserve(new.shape[TOKENS])
+        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that raises changes nothing."""
+        new_tokens = new.shape[TOKENS]
+        self.reserve(new_tokens)
         positions = torch.tensor([[self.length, self.watermark]], device=new.device)
         with torch.inference_mode(False), torch.no_grad():
+            *packed, dense, start = self.tensors
+            written = dense if new_tokens == 1 else dense.clone()  # several tokens may reuse ring slots
             ops.overload("append_", self.fmt.layout)(
-                *self.tensors, new, valid, positions, 0, self.fmt.codec, self.fmt.to_ints()
+                *packed, written, start, new, valid, positions, 0, self.fmt.codec, self.fmt.to_ints()
             )
-        self.commit(self.extent.after(new.shape[TOKENS], self.fmt))
+            if written is not dense:
+                dense.copy_(written)
+        self.commit(self.extent.after(new_tokens, self.fmt))
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on, in place."""
@@ -152,14 +160,14 @@ class Storage:
 
     def _move_to_pool(self, capacity: int) -> None:
         for name in self.fmt.packed_names:
-            self._replace(name, capacity)
+            self._replace(name, capacity, pooled=False)
         for name in ("dense", "start"):
             old = self._arenas[name]
             self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
             self._arenas[name].copy_(old)
 
-    def _replace(self, name: str, capacity: int) -> None:
-        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if it was pooled."""
+    def _replace(self, name: str, capacity: int, pooled: bool) -> None:
+        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if it is ``pooled``."""
         old = self._arenas[name]
         shape = list(old.shape)
         shape[TOKENS] = capacity // self.fmt.tokens_per_slot(name)
@@ -168,9 +176,8 @@ class Storage:
         new[:, :, :kept].copy_(old[:, :, :kept])
         torch._dynamo.maybe_mark_dynamic(new, TOKENS)
         self._arenas[name] = new
-        if getattr(old, "_squat_pooled", False):
+        if pooled:
             POOL.give(old)
-        new._squat_pooled = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _give_back(arenas: dict[str, Tensor]) -> None:
@@ -195,10 +202,13 @@ class QuantizedKV(Tensor):
     def __new__(cls, storage: Storage, length: int, pending: Tensor | None = None) -> QuantizedKV:
         dense = storage["dense"]
         shape = (dense.shape[0], dense.shape[1], length, dense.shape[3])
-        handle = Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
+        # An inference tensor is no base of views: autograd would make a crop hold on to the longer handle, and mark it.
+        is_fake = type(dense) is FakeTensor
+        with contextlib.nullcontext() if is_fake else torch.inference_mode():
+            handle = Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
         handle._storage = storage
         handle._pending = pending
-        if type(dense) is not FakeTensor:
+        if not is_fake:
             handle._lease = storage.lease(length - (0 if pending is None else pending.shape[TOKENS]))
             torch._dynamo.maybe_mark_dynamic(handle, TOKENS)
         return handle
@@ -255,9 +265,8 @@ class QuantizedKV(Tensor):
         """
         self._own(self._lease.length)
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._storage.append(pending)
-            self._lease.length = self._storage.length
+            self._storage.append(self._pending)
+            self._pending, self._lease.length = None, self._storage.length
         return self._storage
 
     def _own(self, length: int) -> None:
@@ -298,6 +307,8 @@ class QuantizedKV(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handles = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV)]
+        if func._schema.is_mutable and any(isinstance(x, QuantizedKV) for x in _written(func, args, kwargs)):
+            raise ValueError(IN_PLACE_ERROR.format(func))
         kinds = {type(h._storage["dense"]) for h in handles}
         if FakeTensor in kinds:
             # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is never looked at.
@@ -311,11 +322,20 @@ class QuantizedKV(Tensor):
             result = packed(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func._schema.is_mutable and isinstance(args[0], QuantizedKV):
-            raise ValueError(
-                f"a QuantizedKV cannot be written in place ({func}); build a new tensor from its dequantize()"
-            )
         return _call_dense(func, args, kwargs, QuantizedKV.dequantize)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # Python's indexing would write into a copy.
+        raise ValueError(IN_PLACE_ERROR.format("item assignment"))
+
+    def repeat_interleave(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    ) -> Tensor:
+        """``Tensor.repeat_interleave``; under autograd torch writes it with ``expand``, which would not stay packed."""
+        if not _is_dim(dim, 0):
+            return super().repeat_interleave(repeats, dim, output_size=output_size)
+        rows = torch.arange(self.shape[0], device=self.device)
+        return self.index_select(0, rows.repeat_interleave(repeats, output_size=output_size))
 
     # copies --------------------------------------------------------------------------------------------------------------
 
@@ -364,15 +384,27 @@ def _call_dense(
     return func(*args, **kwargs)
 
 
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that ``func`` writes to."""
+    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    return pytree.tree_leaves([x for name, x in given.items() if name in written])
+
+
+def _is_dim(dim: int | None, which: int) -> bool:
+    """Whether ``dim`` of a 4-D tensor means ``which``."""
+    return dim in (which, which - 4)
+
+
 # operations that stay packed -------------------------------------------------------------------------------------------
 # Each takes the op and its arguments, and returns NotImplemented to be dequantized after all.
 
 
 def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     first, *rest = tensors
-    if dim % 4 != TOKENS or not isinstance(first, QuantizedKV) or not rest:
+    if not _is_dim(dim, TOKENS) or not isinstance(first, QuantizedKV) or not rest:
         return NotImplemented
-    if any(isinstance(x, QuantizedKV) or x.dim() != 4 for x in rest):
+    if any(isinstance(x, QuantizedKV) or not _appendable(x, first) for x in rest):
         return NotImplemented
     new = torch.cat(rest, TOKENS) if len(rest) > 1 else rest[0]
     if new.shape[TOKENS] == 0:
@@ -380,6 +412,16 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     storage = first.writable_storage()
     with torch.inference_mode(False), torch.no_grad():
         return QuantizedKV(storage, storage.length + new.shape[TOKENS], new.to(first.dtype).clone())
+
+
+def _appendable(new: Tensor, first: QuantizedKV) -> bool:
+    """Whether ``cat([first, new])`` on the tokens exists and has the dtype of ``first``."""
+    return (
+        new.dim() == 4
+        and (new.shape[0], new.shape[1], new.shape[3]) == (first.shape[0], first.shape[1], first.shape[3])
+        and new.device == first.device
+        and torch.promote_types(new.dtype, first.dtype) == first.dtype
+    )
 
 
 def _alias(func: Any, x: QuantizedKV, *args: Any, **kwargs: Any) -> QuantizedKV:
@@ -402,7 +444,7 @@ def _slice(
 
 
 def _index_select(func: Any, x: QuantizedKV, dim: int, index: Tensor) -> Any:
-    return x._copied(lambda arena: func(arena, 0, index)) if dim % 4 == 0 else NotImplemented
+    return x._copied(lambda arena: func(arena, 0, index)) if _is_dim(dim, 0) else NotImplemented
 
 
 def _index(func: Any, x: QuantizedKV, indices: Sequence[Tensor | None]) -> Any:
@@ -414,7 +456,7 @@ def _index(func: Any, x: QuantizedKV, indices: Sequence[Tensor | None]) -> Any:
 
 
 def _repeat_interleave(func: Any, x: QuantizedKV, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
-    if dim is None or dim % 4 != 0:
+    if not _is_dim(dim, 0):
         return NotImplemented
     return x._copied(lambda arena: func(arena, repeats, 0, **kwargs))
 
@@ -427,9 +469,9 @@ def _to_copy(
     func: Any, x: QuantizedKV, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
 ) -> Any:
     """``x.to(...)``: parameters keep their precision, the dense tokens take ``dtype``."""
-    source = x.writable_storage()
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
+    source = x.writable_storage()
     old = x.dtype
 
     def convert(arena: Tensor) -> Tensor:
@@ -438,6 +480,19 @@ def _to_copy(
         return arena.to(device=device, dtype=target, copy=True)
 
     return x._copied(convert)
+
+
+def _to(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The overloads of ``to``, which arrive whole under inference mode."""
+    if not isinstance(x, QuantizedKV):
+        return NotImplemented
+    given = dict(zip((a.name for a in func._schema.arguments[1:]), args, strict=False)) | kwargs
+    like = given.get("other", x)
+    dtype = given.get("dtype") or like.dtype
+    device = torch.device(given.get("device") or like.device)
+    if (dtype, device) == (x.dtype, x.device) and not given.get("copy"):
+        return x
+    return _to_copy(func, x, dtype, device)
 
 
 def _sdpa(
@@ -491,7 +546,7 @@ def _sdpa_composite(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    if dropout_p:
+    if dropout_p or (query.shape[1] != key.shape[1] and not enable_gqa):
         return NotImplemented
     return _sdpa(func, query, key, value, attn_mask, is_causal, scale)
 
@@ -524,6 +579,10 @@ PACKED_OPS: dict[Any, Callable[..., Any]] = {
     aten.contiguous.default: _alias,
     aten.lift_fresh.default: _alias,
     aten._to_copy.default: _to_copy,
+    aten.to.dtype: _to,
+    aten.to.device: _to,
+    aten.to.dtype_layout: _to,
+    aten.to.other: _to,
     aten.scaled_dot_product_attention.default: _sdpa_composite,
     aten._scaled_dot_product_flash_attention_for_cpu.default: _sdpa_cpu,
 }

@@ -175,7 +175,9 @@ def write(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent, fmt
 
 def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None:
     """Forget the tokens from ``after.length`` on: what is left of a packed group goes back into the ring, as numbers."""
-    for row, start in enumerate(arenas.start.tolist()):
+    starts = arenas.start.tolist()
+    arenas.start.clamp_(max=after.length)  # a row of nothing but padding starts with its next token
+    for row, start in enumerate(starts):
         count, kept = before.packed(start, fmt), after.packed(start, fmt)
         left = min(count, after.length - start - fmt.sink_length) - kept
         if count == kept or left <= 0:
@@ -321,4 +323,4 @@ def valid_tokens(mask: Tensor, new_tokens: int) -> Tensor:
     newest = mask[..., -new_tokens:]
     if newest.dtype != torch.bool:
         newest = newest > torch.finfo(newest.dtype).min / 4
-    return newest.any(2).any(1)
+    return newest.any(2).any(1).expand(-1, new_tokens)

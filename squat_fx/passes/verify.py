@@ -11,13 +11,13 @@ Notes, for the report, why a decode graph is not static.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import fx
 
+from squat_fx.passes.axes import describe
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Rewriting
-from squat_fx.passes.spelling import shape_of
+from squat_fx.passes.spelling import shape_of, value_of
 
 
 class Verify(GraphPass):
@@ -46,25 +46,29 @@ class Verify(GraphPass):
         return checks + 1
 
     def _note_symbols(self, rewriting: Rewriting) -> None:
-        lengths: dict[Any, fx.Node] = {}
-        for carrier in rewriting.handles:
-            shape = shape_of(carrier)
-            if shape is not None and not isinstance(shape[2], int):
-                lengths[shape[2]] = carrier
-        for node in rewriting.graph.nodes:
-            used = {s for size in (shape_of(node) or ()) for s in getattr(size, "free_symbols", ())}
-            if node.op == "placeholder" and used & set(lengths) and not _asked_for_size(node, rewriting):
-                rewriting.notes.append(
-                    f"the decode graph is dynamic: input {node.name!r} grows with the cache "
-                    "(leave out an all-ones attention mask to get a static graph)"
-                )
-                return
+        """Name the inputs whose sizes keep a decode graph from being static."""
+        changing = []
+        nodes = rewriting.graph.find_nodes(op="placeholder")
+        for node, fed in zip(nodes, rewriting.inputs, strict=True):
+            is_size = isinstance(value_of(node), torch.SymInt)
+            sizes = shape_of(node) or ()
+            only_asked_for_size = node in rewriting.carriers and fed.kind == "argument"
+            if fed.kind != "arena" and not only_asked_for_size:
+                if is_size or any(not isinstance(size, int) for size in sizes):
+                    changing.append(_readable(node))
+        if changing:
+            rewriting.notes.append(
+                f"the decode graph is dynamic, because sizes of its inputs change: {', '.join(changing)}; "
+                "an attention mask grows with the cache, so leave out one that is all ones"
+            )
 
 
-def _asked_for_size(node: fx.Node, rewriting: Rewriting) -> bool:
-    """Whether an input is a packed cache that only its size is read from."""
-    nodes = rewriting.graph.find_nodes(op="placeholder")
-    return node in rewriting.carriers and rewriting.inputs[list(nodes).index(node)].kind == "argument"
+def _readable(node: fx.Node) -> str:
+    """An input's name for a reader; for a bare size, the operation that reads it."""
+    if isinstance(value_of(node), torch.SymInt):
+        reader = next(iter(node.users))
+        return f"a size read by {describe(reader)}"
+    return node.name.removeprefix("l_kwargs_").removeprefix("l_").rstrip("_")
 
 
 def _arena_nodes(rewriting: Rewriting) -> set[fx.Node]:

@@ -1,0 +1,126 @@
+"""The table of codecs, and what all of its rows have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from squat_fx.codecs import (
+    CODECS,
+    Codec,
+    Format,
+    Kivi,
+    Lossless,
+    codec_class,
+    codec_from_spec,
+    codec_spec,
+    list_codecs,
+    make_format,
+    register,
+)
+from tests.conftest import stored_format
+
+
+def test_the_rows() -> None:
+    assert list_codecs() == ("kivi", "none")
+
+
+@pytest.mark.parametrize("name", list_codecs())
+def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
+    codec = CODECS[name]()
+    assert isinstance(codec, Codec)
+    assert codec.name == name
+    assert codec.summary
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        codec.group_size = 64  # pyright: ignore
+
+
+@pytest.mark.parametrize("codec", [Kivi(), Kivi(128), Lossless(), Lossless(4)])
+def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:
+    assert codec_from_spec(codec_spec(codec)) == codec
+
+
+def test_a_bare_name_is_a_spec() -> None:
+    assert codec_from_spec("kivi") == Kivi()
+
+
+def test_an_unknown_codec_is_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"^unknown codec 'kiwi', choose one of kivi, none; did you mean 'kivi'\?$"
+    ):
+        codec_class("kiwi")
+
+
+def test_an_unknown_codec_with_nothing_near_it_gets_no_hint() -> None:
+    with pytest.raises(ValueError, match=r"^unknown codec 'xyz', choose one of kivi, none$"):
+        codec_class("xyz")
+
+
+def test_register_adds_a_row_and_refuses_a_second_of_the_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Lossless):
+        name: ClassVar[str] = "mine"
+
+    class AlsoMine(Mine):
+        pass
+
+    monkeypatch.setattr("squat_fx.codecs.CODECS", dict(CODECS))
+    assert register(Mine) is Mine
+    assert register(Mine) is Mine, "the same class again is no conflict"
+    assert list_codecs() == ("kivi", "none", "mine")
+    assert codec_from_spec("mine") == Mine()
+    with pytest.raises(ValueError, match=r"^a codec named 'mine' exists already: .*Mine$"):
+        register(AlsoMine)
+
+
+@given(
+    head_dim=st.integers(1, 256),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    group_size=st.sampled_from([32, 64, 128]),
+    role=st.sampled_from(["key", "value"]),
+    residual_length=st.integers(0, 64),
+    sink_length=st.integers(0, 8),
+)
+def test_ints_carry_the_whole_format(
+    head_dim: int, bits: int, group_size: int, role: str, residual_length: int, sink_length: int
+) -> None:
+    codec = Kivi(group_size)
+    fmt = make_format(
+        codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length
+    )  # pyright: ignore
+    assert Format.from_ints(fmt.layout, fmt.codec, fmt.to_ints()) == fmt
+
+
+def test_the_format_of_kivi_keys() -> None:
+    fmt = stored_format(Kivi(), "key", head_dim=64, residual_length=32, sink_length=4)
+    assert (fmt.token_group, fmt.channel_group, fmt.channel_groups) == (32, 1, 64)
+    assert fmt.arena_names == ("qdata", "scale", "zero_point", "dense", "start")
+    assert (fmt.ring_length, fmt.dense_length) == (64, 68)
+    assert [fmt.last_dim(name) for name in fmt.packed_names] == [16, 64, 64]
+    assert [fmt.tokens_per_slot(name) for name in fmt.packed_names] == [1, 32, 32]
+    assert fmt.packed_bits_per_element() == 3.0
+
+
+def test_the_format_of_kivi_values() -> None:
+    fmt = stored_format(Kivi(), "value", head_dim=80, residual_length=32, sink_length=4)
+    assert (fmt.token_group, fmt.channel_group, fmt.channel_groups) == (1, 32, 3)
+    assert (fmt.ring_length, fmt.dense_length) == (33, 37)
+    assert fmt.packed_bits_per_element() == pytest.approx(3.2 + 3 * 32 / 80)
+
+
+def test_a_group_of_channels_is_no_wider_than_the_head() -> None:
+    fmt = stored_format(Kivi(128), "value", head_dim=64)
+    assert (fmt.channel_group, fmt.channel_groups) == (64, 1)
+
+
+def test_the_lossless_format_has_no_scales() -> None:
+    fmt = stored_format(Lossless(), "key", head_dim=64)
+    assert fmt.arena_names == ("qdata", "dense", "start")
+    assert fmt.last_dim("qdata") == 64
+    assert fmt.packed_bits_per_element() == 16.0

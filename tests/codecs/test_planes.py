@@ -1,0 +1,124 @@
+"""Bit planes: nothing is lost, nothing is moved, and the table in the docstring is what the function computes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from squat_fx.codecs import planes
+from squat_fx.codecs.planes import LANES, pack, plane_layout, uniform_widths, unpack
+
+HEAD_DIMS = (16, 20, 32, 40, 48, 64, 72, 80, 96, 100, 112, 128, 144, 160, 192, 224, 255, 256)
+
+
+def random_codes(rows: int, head_dim: int, widths: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Codes that use all bits of their plane, ``[rows, head_dim]``."""
+    limits = torch.tensor(widths).repeat_interleave(LANES)[:head_dim]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(0, 256, (rows, head_dim), generator=generator)
+    return (noise % 2**limits).to(torch.uint8)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
+    """A head_dim and one width for each of its plane groups, all the same or not."""
+    head_dim = draw(st.sampled_from(HEAD_DIMS) | st.integers(1, 256))
+    groups = -(-head_dim // LANES)
+    width = st.integers(1, 8)
+    widths = draw(width.map(lambda w: (w,) * groups) | st.tuples(*[width] * groups))
+    return head_dim, widths
+
+
+@given(layout=layouts(), rows=st.integers(1, 3), seed=st.integers(0, 2**16))
+def test_unpack_undoes_pack(layout: tuple[int, tuple[int, ...]], rows: int, seed: int) -> None:
+    head_dim, widths = layout
+    codes = random_codes(rows, head_dim, widths, seed)
+    assert torch.equal(unpack(pack(codes, widths), head_dim, widths), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_unpack_undoes_pack_for_uniform_widths(head_dim: int, bits: int) -> None:
+    widths = uniform_widths(head_dim, bits)
+    codes = random_codes(2, head_dim, widths, seed=bits)
+    assert torch.equal(unpack(pack(codes, widths), head_dim, widths), codes)
+
+
+@given(layout=layouts(), seed=st.integers(0, 2**16), channel=st.integers(0, 255))
+def test_pack_ignores_nothing(
+    layout: tuple[int, tuple[int, ...]], seed: int, channel: int
+) -> None:
+    head_dim, widths = layout
+    channel %= head_dim
+    codes = random_codes(1, head_dim, widths, seed)
+    other = codes.clone()
+    other[0, channel] ^= 1
+    assert not torch.equal(pack(codes, widths), pack(other, widths))
+
+
+@given(layout=layouts())
+def test_pieces_do_not_overlap_and_cover_every_code(layout: tuple[int, tuple[int, ...]]) -> None:
+    head_dim, widths = layout
+    found = plane_layout(head_dim, widths)
+    lane_bits = [8 * p.byte + p.bit_shift + i for p in found.pieces for i in range(p.bits)]
+    assert sorted(lane_bits) == list(range(sum(widths)))
+    code_bits = [(p.group, p.code_shift + i) for p in found.pieces for i in range(p.bits)]
+    assert sorted(code_bits) == [(g, bit) for g, width in enumerate(widths) for bit in range(width)]
+    assert all(p.bit_shift + p.bits <= 8 for p in found.pieces), "a piece straddles a byte"
+
+
+@given(layout=layouts())
+def test_a_token_takes_the_bytes_that_the_formula_says(layout: tuple[int, tuple[int, ...]]) -> None:
+    head_dim, widths = layout
+    found = plane_layout(head_dim, widths)
+    row = pack(torch.zeros(head_dim, dtype=torch.uint8), widths)
+    assert row.shape == (found.row_bytes,)
+    assert found.bytes_per_lane == -(-sum(widths) // 8)
+    assert found.bits_per_element == pytest.approx(8 * row.numel() / head_dim)
+
+
+def test_the_table_in_the_docstring_is_computed() -> None:
+    rows = re.findall(r"^\|\s+(\d+) \|(.+)\|$", planes.__doc__ or "", re.MULTILINE)
+    assert len(rows) == 8
+    for head_dim, cells in rows:
+        groups, *bits_per_element = (float(cell) for cell in cells.split("|"))
+        assert groups == len(uniform_widths(int(head_dim), 1))
+        for bits, stated in zip((1, 2, 3, 4, 8), bits_per_element, strict=True):
+            layout = plane_layout(int(head_dim), uniform_widths(int(head_dim), bits))
+            assert round(layout.bits_per_element, 2) == stated, f"head_dim {head_dim}, {bits} bits"
+
+
+def test_lane_l_holds_channel_l_of_every_plane_group() -> None:
+    widths = uniform_widths(64, 2)
+    codes = torch.zeros(64, dtype=torch.uint8)
+    codes[5::LANES] = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
+    row = pack(codes, widths)
+    assert row[5] == 0b11_10_01_00
+    assert row.count_nonzero() == 1
+
+
+def test_two_bytes_of_a_lane_are_one_little_endian_word() -> None:
+    codes = torch.zeros(128, dtype=torch.uint8)
+    codes[5::LANES] = torch.tensor([1, 0, 0, 0, 2, 0, 0, 0], dtype=torch.uint8)
+    words = pack(codes, uniform_widths(128, 2)).view(torch.int16)
+    assert words[5] == 1 | 2 << 8
+    assert words.count_nonzero() == 1
+
+
+def test_a_wrong_number_of_widths_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^head_dim 80 has 5 plane groups of 16 channels, got 4 widths$"
+    ):
+        plane_layout(80, (2, 2, 2, 2))
+
+
+@pytest.mark.parametrize("width", [0, 9])
+def test_a_width_outside_one_byte_is_refused(width: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^a plane width must be from 1 to 8 bits, got {width}$"
+    ):
+        plane_layout(16, (width,))

@@ -1,0 +1,37 @@
+"""Shared by the tests of numbers and of state: seeded tensors, stored formats, one Hypothesis profile."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from squat_fx.codecs import Codec, Format, Lossless, Role, codec_spec, make_format
+
+settings.register_profile("squat_fx", deadline=None, max_examples=25, print_blob=True)
+settings.load_profile("squat_fx")
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that depend on ``seed`` alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stored_format(
+    codec: Codec | None = None,
+    role: Role = "key",
+    head_dim: int = 16,
+    bits: int = 2,
+    residual_length: int = 8,
+    sink_length: int = 2,
+) -> Format:
+    """A stored format; by default a small lossless one, whose groups of 4 tokens soon leave the ring."""
+    codec = codec or Lossless(group_size=4)
+    return make_format(
+        codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length
+    )
+
+
+def left_padding(pads: list[int], tokens: int) -> Tensor:
+    """Which tokens are valid, bool ``[batch, tokens]``, when row ``b`` begins with ``pads[b]`` pads."""
+    return torch.arange(tokens) >= torch.tensor(pads)[:, None]

@@ -1,0 +1,178 @@
+"""The same laws on a GPU, with every dtype and head dim, and what only a GPU can show: graphs and the absence of waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from squat_fx.codecs import Kivi, Lossless, Role
+from squat_fx.kernels import ops, reference
+from squat_fx.kernels.reference import Extent
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+pytest.importorskip("triton")
+
+from tests.kernels import laws
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 40, 64, 80, 96, 112, 128, 192, 256)
+ROLES = ("key", "value")
+
+
+def case_of(seed: int) -> laws.Case:
+    """A case of ordinary size."""
+    return laws.random_case(seed, DTYPES, HEAD_DIMS, longest=300)
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_attending_agrees_with_float64(seed: int) -> None:
+    laws.attending_agrees_with_float64(case_of(seed), "cuda")
+
+
+@pytest.mark.parametrize("seed", range(100, 116))
+@pytest.mark.parametrize("role", ROLES)
+def test_writing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
+    laws.writing_is_bit_equal_to_the_reference(case_of(seed), role, "cuda")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("role", ROLES)
+def test_quantizing_is_bit_equal_to_the_reference(bits: int, role: Role) -> None:
+    case = replace(case_of(bits), codec=Kivi(32), bits=bits)
+    laws.quantizing_is_bit_equal_to_the_reference(case, role, "cuda")
+
+
+@pytest.mark.parametrize("seed", range(300, 312))
+@pytest.mark.parametrize("role", ROLES)
+def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
+    laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cuda")
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Waiting for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class Decoding:
+    """A layer's storage on the GPU and its twin on the CPU, fed the same tokens through the ops."""
+
+    def __init__(self, case: laws.Case, capacity: int, prompt: int) -> None:
+        self.case, self.length = case, 0
+        self.formats = {role: case.format(role) for role in ROLES}
+        self.twins = {role: laws.unwritten(case, role, capacity) for role in ROLES}
+        self.arenas = {role: laws.to(twin, "cuda") for role, twin in self.twins.items()}
+        self.extents = dict.fromkeys(ROLES, Extent(0, 0))
+        self.positions = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+        batch = len(case.pads)
+        self.new = {
+            role: torch.empty(batch, laws.NUM_KV_HEADS, 1, fmt.head_dim, dtype=case.dtype, device="cuda")
+            for role, fmt in self.formats.items()
+        }
+        heads = laws.NUM_KV_HEADS * case.queries_per_kv
+        self.query = torch.empty(batch, heads, 1, case.key_dim, dtype=case.dtype, device="cuda")
+        valid = torch.arange(prompt) >= torch.tensor(case.pads)[:, None]
+        for i, role in enumerate(ROLES):
+            x = case.randn(batch, laws.NUM_KV_HEADS, prompt, self.formats[role].head_dim, seed=i)
+            self._write(role, x, valid)
+        self._advance(prompt)
+
+    def _write(self, role: Role, x: torch.Tensor, valid: torch.Tensor) -> None:
+        fmt = self.formats[role]
+        reference.write(self.twins[role], x, valid, self.extents[role], fmt)
+        row = ROLES.index(role)
+        self._op("append_", fmt)(
+            *laws.tensors_of(self.arenas[role]), x.cuda(), valid.cuda(), self.positions, row, fmt.codec, fmt.to_ints()
+        )
+
+    def _op(self, name: str, fmt):
+        return ops.overload(name, fmt.layout)
+
+    def _advance(self, tokens: int) -> None:
+        self.extents = {r: e.after(tokens, self.formats[r]) for r, e in self.extents.items()}
+        rows = [(e.length, e.watermark) for e in self.extents.values()]
+        self.positions.copy_(torch.tensor(rows))
+
+    def step(self) -> torch.Tensor:
+        """Attend over the past and the new token, then append it."""
+        key, value = self.formats.values()
+        output = self._op("attend", key)(
+            self.query, self.new["key"], self.new["value"],
+            *laws.tensors_of(self.arenas["key"]), *laws.tensors_of(self.arenas["value"]),
+            self.positions, 0, 1, None, None, 0.3, 0, 0.0, key.to_ints(), value.to_ints(),
+        )  # fmt: skip
+        for row, (role, fmt) in enumerate(self.formats.items()):
+            self._op("append_", fmt)(
+                *laws.tensors_of(self.arenas[role]), self.new[role], None, self.positions, row, fmt.codec, fmt.to_ints()
+            )
+        return output
+
+    def feed(self, step: int) -> torch.Tensor:
+        """New inputs for ``step``; what the output should be, in float64."""
+        query = self.case.randn(*self.query.shape, seed=3 * step)
+        new = {r: self.case.randn(*x.shape, seed=3 * step + 1 + i) for i, (r, x) in enumerate(self.new.items())}
+        sides = [
+            laws.in_float64((self.twins[r], self.extents[r], self.formats[r])) for r in ROLES
+        ]
+        expected = reference.attend(
+            query.double(), new["key"].double(), new["value"].double(), *sides,
+            mask=None, sinks=None, scale=0.3, causal=0, softcap=0.0,
+        )  # fmt: skip
+        self.query.copy_(query)
+        for role, x in new.items():
+            self.new[role].copy_(x)
+            reference.write(self.twins[role], x, None, self.extents[role], self.formats[role])
+        return expected
+
+
+@pytest.mark.parametrize("codec", [Kivi(32), Lossless(32)], ids=lambda c: c.name)
+def test_a_graph_replays_right_while_only_positions_change(codec: Kivi | Lossless) -> None:
+    case = replace(
+        case_of(0), codec=codec, key_dim=128, value_dim=64, bits=2, dtype=torch.float16, pads=(0, 9),
+        residual_length=16, sink_length=4, queries_per_kv=4,
+    )  # fmt: skip
+    decoding = Decoding(case, capacity=320, prompt=50)
+    before = {role: laws.to(arenas, "cuda") for role, arenas in decoding.arenas.items()}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        decoding.step()  # compiles; what it wrote is undone below
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = decoding.step()
+    torch.cuda.synchronize()
+    for role, arenas in before.items():
+        for target, source in zip(laws.tensors_of(decoding.arenas[role]), laws.tensors_of(arenas), strict=True):
+            target.copy_(source)
+    for step in range(120):
+        expected = decoding.feed(step)
+        output.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert laws.distance(output.cpu(), expected) < 2e-3, step
+        decoding._advance(1)
+    for role in ROLES:
+        laws.assert_same(laws.tensors_of(decoding.arenas[role]), laws.tensors_of(decoding.twins[role]))
+
+
+def test_ops_never_wait_for_the_gpu(no_waiting: None) -> None:
+    case = replace(case_of(0), codec=Kivi(32), key_dim=64, value_dim=64, pads=(0, 0), dtype=torch.float16)
+    torch.cuda.set_sync_debug_mode("default")
+    decoding = Decoding(case, capacity=320, prompt=50)
+    key, fmt = decoding.formats["key"], decoding.formats["key"]
+    new = torch.zeros(2, laws.NUM_KV_HEADS, 40, 64, dtype=case.dtype, device="cuda")
+    valid = torch.ones(2, 40, dtype=torch.bool, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    decoding.step()
+    ops.overload("store", fmt.layout)(new, valid, fmt.codec, fmt.to_ints())
+    ops.overload("quantize", fmt.layout)(new[:, :, :32], None, fmt.codec, fmt.to_ints())
+    ops.overload("append_", key.layout)(
+        *laws.tensors_of(decoding.arenas["key"]), new, valid, decoding.positions, 0, fmt.codec, fmt.to_ints()
+    )

@@ -1,0 +1,257 @@
+"""The backend as a whole: graph counts, memory, interruptions, fallbacks, options."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import squat_fx
+from squat_fx import QuantizedKV
+from squat_fx.kernels import reference
+from tests.models import build, greedy, left_padded_batch, prompt
+
+OPTIONS: dict[str, Any] = {"inner": "eager", "residual_length": 8}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def dense_tensors(shape: tuple[int, ...]) -> list[Tensor]:
+    """Living plain tensors of ``shape``."""
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is Tensor and tuple(x.shape) == shape]
+
+
+def test_two_graphs_serve_a_whole_generation_growth_included() -> None:
+    expected = build("llama").generate(prompt(1, 10), max_new_tokens=1990, do_sample=False)
+    model = squat_fx.compile(build("llama"), codec="none", **OPTIONS)
+    out = model.generate(prompt(1, 10), max_new_tokens=1990, do_sample=False, return_dict_in_generate=True)
+    report = squat_fx.report(model)
+    assert torch.equal(out.sequences, expected)
+    assert [graph.kind for graph in report.graphs] == ["prefill", "decode"]
+    assert report.graphs[1].static
+    assert report.eager_calls == 0
+    assert out.past_key_values.layers[0].keys.shape[2] == 1999
+
+
+def test_inductor_copies_no_arena_and_mutates_them_in_place() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = squat_fx.compile(build("llama"), bits=2, residual_length=8)
+    _, code = run_and_get_code(
+        model.generate, prompt(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    decode = [text for text in code if "squat_fx.append_" in text]
+    assert len(decode) == 1
+    # Two layers, keys and values: each arena goes straight from the call's arguments into the op.
+    calls = re.findall(r"squat_fx\.append_\.planes_channel\(([^)]*)\)", decode[0])
+    assert len(calls) == 4
+    for call in calls:
+        for argument in call.split(", ")[:5]:
+            assert re.fullmatch(r"(arg\d+_1|primals_\d+)", argument), f"{argument} is not an input of the graph"
+    assert "copy_" not in decode[0].split("def call(")[1]
+
+
+def test_prefill_leaves_no_dense_past_alive() -> None:
+    model = squat_fx.compile(build("llama"), bits=2, **OPTIONS)
+    with torch.no_grad():
+        out = model(prompt(1, 333), use_cache=True)
+    assert isinstance(out.past_key_values.layers[1].values, QuantizedKV)
+    assert dense_tensors((1, 2, 333, 16)) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("failing_op", ["attend", "write"])
+def test_a_run_that_raises_leaves_every_handle_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, failing_op: str
+) -> None:
+    model = squat_fx.compile(build("llama"), bits=2, residual_length=8, inner="eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt(1, 71), past_key_values=cache)
+        model(prompt(1, tokens, seed=2), past_key_values=copy.deepcopy(cache))  # compiled for this many tokens
+        before = [x.dequantize() for layer in cache.layers for x in (layer.keys, layer.values)]
+        shapes = [layer.keys.shape for layer in cache.layers]
+        run, calls = getattr(reference, failing_op), []
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 2:  # the second layer: the first one has been appended to
+                raise KeyboardInterrupt
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(reference, failing_op, failing)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompt(1, tokens, seed=2), past_key_values=cache)
+        monkeypatch.undo()
+        after = [x.dequantize() for layer in cache.layers for x in (layer.keys, layer.values)]
+        assert [layer.keys.shape for layer in cache.layers] == shapes
+        assert all(map(torch.equal, before, after))
+        resumed = model(prompt(1, tokens, seed=2), past_key_values=cache).logits
+        other = DynamicCache(config=model.config)
+        model(prompt(1, 71), past_key_values=other)
+        assert torch.equal(resumed, model(prompt(1, tokens, seed=2), past_key_values=other).logits)
+
+
+def _generate(model: Any) -> tuple[Tensor, Any]:
+    out = model.generate(prompt(2, 40), max_new_tokens=50, do_sample=False, return_dict_in_generate=True)
+    return out.sequences, out.past_key_values
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_eager_fallback_gives_the_same_tokens_and_a_small_cache(bits: int) -> None:
+    expected, _ = _generate(squat_fx.compile(build("llama"), bits=bits, **OPTIONS))
+    model = squat_fx.compile(build("llama"), bits=bits, **OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        actual, cache = _generate(model)
+    report = squat_fx.report(model)
+    assert report.graphs == []
+    assert report.eager_calls == 50
+    assert "ran eagerly" in str(report)
+    assert torch.equal(actual, expected)
+    assert all(isinstance(x, QuantizedKV) for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def test_eager_fallback_keeps_padding_out_of_the_cache() -> None:
+    expected = left_padded_batch(squat_fx.compile(build("llama"), bits=2, **OPTIONS))
+    model = squat_fx.compile(build("llama"), bits=2, **OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(left_padded_batch(model), expected)
+
+
+def test_a_failure_while_compiling_runs_the_model_as_it_was_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = greedy(build("llama"), 16)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("squat_fx.backend.run_pipeline", broken)
+    model = squat_fx.compile(build("llama"), codec="none", **OPTIONS)
+    assert torch.equal(greedy(model, 16), expected)
+    assert "no such luck" in str(squat_fx.report(model))
+    strict = squat_fx.compile(build("llama"), codec="none", strict=True, **OPTIONS)
+    with pytest.raises(Exception, match="no such luck"):
+        greedy(strict, 16)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_compiled_model_is_uncompiled_and_says_so(duplicate: Any) -> None:
+    model = squat_fx.compile(build("llama"), bits=2, **OPTIONS)
+    greedy(model, 4)
+    copied = duplicate(model)
+    out = copied.generate(prompt(1, 9), max_new_tokens=4, return_dict_in_generate=True)
+    assert not isinstance(out.past_key_values.layers[0].keys, QuantizedKV)
+    assert "copies run uncompiled" in str(squat_fx.report(copied))
+    assert "copies run uncompiled" not in str(squat_fx.report(model))
+
+
+def test_gradients_leave_the_model_alone_with_a_reason() -> None:
+    model = squat_fx.compile(build("llama"), bits=2, **OPTIONS)
+    out = model(prompt(1, 9), labels=prompt(1, 9), use_cache=True)
+    out.loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad is not None
+    assert "torch.no_grad()" in str(squat_fx.report(model))
+
+
+def test_a_mask_that_grows_needs_two_dynamic_graphs_and_the_report_says_why() -> None:
+    model = squat_fx.compile(build("llama"), codec="none", **OPTIONS)
+    left_padded_batch(model)
+    graphs = squat_fx.report(model).graphs
+    assert [graph.kind for graph in graphs] == ["prefill", "decode"]
+    assert not graphs[1].static
+    assert "attention_mask" in graphs[1].notes[0]
+
+
+def test_a_plain_loop_leaves_no_size_symbol_in_the_decode_graph() -> None:
+    def loop(model: Any) -> Tensor:
+        cache, token, out = DynamicCache(config=model.config), prompt(1, 12), []
+        with torch.no_grad():
+            for _ in range(40):
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+                out.append(token)
+        return torch.cat(out, 1)
+
+    expected = loop(build("gpt2"))
+    torch._dynamo.reset()
+    model = squat_fx.compile(build("gpt2"), codec="none", **OPTIONS)
+    assert torch.equal(loop(model), expected)
+    assert [(g.kind, g.static) for g in squat_fx.report(model).graphs] == [("prefill", True), ("decode", True)]
+
+
+def test_many_generations_stay_compiled() -> None:
+    model = squat_fx.compile(build("llama"), codec="none", **OPTIONS)
+    for batch, length in ((1, 5), (2, 9), (3, 17), (1, 33), (4, 6), (2, 50), (5, 11), (1, 80), (3, 40), (6, 7)):
+        model.generate(prompt(batch, length), max_new_tokens=3, do_sample=False)
+    assert squat_fx.report(model).eager_calls == 0
+
+
+def test_the_backend_is_found_by_name_without_an_import() -> None:
+    program = """
+import torch
+def step(x, past):
+    key = torch.cat([past, x], dim=2)
+    return torch.nn.functional.scaled_dot_product_attention(x, key, key), key
+compiled = torch.compile(step, backend="squat", options={"bits": 2, "inner": "eager"})
+with torch.no_grad():
+    out, past = compiled(torch.randn(1, 2, 40, 16), torch.randn(1, 2, 0, 16))
+    out, past = compiled(torch.randn(1, 2, 1, 16), past)
+print(type(past).__name__, tuple(past.shape), 'triton' in __import__('sys').modules)
+try:
+    torch.compile(step, backend="squat", options={"bit": 2})(torch.randn(1, 2, 40, 16), torch.randn(1, 2, 0, 16))
+except Exception as error:
+    print(str(error).splitlines()[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("QuantizedKV (1, 2, 41, 16)")
+    assert "unknown option 'bit'; did you mean 'bits'?" in second
+
+
+def test_without_a_cpp_compiler_graphs_run_eagerly_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from squat_fx import backend
+
+    backend._warn_no_compiler.cache_clear()
+    monkeypatch.setattr(backend, "_has_cpp_compiler", lambda: False)
+    model = squat_fx.compile(build("llama"), bits=2)
+    with pytest.warns(UserWarning, match="install g\\+\\+ or clang") as caught:
+        greedy(model, 8)
+    assert sum("C++ compiler" in str(w.message) for w in caught) == 1
+    assert {g.inner for g in squat_fx.report(model).graphs} == {"eager"}
+
+
+def test_bits_by_layer_and_skipped_layers() -> None:
+    model = squat_fx.compile(build("llama"), bits=2, layer_bits={0: (4, 3)}, skip_layers=[-1], **OPTIONS)
+    out = model.generate(prompt(1, 20), max_new_tokens=4, return_dict_in_generate=True)
+    first, last = out.past_key_values.layers
+    assert (first.keys.format.widths, first.values.format.widths) == ((4,), (3,))
+    assert type(last.keys) is Tensor
+    assert "the layer is in skip_layers" in str(squat_fx.report(model))
+
+
+def test_strict_raises_where_an_attention_is_left_alone() -> None:
+    model = squat_fx.compile(build("gemma2"), bits=2, strict=True, **OPTIONS)
+    with pytest.raises(Exception, match="sliding window"):
+        greedy(model, 4)
+
+
+def test_explain_runs_a_copy_of_nothing_and_names_every_layer() -> None:
+    model = build("gemma2")
+    report = squat_fx.explain(model, {"input_ids": prompt(1, 12)})
+    assert model._compiled_call_impl is None
+    assert {graph.kind for graph in report.graphs} == {"prefill", "decode"}
+    assert "layers 0, 2" in str(report)
+    assert "layers 1, 3" in str(report) or "sliding" in str(report)
+
+
