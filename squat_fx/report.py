@@ -164,7 +164,7 @@ class Report:
             self.notes.append(text)
 
     def __str__(self) -> str:
-        if not self.graphs and not self.notes:
+        if not self.graphs and not self.notes and not self.eager_calls:
             return "squat_fx: nothing was compiled yet; call the model once"
         lines = [str(graph) for graph in self.graphs]
         if self.eager_calls:

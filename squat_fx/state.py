@@ -443,6 +443,12 @@ def _slice(
     return QuantizedKV(x.writable_storage(), last)
 
 
+def _narrow(func: Any, x: QuantizedKV, dim: int, start: Any, length: int) -> Any:
+    if not isinstance(start, int) or not 0 <= start <= start + length <= x.shape[dim]:
+        return NotImplemented
+    return _slice(aten.slice.Tensor, x, dim, start, start + length)
+
+
 def _index_select(func: Any, x: QuantizedKV, dim: int, index: Tensor) -> Any:
     return x._copied(lambda arena: func(arena, 0, index)) if _is_dim(dim, 0) else NotImplemented
 
@@ -569,6 +575,7 @@ def _sdpa_cpu(
 PACKED_OPS: dict[Any, Callable[..., Any]] = {
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
     aten.index_select.default: _index_select,
     aten.index.Tensor: _index,
     aten.repeat_interleave.self_int: _repeat_interleave,

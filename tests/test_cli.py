@@ -379,8 +379,6 @@ def fake_core(monkeypatch) -> SimpleNamespace:
     calls = SimpleNamespace(compiled=None, explained=None)
 
     def compile(model, bits=2, *, codec=None):
-        if codec == "nonsense":
-            raise ValueError("codec must be one of kivi, none, got 'nonsense'")
         calls.compiled = (bits, codec)
         return model
 
@@ -413,10 +411,17 @@ def test_demo_prints_both_texts_the_bytes_and_the_report(tiny_download, fake_cor
     assert result.stderr == ""  # no progress outside a terminal
 
 
-@needs_transformers
-def test_demo_passes_on_what_the_core_refuses(tiny_download, fake_core):
-    result = squat("demo", "--prompt", "Hello", "--max-new-tokens", "2", "--codec", "nonsense")
-    assert_one_sentence(result, "codec must be one of kivi, none, got 'nonsense'")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--codec", "nonsense"], "unknown codec 'nonsense'"),
+        (["demo", "--bits", "7"], "bits"),
+        (["explain", "demo", "--bits", "7"], "bits"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(cache, arguments, words):
+    assert_one_sentence(squat(*arguments), words)
+    assert not cache.exists()
 
 
 @needs_transformers

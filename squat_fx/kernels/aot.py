@@ -2,9 +2,9 @@
 
     python -m squat_fx.kernels.aot
 
-A launcher runs on small CPU tensors with its launches recorded instead of run; each recorded launch is compiled with the
-types, alignments and constants it would have had. Triton's wheel carries the assembler and the disassembler, so no driver
-is needed.
+A launcher runs on small CPU tensors with its launches recorded instead of run; each recorded launch
+is compiled with the types, alignments and constants it would have had. Triton's wheel carries the
+assembler and the disassembler, so no driver is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,14 @@ POINTERS = {
 class Launch:
     """One recorded launch: the kernel, its arguments by name, and compiler options."""
 
-    kernel: JITFunction
+    kernel: Any
     arguments: dict[str, Any]
     options: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes; ``spills`` and ``shared`` in bytes, ``instructions`` of the whole kernel."""
+    """What a compiled kernel takes: spills and shared memory in bytes, instructions in all."""
 
     kernel: str
     capability: int
@@ -68,12 +68,13 @@ def recorded() -> Iterator[list[Launch]]:
     """Collect the launches of a ``with`` block; nothing runs."""
     launches: list[Launch] = []
 
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
         launches.append(Launch(kernel, arguments, options))
 
-    original, JITFunction.run = JITFunction.run, record
+    original = JITFunction.run
+    JITFunction.run = record  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield launches
     finally:
@@ -94,14 +95,20 @@ def compile_launch(launched: Launch, capability: int) -> Resources:
             specialize = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, path, specialize, constants, attributes)
     source = ASTSource(launched.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launched.options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=launched.options
+    )
     return _resources(compiled, capability)
 
 
-def _type(value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict) -> Any:
-    """Triton's name for the type of an argument; notes constants and alignment as a real launch would."""
+def _type(
+    value: Any, path: tuple[int, ...], specialize: bool, constants: dict, attributes: dict
+) -> Any:
+    """Triton's name for the type of ``value``; notes constants and alignment as a launch would."""
     if isinstance(value, tuple):
-        types = [_type(v, (*path, i), specialize, constants, attributes) for i, v in enumerate(value)]
+        types = [
+            _type(v, (*path, i), specialize, constants, attributes) for i, v in enumerate(value)
+        ]
         return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
     if value is None or (specialize and isinstance(value, int) and value == 1):
         constants[path] = value
@@ -117,8 +124,12 @@ def _resources(compiled: Any, capability: int) -> Resources:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage, sass = (_run("cuobjdump", option, path) for option in ("--dump-resource-usage", "--dump-sass"))
-    numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        usage, sass = (
+            _run("cuobjdump", option, path) for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    numbers = {
+        name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)
+    }
     return Resources(
         kernel=compiled.metadata.name,
         capability=capability,
@@ -130,7 +141,9 @@ def _resources(compiled: Any, capability: int) -> Resources:
 
 
 def _run(tool: str, option: str, path: Path) -> str:
-    return subprocess.run([TOOLS / tool, option, path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [TOOLS / tool, option, path], capture_output=True, text=True, check=True
+    ).stdout
 
 
 # representative launches -------------------------------------------------------------------------
@@ -145,11 +158,13 @@ class Shape:
     queries_per_kv: int = 4
     q_len: int = 1
     dtype: torch.dtype = torch.float16
-    codec: Codec = Kivi()
+    codec: Codec = field(default_factory=Kivi)
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
-        return make_format(self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4)
+        return make_format(
+            self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4
+        )
 
     def tokens(self, count: int, heads: int = 2) -> Tensor:
         """``[batch, heads, count, head_dim]``."""
@@ -164,19 +179,29 @@ SHAPES = tuple(Shape(head_dim, bits) for head_dim in (64, 128, 256) for bits in 
 POSITIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
-def attend_launches(shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None) -> list[Launch]:
+def attend_launches(
+    shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None
+) -> list[Launch]:
     """Attention of ``q_len`` queries over a past and as many new tokens."""
-    key, value = ((shape.arenas(role), (POSITIONS, i), shape.format(role)) for i, role in enumerate(ROLES))
+    key, value = (
+        (shape.arenas(role), (POSITIONS, i), shape.format(role)) for i, role in enumerate(ROLES)
+    )
     query, new = shape.tokens(shape.q_len, 2 * shape.queries_per_kv), shape.tokens(shape.q_len)
     with recorded() as launches:
-        launch.attend(query, new, new, key, value, mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0)
+        launch.attend(
+            query, new, new, key, value, mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0
+        )
     return launches
 
 
-def write_launches(shape: Shape, role: Role, new_len: int, valid: Tensor | None = None) -> list[Launch]:
+def write_launches(
+    shape: Shape, role: Role, new_len: int, valid: Tensor | None = None
+) -> list[Launch]:
     """``new_len`` tokens into the storage of ``role``."""
     with recorded() as launches:
-        launch.write(shape.arenas(role), shape.tokens(new_len), valid, (POSITIONS, 0), shape.format(role))
+        launch.write(
+            shape.arenas(role), shape.tokens(new_len), valid, (POSITIONS, 0), shape.format(role)
+        )
     return launches
 
 
@@ -201,14 +226,29 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("capability", "head_dim", "bits", "kernel", "role", "registers", "spills", "shared", "instructions")
+    table = Table(
+        "capability",
+        "head_dim",
+        "bits",
+        "kernel",
+        "role",
+        "registers",
+        "spills",
+        "shared",
+        "instructions",
+    )
     for capability in CAPABILITIES:
         for shape in SHAPES:
             for role, launched in representative(shape):
                 r = compile_launch(launched, capability)
                 numbers = (r.registers, r.spills, r.shared, r.instructions)
                 table.add_row(
-                    str(capability), str(shape.head_dim), str(shape.bits), r.kernel, role, *map(str, numbers)
+                    str(capability),
+                    str(shape.head_dim),
+                    str(shape.bits),
+                    r.kernel,
+                    role,
+                    *map(str, numbers),
                 )
     Console().print(table)
 

@@ -1,8 +1,12 @@
-"""Launchers: check what the kernels assume, choose the grid, launch. Same callables as ``reference``.
+"""Launchers: check what the kernels assume, choose the grid, launch. Callables as in ``reference``.
 
-An ``Extent`` here is either host numbers or ``(positions, row)``, read on the device: nothing below waits for the GPU, and
-every grid follows from shapes alone, so a CUDA graph of these launches stays right as lengths grow.
+An ``Extent`` here is either host numbers or ``(positions, row)``, read on the device: nothing below
+waits for the GPU, and every grid follows from shapes alone, so a CUDA graph of these launches stays
+right as lengths grow.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton's launches take plain numbers for constexpr parameters, and options beside the parameters.
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ import triton
 from torch import Tensor
 
 from squat_fx.codecs import Format, Kivi, codec_from_spec
+from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import reference, triton_append, triton_attend, triton_dequantize
 from squat_fx.kernels.reference import Arenas, Extent
-from squat_fx.codecs.planes import LANES
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,7 @@ Side = tuple[Arenas, DeviceExtent, Format]
 
 Strides = tuple[int, ...]
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_STRIDES: Strides = (0, 0, 0)
 MOST_SHARES = 64
 PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -51,7 +56,7 @@ def attend(
     key_arenas, (positions, key_row), key_format = key
     value_arenas, (_, value_row), value_format = value
     key_constant, value_constant = stored_format(key_format), stored_format(value_format)
-    query, new_key, new_value = (_rows(x) for x in (query, new_key, new_value))
+    query = contiguous_channels(query)
     batch, num_heads, q_len = query.shape[:3]
     num_kv_heads, head_dim = value_arenas.dense.shape[1], value_format.head_dim
     queries_per_kv = num_heads // num_kv_heads
@@ -60,6 +65,8 @@ def attend(
     block_m, num_warps = triton_attend.tile(rows, max(head_dim, key_format.head_dim))
     blocks = triton.cdiv(rows, block_m)
     most_tokens = key_arenas.packed[0].shape[2] + key_format.dense_length + new_len
+    if new_key is not None and new_value is not None:
+        new_key, new_value = like_dense(new_key, key_arenas), like_dense(new_value, value_arenas)
     shares = num_shares(batch * num_kv_heads * blocks, most_tokens, query.device)
     partial = query.new_empty((batch * num_heads * q_len, shares, head_dim), dtype=torch.float32)
     partial_max, partial_sum = partial.new_empty((2, *partial.shape[:2]))
@@ -67,7 +74,7 @@ def attend(
     mask, mask_strides = _mask_and_strides(mask)
     with _on(query.device):
         triton_attend.attend_kernel[(batch * num_kv_heads, blocks, shares)](
-            query, _like(new_key, key_arenas), _like(new_value, value_arenas),
+            query, new_key, new_value,
             _stored(key_arenas, key_constant), _stored(value_arenas, value_constant),
             positions, key_row, value_row, mask, partial, partial_max, partial_sum,
             num_kv_heads, q_len, new_len, scale,
@@ -91,16 +98,16 @@ def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]
     # A prompt of whole groups, of which nothing stays exact.
     fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0)
     arenas = reference.empty_arenas(x, x.shape[2], fmt)
-    _pack(arenas, x, valid, _on_device(Extent(0, 0), x), fmt)
+    _pack(arenas, contiguous_channels(x), valid, _on_device(Extent(0, 0), x), fmt)
     return arenas.packed
 
 
 def write(
     arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent | DeviceExtent, fmt: Format
 ) -> None:
-    """See :func:`squat_fx.kernels.reference.write`; one launch for one token, two or three for more."""
+    """See :func:`squat_fx.kernels.reference.write`; one launch for one token, else two or three."""
     positions, row = _on_device(extent, new)
-    new = _like(_rows(new), arenas)
+    new = like_dense(new, arenas)
     batch, heads, new_len = new.shape[:3]
     in_kernel = rounds_in_kernel(fmt)
     constant = stored_format(fmt)
@@ -136,8 +143,16 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
     constant = stored_format(fmt)
     if output.numel():
         with _on(output.device):
-            triton_dequantize.dequantize_kernel[(batch * heads, triton.cdiv(extent.length, block_t))](
-                _stored(arenas, constant), output, extent.watermark, heads, extent.length, constant, BLOCK_T=block_t
+            triton_dequantize.dequantize_kernel[
+                (batch * heads, triton.cdiv(extent.length, block_t))
+            ](
+                _stored(arenas, constant),
+                output,
+                extent.watermark,
+                heads,
+                extent.length,
+                constant,
+                BLOCK_T=block_t,
             )
     return output
 
@@ -154,7 +169,9 @@ def rounds_in_kernel(fmt: Format) -> bool:
     if type(codec) is not Kivi:
         reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
     elif fmt.channel_group not in (1, fmt.head_dim) and fmt.channel_group % LANES:
-        reason = f"a channel group of {fmt.channel_group} is not whole plane groups of {LANES} channels"
+        reason = (
+            f"a channel group of {fmt.channel_group} is not whole plane groups of {LANES} channels"
+        )
     else:
         return True
     _warn_once(reason)
@@ -166,7 +183,9 @@ def _warn_once(reason: str) -> None:
     logger.warning("%s: quantizing with torch operations on the GPU, which is slower", reason)
 
 
-def _pack(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format) -> None:
+def _pack(
+    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format
+) -> None:
     """Pack what leaves the ring when ``new`` comes in."""
     batch, heads, new_len = new.shape[:3]
     per_program = fmt.token_group if fmt.token_group > 1 else triton_append.BLOCK_T
@@ -174,13 +193,19 @@ def _pack(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExten
     valid, valid_strides = _valid_and_strides(valid, batch)
     with _on(new.device):
         triton_append.pack_kernel[(batch * heads, triton.cdiv(new_len, per_program))](
-            _stored(arenas, constant), new, _strides(new), valid, valid_strides, *extent, heads, new_len, constant,
+            _stored(arenas, constant), new, _strides(new), valid, valid_strides, *extent,
+            heads, new_len, constant,
             BLOCK_T=triton_append.BLOCK_T, PADDED_T=triton.next_power_of_2(per_program),
         )  # fmt: skip
 
 
-def _pack_in_torch(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format) -> None:
-    """The same in torch, for any codec. As many slots are quantized as could leave; those that stay keep what they hold."""
+def _pack_in_torch(
+    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format
+) -> None:
+    """The same in torch, for any codec.
+
+    As many slots are quantized as could leave the ring; those that do not keep what they hold.
+    """
     positions, row = extent
     length, watermark = positions[row].unbind()
     new_len, device = new.shape[2], new.device
@@ -201,7 +226,9 @@ def _pack_in_torch(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: De
     rows = torch.cat([arenas.dense, new], 2)
     leaving = rows.gather(2, source[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
     if valid is not None:
-        valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (position < length)
+        valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
+            position < length
+        )
     for name, arena, codes in zip(
         fmt.packed_names, arenas.packed, reference.quantize(leaving, valid, fmt), strict=True
     ):
@@ -213,7 +240,7 @@ def _pack_in_torch(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: De
 
 
 def num_shares(programs: int, tokens: int, device: torch.device) -> int:
-    """Into how many shares to split ``tokens``: enough programs to fill the GPU, enough tiles for each."""
+    """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), programs)
     most = triton.cdiv(tokens, TILES_PER_SHARE * triton_attend.BLOCK_N)
     return max(1, min(wanted, most, MOST_SHARES))
@@ -222,7 +249,9 @@ def num_shares(programs: int, tokens: int, device: torch.device) -> int:
 @lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; the interpreter has one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # arguments ---------------------------------------------------------------------------------------
@@ -233,7 +262,7 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def _on_device(extent: Extent | DeviceExtent, like: Tensor) -> DeviceExtent:
-    """``extent`` where kernels read it; filled on the device, since a copy from the host would wait."""
+    """``extent`` where kernels read it; filled there, since a copy from the host would wait."""
     if not isinstance(extent, Extent):
         return extent
     positions = like.new_zeros((1, 2), dtype=torch.int64)
@@ -250,14 +279,14 @@ def _valid_and_strides(valid: Tensor | None, batch: int) -> tuple[Tensor | None,
     return (valid.view(torch.uint8) if valid.dtype == torch.bool else valid), valid.stride()
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def contiguous_channels(x: Tensor) -> Tensor:
     """``x`` with neighbouring channels next to each other."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like(new: Tensor | None, arenas: Arenas) -> Tensor | None:
-    """``new`` in the dtype of the dense buffer."""
-    return None if new is None else new.to(arenas.dense.dtype)
+def like_dense(new: Tensor, arenas: Arenas) -> Tensor:
+    """``new`` as the dense buffer could hold it."""
+    return contiguous_channels(new).to(arenas.dense.dtype)
 
 
 def _strides(x: Tensor | None) -> Strides:
@@ -270,7 +299,9 @@ def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, Strides]:
     if mask is None:
         return None, (*NO_STRIDES, 0)
     mask = mask[(None,) * (4 - mask.dim())]
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    strides = tuple(
+        0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), strides
 
 
@@ -278,14 +309,24 @@ def _stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     """The kernel's view of ``arenas``.
 
     Raises:
-        ValueError: an arena is not contiguous, or a head is too long for 32-bit offsets.
+        ValueError: the dtype is not one the kernels compute in, an arena is not contiguous, or a
+            head is too long for 32-bit offsets.
     """
+    if arenas.dense.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(
+            f"the Triton kernels take {names}, got {arenas.dense.dtype}; cast the model"
+        )
     tensors = (*arenas.packed, arenas.dense, arenas.start)
     if not all(t.is_contiguous() for t in tensors):
-        raise ValueError("arenas must be contiguous; pass the whole storage, not a slice of its tokens")
+        raise ValueError(
+            "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
+        )
     qdata, *parameters = arenas.packed
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
-        raise ValueError(f"a head of {capacity} tokens does not fit 32-bit offsets; split the sequence")
+        raise ValueError(
+            f"a head of {capacity} tokens does not fit 32-bit offsets; split the sequence"
+        )
     scale, zero_point = parameters or (None, None)
     return Stored(qdata, scale, zero_point, arenas.dense, arenas.start, capacity)

@@ -2,7 +2,9 @@
 
 One overload per stored layout, flat tensors and ints. A role's arenas come in the order of ``Format.arena_names``, its
 format as ``Format.to_ints()``; ``positions`` is int64 ``[handles, 2]``, a row ``(length, watermark)`` per handle, written
-by the caller before each call and only read here. Mutation is visible in the schema.
+by the caller before each call and only read here. Mutation is visible in the schema. ``append_`` takes the outputs of
+what must read the arenas first as ``after``: it does not look at them, but a compiler that reorders functional graphs
+then keeps the reads in front, and need not copy the arenas.
 
 | op | what it does |
 |---|---|
@@ -85,7 +87,7 @@ def _define(layout: Layout) -> None:
     LIBRARY.define(f"store.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(count)}")
     LIBRARY.define(
         f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, int row, "
-        "str codec, int[] format) -> ()"
+        "str codec, int[] format, Tensor[]? after=None) -> ()"
     )
     LIBRARY.define(
         f"attend.{name}(Tensor query, Tensor? new_key, Tensor? new_value, {declare('key_')}, {declare('value_')}, "
@@ -108,7 +110,7 @@ def _define(layout: Layout) -> None:
         return (*arenas.packed, arenas.dense, arenas.start)
 
     def append_(*args) -> None:
-        tensors, (new, valid, positions, row, codec, format) = args[:count], args[count:]
+        tensors, (new, valid, positions, row, codec, format) = args[:count], args[count : count + 6]
         fmt = Format.from_ints(layout, codec, format)
         implementation = _implementation(new.device)
         extent = Extent.at(positions, row) if implementation is reference else (positions, row)

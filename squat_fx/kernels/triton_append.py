@@ -1,14 +1,16 @@
 """Quantize, pack and put away new tokens.
 
-    scale = (max - min) / (2**bits - 1)      zero_point = min      code = round_half_even((x - zero_point) / scale)
+    scale = (max - min) / (2**bits - 1)      zero_point = min
+    code = round_half_even((x - zero_point) / scale)
 
-over the valid numbers of a group; scale and zero point are rounded to fp16 *before* the codes are computed (``kivi``; bit
-for bit as ``codecs/kivi.py``). Tokens that leave the ring come from its old part or from ``new``; what stays goes to a
-sink slot or a ring slot.
+over the valid numbers of a group; scale and zero point are rounded to fp16 *before* the codes are
+computed (bit for bit as ``codecs/kivi.py``). Tokens that leave the ring come from its old part or
+from ``new``; what stays goes to a sink slot or a ring slot.
 
-One new token takes one launch, ``append_kernel``: a ring holds one group more than the residual, so that the token never
-lands on one that is being packed. More tokens may reuse ring slots, so they take ``start_kernel`` (where rows begin, with
-``valid``), ``pack_kernel``, ``ring_kernel``, in this order.
+One new token takes one launch, ``append_kernel``: a ring holds one group more than the residual, so
+that the token never lands on one that is being packed. More tokens may reuse ring slots, so they
+take ``start_kernel`` (where rows begin, with ``valid``), ``pack_kernel``, ``ring_kernel``, in this
+order.
 
 | tensor | shape |
 |---|---|
@@ -22,9 +24,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.kernels.triton_planes import dense_slot, exact_rows, num_planes, packed_tokens, store_words
+from squat_fx.kernels.triton_planes import (
+    dense_slot,
+    exact_rows,
+    num_planes,
+    packed_tokens,
+    store_words,
+)
 
-ROUND_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: the sum's low mantissa bits are the integer, half to even
+ROUND_TO_INTEGER = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: the sum's low mantissa bits are the integer, half to even
 SMALLEST_SCALE = tl.constexpr(1e-6)
 LARGEST_HALF = tl.constexpr(65504.0)
 BLOCK_T = 32
@@ -50,7 +60,10 @@ def rows_per_program(fmt, block_t):
 
 @triton.jit
 def range_of(planes, seen, first: tl.constexpr, last: tl.constexpr, fmt: tl.constexpr):
-    """Smallest and largest seen number of each group in plane groups ``first`` to ``last - 1``; zeros if none is seen."""
+    """Smallest and largest seen number of each group; zeros if none is seen.
+
+    The groups are those of plane groups ``first`` to ``last - 1``.
+    """
     low = tl.where(seen[first], planes[first], float("inf"))
     high = tl.where(seen[first], planes[first], float("-inf"))
     for j in tl.static_range(first + 1, last):
@@ -86,7 +99,7 @@ def round_to_levels(x, scale, zero_point, fmt: tl.constexpr):
 
 @triton.jit
 def pack_rows(stored, head, slot, keep, usable, rows, lane, fmt: tl.constexpr):
-    """Quantize the tokens at pointers ``rows`` ``[T, 1]`` into packed ``slot``; ``usable`` ones make the range."""
+    """Quantize the tokens at ``rows`` ``[T, 1]`` into ``slot``; ``usable`` ones make the range."""
     planes = ()
     seen = ()
     for j in tl.static_range(num_planes(fmt)):
@@ -130,7 +143,8 @@ def copy_rows(source, target, keep, lane, fmt: tl.constexpr):
 
 @triton.jit
 def pack_leaving(
-    stored, new, new_head, new_stride, valid, valid_row, valid_stride, head, block, start, length, before, after,
+    stored, new, new_head, new_stride, valid, valid_row, valid_stride,
+    head, block, start, length, before, after,
     fmt: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
 ):  # fmt: skip
     """Pack a block of the slots from ``before`` to ``after``."""
@@ -162,11 +176,28 @@ def packed_before_and_after(positions, row, start, new_len, fmt: tl.constexpr):
 
 
 @triton.jit
-def store_new(stored, new, new_head, new_stride, head, column, keep, start, length, after, lane, fmt: tl.constexpr):
+def store_new(
+    stored,
+    new,
+    new_head,
+    new_stride,
+    head,
+    column,
+    keep,
+    start,
+    length,
+    after,
+    lane,
+    fmt: tl.constexpr,
+):
     """Copy the new tokens at ``column`` ``[T, 1]`` that are not packed to their dense slots."""
     token = length + column - start
     keep = keep & (token >= 0) & ((token < fmt.sink_length) | (token - fmt.sink_length >= after))
-    target = stored.dense + head * fmt.dense_length * fmt.head_dim + dense_slot(token, fmt) * fmt.head_dim
+    target = (
+        stored.dense
+        + head * fmt.dense_length * fmt.head_dim
+        + dense_slot(token, fmt) * fmt.head_dim
+    )
     copy_rows(new + new_head + column.to(tl.int64) * new_stride, target, keep, lane, fmt)
 
 
@@ -181,7 +212,7 @@ def append_kernel(
     kv_head = head % num_kv_heads
     start = tl.load(stored.start + batch)
     if valid is not None:
-        # Every head of a row comes to the same start, whether or not another has written it already.
+        # Every head of a row comes to the same start, whether or not another has written it.
         length = tl.load(positions + 2 * row).to(tl.int32)
         invalid = tl.load(valid + batch * valid_strides[0]) == 0
         start = tl.where(start >= length, length + invalid.to(tl.int32), start)
@@ -190,12 +221,14 @@ def append_kernel(
     new_head = batch * new_strides[0] + kv_head * new_strides[1]
     if after > before:
         pack_leaving(
-            stored, new, new_head, 0, valid, batch * valid_strides[0], 0, head, 0, start, length, before, after,
-            FORMAT, BLOCK_T, PADDED_T,
+            stored, new, new_head, 0, valid, batch * valid_strides[0], 0,
+            head, 0, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
         )  # fmt: skip
     lane = tl.arange(0, 16)[None, :]
     column = tl.zeros([1, 1], tl.int32)
-    store_new(stored, new, new_head, 0, head, column, column == 0, start, length, after, lane, FORMAT)
+    store_new(
+        stored, new, new_head, 0, head, column, column == 0, start, length, after, lane, FORMAT
+    )
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -228,16 +261,25 @@ def pack_kernel(
     block = tl.program_id(1)
     if before + block * rows_per_program(FORMAT, BLOCK_T) < after:
         pack_leaving(
-            stored, new, new_head, new_strides[2], valid, batch * valid_strides[0], valid_strides[1],
+            stored, new, new_head, new_strides[2],
+            valid, batch * valid_strides[0], valid_strides[1],
             head, block, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row"])
 def ring_kernel(
-    stored, new, new_strides, positions, row, num_kv_heads, new_len, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr
+    stored,
+    new,
+    new_strides,
+    positions,
+    row,
+    num_kv_heads,
+    new_len,
+    FORMAT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """Copy the new tokens that stay exact. Grid ``(batch * num_kv_heads, blocks of new tokens)``."""
+    """Copy new tokens that stay exact. Grid ``(batch * num_kv_heads, blocks of new tokens)``."""
     head = tl.program_id(0).to(tl.int64)
     batch = head // num_kv_heads
     new_head = batch * new_strides[0] + head % num_kv_heads * new_strides[1]
@@ -246,5 +288,16 @@ def ring_kernel(
     lane = tl.arange(0, 16)[None, :]
     column = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
     store_new(
-        stored, new, new_head, new_strides[2], head, column, column < new_len, start, length, after, lane, FORMAT
+        stored,
+        new,
+        new_head,
+        new_strides[2],
+        head,
+        column,
+        column < new_len,
+        start,
+        length,
+        after,
+        lane,
+        FORMAT,
     )

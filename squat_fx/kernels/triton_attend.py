@@ -1,22 +1,25 @@
 """Attention over packed, dense and new tokens at once.
 
-    out = softmax(softcap(scale * query @ key.T) + mask) @ value      softcap(s) = softcap * tanh(s / softcap)
+    output = softmax(softcap(scale * query @ key.T) + mask) @ value
+    softcap(s) = softcap * tanh(s / softcap)
 
-A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens. Rows are (query token,
-query head) pairs, heads first, so that all query heads of a KV head read its codes once. The tokens of a sequence are put
-in this order, ``BLOCK_N`` at a time, and dealt out evenly:
+A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens. Rows
+are (query token, query head) pairs, heads first, so that all query heads of a KV head read its
+codes once. The tokens of a sequence are put in this order, ``BLOCK_N`` at a time, and dealt out
+evenly:
 
 1. *packed*: keys and values both packed;
-2. *mixed*: the rest, each packed, dense or new: sinks, what lies after the packed tokens, new tokens.
+2. *mixed*: the rest, each packed, dense or new: sinks, what follows the packed tokens, new tokens.
 
-Lengths are read from ``positions`` on the device; the grid depends on capacities alone. Each share leaves an unnormalised
-output, its maximum and its sum; ``merge_kernel`` adds them up and lets the sink logits take part.
+Lengths are read from ``positions`` on the device; the grid depends on capacities alone. Each share
+leaves an unnormalised output, its maximum and its sum; ``merge_kernel`` adds them up and lets the
+sink logits take part.
 
 | tensor | shape |
 |---|---|
 | ``query`` | ``[batch, num_heads, q_len, key head_dim]``, any strides but the last |
 | ``new_key, new_value`` | ``[batch, num_kv_heads, new_len, head_dim]``, the same |
-| ``mask`` | broadcast to ``[batch, num_heads, q_len, kv_len]`` by zero strides; uint8 for bool, or float |
+| ``mask`` | ``[batch, num_heads, q_len, kv_len]`` by zero strides; uint8 for bool, or float |
 | ``partial`` | fp32 ``[batch * num_heads * q_len, shares, value head_dim]`` |
 | ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, shares]`` |
 
@@ -48,7 +51,7 @@ NUM_STAGES = 2
 
 
 def tile(rows: int, head_dim: int) -> tuple[int, int]:
-    """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows of one KV head: a warp holds 16 rows of 64 channels."""
+    """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows: a warp has 16 rows of 64 channels."""
     block_m = min(max(16, triton.next_power_of_2(rows)), LARGEST_BLOCK_M)
     return block_m, max(block_m // 16, triton.next_power_of_2(triton.cdiv(head_dim, 64)))
 
@@ -82,7 +85,10 @@ def masked_scores(
 
 @triton.jit
 def tile_groups(slot, keep, tile_token, BLOCK_N: tl.constexpr, fmt: tl.constexpr):
-    """The token group of each slot of a packed tile and whether it exists: one number if the tile lies in one group."""
+    """The token group of each slot of a packed tile and whether it exists.
+
+    One number if the tile lies in one group: tiles begin at a multiple of ``BLOCK_N`` of key slots.
+    """
     if fmt.token_group % BLOCK_N == 0:
         group = (tile_token - fmt.sink_length) // fmt.token_group
         keep_group = True
@@ -94,14 +100,18 @@ def tile_groups(slot, keep, tile_token, BLOCK_N: tl.constexpr, fmt: tl.constexpr
 
 @triton.jit
 def attend_tile(
-    q, acc, running_max, running_sum, position, keep, tile_position, query_token, keep_row, head, length, q_len, kv_len, scale,
+    q, acc, running_max, running_sum, position, keep, tile_position,
+    query_token, keep_row, head, length, q_len, kv_len, scale,
     key, key_start, key_count, new_key, new_key_head, new_key_stride,
     value, value_start, value_count, new_value, new_value_head, new_value_stride,
     mask, mask_row, mask_stride,
-    KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MIXED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    MIXED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take the tokens at ``position`` ``[N]`` into the running softmax; the first of a packed tile is ``tile_position``."""
+    """Take the tokens at ``position`` ``[N]`` into the running softmax.
+
+    The first token of a packed tile is at ``tile_position``.
+    """
     lane = tl.arange(0, 16)[None, :]
     dtype = q[0].dtype
     column = position[:, None]  # [N, 1]
@@ -111,7 +121,9 @@ def attend_tile(
     packed = there
     if MIXED:
         packed = there & (slot >= 0) & (slot < key_count)
-        exact = exact_rows(key, new_key, new_key_head, new_key_stride, head, column, key_start, length, KEY)
+        exact = exact_rows(
+            key, new_key, new_key_head, new_key_stride, head, column, key_start, length, KEY
+        )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - key_start, BLOCK_N, KEY)
     words = load_words(key, head, slot, packed, lane, KEY)
@@ -125,8 +137,8 @@ def attend_tile(
 
     seen = keep_row[:, None] & keep[None, :]
     scores = masked_scores(
-        scores, mask, mask_row, mask_stride, position[None, :], seen, query_token[:, None], kv_len, q_len, scale,
-        CAUSAL, SOFTCAP,
+        scores, mask, mask_row, mask_stride, position[None, :], seen, query_token[:, None],
+        kv_len, q_len, scale, CAUSAL, SOFTCAP,
     )  # fmt: skip
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -139,7 +151,15 @@ def attend_tile(
     if MIXED:
         packed = there & (slot >= 0) & (slot < value_count)
         exact = exact_rows(
-            value, new_value, new_value_head, new_value_stride, head, column, value_start, length, VALUE
+            value,
+            new_value,
+            new_value_head,
+            new_value_stride,
+            head,
+            column,
+            value_start,
+            length,
+            VALUE,
         )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - value_start, BLOCK_N, VALUE)
@@ -156,7 +176,8 @@ def attend_tile(
 
 @triton.jit(do_not_specialize=["key_row", "value_row"])
 def attend_kernel(
-    query, new_key, new_value, key, value, positions, key_row, value_row, mask, partial, partial_max, partial_sum,
+    query, new_key, new_value, key, value, positions, key_row, value_row, mask,
+    partial, partial_max, partial_sum,
     num_kv_heads, q_len, new_len, scale,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
@@ -174,9 +195,11 @@ def attend_kernel(
     key_start = tl.load(key.start + batch)
     value_start = tl.load(value.start + batch)
     key_count = packed_tokens(tl.load(positions + 2 * key_row + 1).to(tl.int32), key_start, KEY)
-    value_count = packed_tokens(tl.load(positions + 2 * value_row + 1).to(tl.int32), value_start, VALUE)
+    value_count = packed_tokens(
+        tl.load(positions + 2 * value_row + 1).to(tl.int32), value_start, VALUE
+    )
 
-    # Packed positions are first <= t < last, in whole tiles of the key's slots; the mixed ones lie on both sides.
+    # Packed are first <= t < last, in whole tiles of the key's slots; mixed ones lie on both sides.
     key_first = key_start + KEY.sink_length
     value_first = value_start + VALUE.sink_length
     first = key_first + tl.cdiv(tl.maximum(value_first - key_first, 0), BLOCK_N) * BLOCK_N
@@ -196,7 +219,12 @@ def attend_kernel(
     query_token = row // QUERIES_PER_KV
     query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
     keep_row = query_token < q_len
-    query_rows = query + batch * query_strides[0] + query_head * query_strides[1] + query_token * query_strides[2]
+    query_rows = (
+        query
+        + batch * query_strides[0]
+        + query_head * query_strides[1]
+        + query_token * query_strides[2]
+    )
     q = ()
     for j in tl.static_range(num_planes(KEY)):
         channel = 16 * j + lane
@@ -236,7 +264,10 @@ def attend_kernel(
             KEY, VALUE, CAUSAL, SOFTCAP, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
-    out = (((batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token) * shares + share).to(tl.int64)
+    out = (
+        ((batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token) * shares
+        + share
+    ).to(tl.int64)
     tl.store(partial_max + out, running_max, mask=keep_row)
     tl.store(partial_sum + out, running_sum, mask=keep_row)
     if tile_begin < tile_end:
@@ -271,4 +302,6 @@ def merge_kernel(
     if sinks is not None:
         total += tl.exp(sink - base)
     out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(output + row * HEAD_DIM + channel, out.to(output.dtype.element_ty), mask=channel < HEAD_DIM)
+    tl.store(
+        output + row * HEAD_DIM + channel, out.to(output.dtype.element_ty), mask=channel < HEAD_DIM
+    )

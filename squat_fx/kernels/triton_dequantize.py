@@ -1,5 +1,8 @@
-"""The stored tokens as numbers: ``code * scale + zero_point`` where packed, the exact number elsewhere, zero for padding.
+"""The stored tokens as numbers.
 
+    x = code * scale + zero_point
+
+where a token is packed, the exact number elsewhere, zero for padding.
 ``output`` is ``[batch, num_kv_heads, length, head_dim]``, contiguous.
 """
 
@@ -8,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.kernels.triton_planes import any_plane, exact_rows, load_words, num_planes, packed_tokens
+from squat_fx.kernels.triton_planes import (
+    any_plane,
+    exact_rows,
+    load_words,
+    num_planes,
+    packed_tokens,
+)
 
 BLOCK_T = 32
 

@@ -1,8 +1,9 @@
 """Stored tokens inside a kernel: where a token lies, and its channels 16 at a time.
 
-Every kernel walks a head in *plane groups* of 16 channels (``codecs/planes.py``), so a tile of ``N`` tokens is a sequence
-of ``[N, 16]`` tensors and any head dim works. Position ``t`` of the model is token ``i = t - start`` of its row and
-packed slot ``j = i - sink_length``; ``reference.py`` says which tokens are packed and where the others lie.
+Every kernel walks a head in *plane groups* of 16 channels (``codecs/planes.py``), so a tile of
+``N`` tokens is a sequence of ``[N, 16]`` tensors and any head dim works. Position ``t`` is token
+``i = t - start`` of its row and packed slot ``j = i - sink_length``; ``reference.py`` says which
+tokens are packed and where the others lie.
 
 | shape | what |
 |---|---|
@@ -40,11 +41,11 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """``Format`` as kernels take it, a compile-time constant; it carries the piece table, so that kernels are rebuilt
-    when the table changes.
+    """``Format`` as kernels take it, a compile-time constant.
 
-    ``pieces[plane]`` lists ``(word, shift in the word, mask, shift in the code)``; None says that qdata holds the numbers
-    themselves. An odd last byte counts as a word.
+    It carries the piece table, so that kernels are compiled anew when the table changes:
+    ``pieces[plane]`` lists ``(word, shift in the word, mask, shift in the code)``; None says that
+    qdata holds the numbers themselves. An odd last byte counts as a word.
     """
 
     head_dim: int
@@ -150,13 +151,15 @@ def dense_slot(token, fmt: tl.constexpr):
 
 @triton.jit
 def load_words(stored, head, slot, keep, lane, fmt: tl.constexpr):
-    """The 16-bit words of every lane of packed ``slot`` ``[N, 1]``: a tuple of int16 ``[N, 16]``."""
+    """The 16-bit words of the lanes of packed ``slot`` ``[N, 1]``: a tuple of int16 ``[N, 16]``."""
     words = ()
     if fmt.pieces is not None:
         rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         for w in tl.static_range(num_words(fmt)):
             if 2 * w + 1 < fmt.bytes_per_lane:
-                word = tl.load(rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), mask=keep, other=0)
+                word = tl.load(
+                    rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), mask=keep, other=0
+                )
             else:
                 word = tl.load(rows + (32 * w + lane), mask=keep, other=0).to(tl.int16)
             words += (word,)
@@ -176,7 +179,7 @@ def unpack_plane(words, plane: tl.constexpr, fmt: tl.constexpr):
 
 @triton.jit
 def parameter_offsets(stored, head, group, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """Where the scales and zero points of a plane group lie, ``[N, 16]``; of size 1 along what shares them."""
+    """Where the parameters of a plane group lie: ``[N, 16]``, of size 1 along what shares them."""
     groups = head * (stored.capacity // fmt.token_group) + group
     if fmt.channel_groups == 1:
         offsets = groups
@@ -194,7 +197,7 @@ def packed_plane(
 ):
     """One plane group of packed tokens as numbers, fp32 ``[N, 16]``; finite where not ``keep``.
 
-    ``group`` is the token group of each token, ``[N, 1]``, or a single number if the tile lies in one.
+    ``group`` is the token group of each token, ``[N, 1]``, or one number if the tile lies in one.
     """
     if fmt.pieces is None:
         channel = plane * 16 + lane
@@ -210,17 +213,21 @@ def packed_plane(
 
 @triton.jit
 def store_words(stored, head, slot, keep, lane, codes, fmt: tl.constexpr):
-    """Undo :func:`load_words` and :func:`unpack_plane`: ``codes``, a tuple of int32 ``[N, 16]``, to packed ``slot``."""
+    """Undo :func:`load_words` and :func:`unpack_plane`; ``codes`` are a tuple of int32."""
     rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
     for w in tl.static_range(num_words(fmt)):
         word = tl.zeros_like(codes[0])
         for plane in tl.static_range(num_planes(fmt)):
             for i in tl.static_range(num_pieces(fmt, plane)):
                 if piece(fmt, plane, i, WORD) == w:
-                    bits = (codes[plane] >> piece(fmt, plane, i, CODE_SHIFT)) & piece(fmt, plane, i, MASK)
+                    bits = (codes[plane] >> piece(fmt, plane, i, CODE_SHIFT)) & piece(
+                        fmt, plane, i, MASK
+                    )
                     word |= bits << piece(fmt, plane, i, SHIFT)
         if 2 * w + 1 < fmt.bytes_per_lane:
-            tl.store(rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), word.to(tl.int16), mask=keep)
+            tl.store(
+                rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), word.to(tl.int16), mask=keep
+            )
         else:
             tl.store(rows + (32 * w + lane), word.to(tl.uint8), mask=keep)
 
@@ -230,10 +237,17 @@ def store_words(stored, head, slot, keep, lane, codes, fmt: tl.constexpr):
 
 @triton.jit
 def exact_rows(stored, new, new_head, new_stride, head, position, start, length, fmt: tl.constexpr):
-    """Pointers ``[N, 1]`` to the tokens at ``position`` that are not packed: in the dense buffer, or in ``new``, whose
-    tokens follow position ``length``, lie ``new_stride`` apart and begin ``new_head`` elements in for this head."""
+    """Pointers ``[N, 1]`` to the tokens at ``position`` that are not packed.
+
+    They are in the dense buffer, or in ``new`` from position ``length`` on; there a head begins
+    ``new_head`` elements in and its tokens lie ``new_stride`` apart.
+    """
     token = position - start
-    rows = stored.dense + head * fmt.dense_length * fmt.head_dim + dense_slot(token, fmt) * fmt.head_dim
+    rows = (
+        stored.dense
+        + head * fmt.dense_length * fmt.head_dim
+        + dense_slot(token, fmt) * fmt.head_dim
+    )
     if new is not None:
         column = (position - length).to(tl.int64)
         rows = tl.where(position < length, rows, new + new_head + column * new_stride)
@@ -241,8 +255,10 @@ def exact_rows(stored, new, new_head, new_stride, head, position, start, length,
 
 
 @triton.jit
-def any_plane(stored, words, exact, head, slot, packed, keep, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """One plane group of tokens packed (at ``slot``, where ``packed``) or not (at ``exact``), fp32 ``[N, 16]``."""
+def any_plane(
+    stored, words, exact, head, slot, packed, keep, lane, plane: tl.constexpr, fmt: tl.constexpr
+):
+    """One plane group of tokens, at ``slot`` where ``packed``, else at ``exact``; fp32."""
     channel = plane * 16 + lane
     x = packed_plane(
         stored, words, head, slot, packed, slot // fmt.token_group, packed, lane, plane, fmt

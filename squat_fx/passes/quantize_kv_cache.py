@@ -9,7 +9,7 @@ Before (decode):
     key = cat([past_key, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
     out = squat_fx.attend(query, new_key, new_value, *key_arenas, *value_arenas, positions, ...)
-    squat_fx.append_(*key_arenas, new_key, valid, positions, ...);  return out
+    squat_fx.append_(*key_arenas, new_key, valid, positions, ..., after=[out]);  return out
 
 Attention always sees the new tokens exactly, beside the packed past; then they are appended.
 
@@ -41,16 +41,17 @@ class QuantizeKVCache(GraphPass):
         edges = rewriting.edges()
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
-        last_reader: dict[fx.Node, fx.Node] = {}
+        readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
             if site.kind == "decode":
                 attend = self._attend(site, rewriting)
-                last_reader[site.key.stored] = last_reader[site.value.stored] = attend
+                readers[site.key.stored].append(attend)
+                readers[site.value.stored].append(attend)
         stored: dict[fx.Node, list[fx.Node]] = {}
         for edge in edges.values():
             mask = _mask_of(edge, rewriting)
             if edge.kind == "decode":
-                self._append(edge, mask, last_reader.get(edge.stored, edge.stored), rewriting)
+                self._append(edge, mask, readers[edge.stored], rewriting)
             else:
                 stored[edge.stored] = self._store(edge, mask, rewriting)
         _replace_outputs(rewriting, edges, stored)
@@ -115,15 +116,17 @@ class QuantizeKVCache(GraphPass):
         graph.erase_node(output)
         return attend
 
-    def _append(self, edge: CacheEdge, mask: fx.Node | None, after: fx.Node, rewriting: Rewriting) -> None:
+    def _append(
+        self, edge: CacheEdge, mask: fx.Node | None, after: list[fx.Node], rewriting: Rewriting
+    ) -> None:
         graph = rewriting.graph
         arenas = self._carrier_arenas(edge, rewriting)
         valid = self._valid_tokens(mask, edge.new, graph)
         positions = rewriting.make_positions
         assert positions is not None
         row = rewriting.handles.index(edge.past)  # pyright: ignore[reportArgumentType]
-        tail = (positions(-1), row, edge.fmt.codec, edge.fmt.to_ints())
-        with graph.inserting_after(_latest(after, edge.new, valid)):
+        tail = (positions(-1), row, edge.fmt.codec, edge.fmt.to_ints(), after)
+        with graph.inserting_after(_latest(*after, edge.new, valid)):
             graph.call_function(
                 ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
             )

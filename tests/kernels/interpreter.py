@@ -1,4 +1,4 @@
-"""The laws under Triton's interpreter. ``test_triton.py`` runs this file where ``TRITON_INTERPRET`` is set."""
+"""The laws under Triton's interpreter; ``test_triton.py`` runs this file in its own process."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def case_of(seed: int) -> laws.Case:
     return laws.random_case(seed, DTYPES, HEAD_DIMS, longest=70)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "num_shares", lambda *_: 1 + seed % 3)
     laws.attending_agrees_with_float64(case_of(seed), "cpu")
 
 
-@pytest.mark.parametrize("seed", range(100, 112))
+@pytest.mark.parametrize("seed", range(100, 108))
 @pytest.mark.parametrize("role", ROLES)
 def test_writing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
     laws.writing_is_bit_equal_to_the_reference(case_of(seed), role, "cpu")
@@ -39,17 +39,19 @@ def test_writing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_writing_token_by_token_is_bit_equal_to_the_reference(role: Role) -> None:
-    case = replace(case_of(1), codec=Kivi(32), key_dim=40, value_dim=40, residual_length=3, pads=(0, 5))
-    laws.writing_is_bit_equal_to_the_reference(replace(case, chunks=(1,) * 50), role, "cpu")
+    case = replace(
+        case_of(1), codec=Kivi(32), key_dim=40, value_dim=40, residual_length=3, pads=(0, 5)
+    )
+    laws.writing_is_bit_equal_to_the_reference(replace(case, chunks=(1,) * 38), role, "cpu")
 
 
-@pytest.mark.parametrize("seed", range(200, 206))
+@pytest.mark.parametrize("seed", range(200, 204))
 @pytest.mark.parametrize("role", ROLES)
 def test_quantizing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
     laws.quantizing_is_bit_equal_to_the_reference(case_of(seed), role, "cpu")
 
 
-@pytest.mark.parametrize("seed", range(300, 306))
+@pytest.mark.parametrize("seed", range(300, 304))
 @pytest.mark.parametrize("role", ROLES)
 def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cpu")
@@ -62,7 +64,9 @@ class Wider(Kivi):
 
     name: ClassVar[str] = "wider"
 
-    def quantize(self, groups: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(
+        self, groups: Tensor, valid: Tensor | None, bits: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         codes, scale, zero_point = super().quantize(groups, valid, bits)
         return codes, scale * 1.5, zero_point
 

@@ -1,4 +1,7 @@
-"""The Triton kernels under Triton's interpreter, in a process of their own: Triton reads the switch when it is imported."""
+"""The Triton kernels under Triton's interpreter.
+
+In a process of their own: Triton reads the switch when it is imported, and other tests import it.
+"""
 
 from __future__ import annotations
 

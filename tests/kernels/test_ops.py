@@ -1,0 +1,249 @@
+"""The ops as torch sees them: honest schemas, fakes that agree with what runs, and rows of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from squat_fx.codecs import Format, Kivi, Lossless, Role
+from squat_fx.kernels import ops, reference
+from squat_fx.kernels.reference import Arenas, Extent
+from tests.conftest import left_padding, randn, stored_format
+
+BATCH, HEADS, TOKENS = 2, 2, 80
+LAYOUTS = ("planes/channel", "dense")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A filled role, as ops take it."""
+
+    fmt: Format
+    tensors: tuple[Tensor, ...]
+    length: int
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(0, 0).after(self.length, self.fmt)
+
+    @property
+    def codec(self) -> str:
+        return self.fmt.codec
+
+    def numbers(self) -> Tensor:
+        arenas = Arenas(self.tensors[:-2], *self.tensors[-2:])
+        return reference.dense_past(arenas, self.extent, self.fmt)
+
+
+def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
+    codec = Kivi() if layout == "planes/channel" else Lossless()
+    return stored_format(codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2)
+
+
+def stored(fmt: Format, tokens: int = TOKENS, seed: int = 0, pads: list[int] | None = None) -> Stored:
+    """Random tokens behind the op ``store``, with room for 64 more."""
+    pads = pads or [0, 3]
+    x = randn(len(pads), HEADS, tokens, fmt.head_dim, seed=seed)
+    arenas = reference.empty_arenas(x, 256, fmt)
+    reference.write(arenas, x, left_padding(pads, tokens), Extent(0, 0), fmt)
+    return Stored(fmt, (*arenas.packed, arenas.dense, arenas.start), tokens)
+
+
+def positions(*rows: Stored) -> Tensor:
+    return torch.tensor([[s.extent.length, s.extent.watermark] for s in rows])
+
+
+@dataclass(frozen=True)
+class Call:
+    """An overload with arguments for it."""
+
+    name: str
+    args: tuple[Any, ...]
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        name, _, overload = self.name.partition(".")
+        return getattr(getattr(torch.ops.squat_fx, name), overload or "default")
+
+
+def calls(layout: str) -> list[Call]:
+    """Every overload of a layout, with and without what is optional."""
+    name = layout.replace("/", "_")
+    key, value = (stored(format_of(layout, role)) for role in ("key", "value"))
+    fmt = key.fmt
+    x = randn(BATCH, HEADS, 64, fmt.head_dim, seed=1)
+    new = randn(BATCH, HEADS, 40, fmt.head_dim, seed=2)
+    valid = left_padding([0, 5], 64)
+    where = positions(key), 0
+    ints = fmt.to_ints()
+    numbers = [
+        Call(f"quantize.{name}", (x, None, fmt.codec, ints)),
+        Call(f"quantize.{name}", (x, valid, fmt.codec, ints)),
+        Call(f"store.{name}", (x[:, :, :50], None, fmt.codec, ints)),
+        Call(f"store.{name}", (x.transpose(1, 2).contiguous().transpose(1, 2), valid, fmt.codec, ints)),
+        Call(f"append_.{name}", (*key.tensors, new[:, :, :1], None, *where, fmt.codec, ints)),
+        Call(f"append_.{name}", (*key.tensors, new, valid[:, :40], *where, fmt.codec, ints)),
+        Call(f"dequantize.{name}", (*key.tensors, *where, TOKENS, ints)),
+        Call(f"dequantize.{name}", (*key.tensors, *where, 7, ints)),
+    ]
+    tail = (key.fmt.to_ints(), value.fmt.to_ints())
+    query = randn(BATCH, 2 * HEADS, 3, 40, seed=3)
+    new_key, new_value = (randn(BATCH, HEADS, 3, 40, seed=s) for s in (4, 5))
+    mask = left_padding([0, 3], TOKENS + 3)[:, None, None, :]
+    sinks = randn(2 * HEADS, seed=6)
+    sides = (*key.tensors, *value.tensors, positions(key, value), 0, 1)
+    attention = [
+        Call(f"attend.{name}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
+        Call(f"attend.{name}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
+    ]
+    return numbers + attention
+
+
+VALID_TOKENS = Call(
+    "valid_tokens", (left_padding([0, 3], 9)[:, None, None, :], randn(BATCH, HEADS, 4, 16))
+)
+CALLS = [VALID_TOKENS, *(call for layout in LAYOUTS for call in calls(layout))]
+IDS = [f"{call.name}-{i}" for i, call in enumerate(CALLS)]
+
+
+def test_every_overload_is_called_here() -> None:
+    registered = {
+        name.removeprefix("squat_fx::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("squat_fx::")
+    }
+    assert registered == {call.name for call in CALLS}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=IDS)
+def test_opcheck(call: Call) -> None:
+    torch.library.opcheck(call.op, call.args)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=IDS)
+def test_only_what_the_schema_marks_is_written(call: Call) -> None:
+    before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
+    args = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
+    call.op(*args)
+    for argument, a, b in zip(call.op._schema.arguments, args, before, strict=True):
+        if isinstance(a, Tensor) and not (argument.alias_info and argument.alias_info.is_write):
+            assert torch.equal(a, b), f"{argument.name} was written"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_append_marks_every_arena_it_may_write(layout: str) -> None:
+    schema = ops.overload("append_", layout)._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == list(format_of(layout, "key").arena_names)
+    assert not schema.returns
+
+
+def laid_out(result: Any) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]]:
+    tensors = (result,) if isinstance(result, Tensor) else result or ()
+    return [(tuple(t.shape), t.dtype, t.stride()) for t in tensors]
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    role=st.sampled_from(["key", "value"]),
+    head_dim=st.sampled_from([16, 20, 64, 80, 128, 256]),
+    bits=st.sampled_from([1, 2, 3, 4, 8]),
+    tokens=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
+    layout: str, role: Role, head_dim: int, bits: int, tokens: int, dtype: torch.dtype
+) -> None:
+    fmt = format_of(layout, role, head_dim, bits)
+    x = randn(1, 2, tokens, head_dim, dtype=dtype)
+    codec, ints = fmt.codec, fmt.to_ints()
+
+    def store_and_read(x: Tensor) -> list[Any]:
+        whole = x.repeat(1, 1, fmt.token_group, 1)
+        arenas = ops.overload("store", layout)(x, None, codec, ints)
+        where = torch.tensor([[tokens, max(0, tokens - fmt.residual_length)]])
+        read = ops.overload("dequantize", layout)(*arenas, where, 0, tokens, ints)
+        query = x[:, :, :1].repeat(1, 2, 1, 1)
+        out = ops.overload("attend", layout)(
+            query, None, None, *arenas, *arenas, where, 0, 0, None, None, 0.1, 0, 0.0, ints, ints
+        )
+        packed = ops.overload("quantize", layout)(whole, None, codec, ints)
+        return [arenas, read, out, packed]
+
+    real = [laid_out(result) for result in store_and_read(x)]
+    with FakeTensorMode() as mode:
+        fake = [laid_out(result) for result in store_and_read(mode.from_tensor(x))]
+    assert fake == real
+
+
+# what the ops mean ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_store_is_just_large_enough(layout: str) -> None:
+    fmt = format_of(layout, "key")
+    x = randn(BATCH, HEADS, 50, 40)
+    arenas = ops.overload("store", layout)(x, None, fmt.codec, fmt.to_ints())
+    assert arenas[0].shape[2] == 64
+    assert torch.equal(
+        Stored(fmt, arenas, 50).numbers(),
+        stored(fmt, 50, pads=[0, 0]).numbers(),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_op_reads_its_own_row_of_positions(layout: str) -> None:
+    side = stored(format_of(layout, "key"))
+    wrong = torch.tensor([[3, 0]])
+    where = torch.cat([wrong, positions(side), wrong])
+    out = ops.overload("dequantize", layout)(*side.tensors, where, 1, TOKENS, side.fmt.to_ints())
+    assert torch.equal(out, side.numbers())
+
+    new = randn(BATCH, HEADS, 1, 40, seed=9)
+    append = ops.overload("append_", layout)
+    append(*side.tensors, new, None, where, 1, side.codec, side.fmt.to_ints())
+    longer = Stored(side.fmt, side.tensors, TOKENS + 1)
+    assert torch.equal(longer.numbers()[:, :, -1:], new)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
+    """The two sides have different residuals, so that a swapped row would show."""
+    key, value = (stored(format_of(layout, role), seed=i) for i, role in enumerate(("key", "value")))
+    query = randn(BATCH, HEADS, 1, 40, seed=3)
+    where = torch.cat([positions(value), torch.tensor([[5, 0]]), positions(key)])
+    out = ops.overload("attend", layout)(
+        query, None, None, *key.tensors, *value.tensors, where, 2, 0, None, None, 0.2, 0, 0.0,
+        key.fmt.to_ints(), value.fmt.to_ints(),
+    )  # fmt: skip
+    seen = left_padding([0, 3], TOKENS)[:, None, None, :]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key.numbers(), value.numbers(), attn_mask=seen, scale=0.2
+    )
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantize_returns_fresh_memory(layout: str) -> None:
+    fmt = format_of(layout, "key")
+    x = randn(1, 1, 32, 40)
+    packed = ops.overload("quantize", layout)(x, None, fmt.codec, fmt.to_ints())
+    for tensor in (packed,) if isinstance(packed, Tensor) else packed:
+        tensor.zero_()
+    assert torch.equal(x, randn(1, 1, 32, 40))
+
+
+def test_valid_tokens_expands_a_broadcast_mask() -> None:
+    mask = torch.tensor([True, True, False, True]).reshape(1, 1, 1, 4)
+    out = torch.ops.squat_fx.valid_tokens(mask, randn(3, 1, 2, 16))
+    assert out.tolist() == [[False, True]] * 3
+    out.fill_(True)
+    assert mask.tolist() == [[[[True, True, False, True]]]]

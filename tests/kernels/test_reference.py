@@ -1,0 +1,474 @@
+"""The specification of the ops, held to laws: however tokens arrive, the same is stored, and nobody else notices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from squat_fx.codecs import Format, Kivi
+from squat_fx.kernels import reference
+from squat_fx.kernels.reference import (
+    BOTTOM_RIGHT,
+    NO_CAUSALITY,
+    TOP_LEFT,
+    Arenas,
+    Extent,
+    dense_past,
+    dequantize_groups,
+    empty_arenas,
+    quantize,
+    truncate,
+    valid_tokens,
+    write,
+)
+from tests.conftest import left_padding, randn, stored_format
+
+HEADS = 2
+NOTHING = Extent(0, 0)
+
+
+@st.composite
+def formats(draw: st.DrawFn, lossy: bool | None = None) -> Format:
+    """A stored format whose groups are so small that forty tokens fill several."""
+    role = draw(st.sampled_from(["key", "value"]))
+    sizes = {
+        "head_dim": draw(st.sampled_from([16, 20, 40])),
+        "residual_length": draw(st.integers(0, 9)),
+        "sink_length": draw(st.integers(0, 3)),
+    }
+    if not draw(st.booleans() if lossy is None else st.just(lossy)):
+        return stored_format(role=role, **sizes)
+    fmt = stored_format(Kivi(), role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
+    return replace(fmt, token_group=4) if role == "key" else fmt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Numbers ``x`` ``[batch, heads, tokens, head_dim]``, where each row begins with ``pads[b]`` pads of garbage."""
+
+    fmt: Format
+    x: Tensor
+    pads: list[int]
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool ``[batch, tokens]``."""
+        return left_padding(self.pads, self.x.shape[2])
+
+    def row(self, b: int) -> Prompt:
+        """Row ``b`` alone, without its padding."""
+        return Prompt(self.fmt, self.x[b : b + 1, :, self.pads[b] :], [0])
+
+
+@st.composite
+def prompts(draw: st.DrawFn, lossy: bool | None = None, least_tokens: int = 1) -> Prompt:
+    """A left-padded batch; some rows may be nothing but padding."""
+    fmt, tokens = draw(formats(lossy)), draw(st.integers(least_tokens, 40))
+    pads = draw(
+        st.lists(st.integers(0, tokens), min_size=1, max_size=3) | st.just([0]) | st.just([0, 0])
+    )
+    x = randn(len(pads), HEADS, tokens, fmt.head_dim, seed=draw(st.integers(0, 2**16)))
+    pad = ~left_padding(pads, tokens)[:, None, :, None]
+    return Prompt(fmt, torch.where(pad, x * 1e3, x), pads)
+
+
+def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
+    """Arenas for all of ``x`` in which whatever was forgotten to be written shows."""
+    arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt)
+    for arena in (*arenas.packed, arenas.dense):
+        arena.fill_(torch.nan if arena.is_floating_point() else 0xA5)
+    return arenas
+
+
+def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Extent]:
+    """Append the prompt, at once or cut before the tokens ``cuts``."""
+    arenas, extent = poisoned_arenas(prompt.x, prompt.fmt), NOTHING
+    edges = sorted({0, prompt.x.shape[2], *(cuts or [])})
+    for first, last in pairwise(edges):
+        valid = prompt.valid[:, first:last] if any(prompt.pads) else None
+        write(arenas, prompt.x[:, :, first:last], valid, extent, prompt.fmt)
+        extent = extent.after(last - first, prompt.fmt)
+    return arenas, extent
+
+
+def copied(arenas: Arenas) -> Arenas:
+    return Arenas(
+        tuple(a.clone() for a in arenas.packed), arenas.dense.clone(), arenas.start.clone()
+    )
+
+
+def packed_rows(arenas: Arenas, extent: Extent, fmt: Format) -> list[Tensor]:
+    """What is written of each packed arena, row by row."""
+    return [
+        arena[b, :, : extent.packed(start, fmt) // fmt.tokens_per_slot(name)]
+        for b, start in enumerate(arenas.start.tolist())
+        for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
+    ]
+
+
+def half_step(arenas: Arenas, extent: Extent, fmt: Format, b: int) -> Tensor:
+    """Half the step of each packed number of row ``b``, ``[heads, tokens, head_dim]``."""
+    scale = packed_rows(arenas, extent, fmt)[b * 3 + 1].float()
+    scale = scale.repeat_interleave(fmt.token_group, 1).repeat_interleave(fmt.channel_group, 2)
+    return scale[..., : fmt.head_dim] / 2
+
+
+# what is stored ----------------------------------------------------------------------------------
+
+
+@given(prompt=prompts(lossy=False))
+def test_the_lossless_format_gives_back_every_token(prompt: Prompt) -> None:
+    expected = prompt.x.masked_fill(~prompt.valid[:, None, :, None], 0.0)
+    assert torch.equal(dense_past(*stored(prompt), prompt.fmt), expected)
+
+
+@given(prompt=prompts(lossy=True))
+def test_first_and_recent_tokens_are_exact_and_the_rest_within_half_a_step(prompt: Prompt) -> None:
+    fmt, (arenas, extent) = prompt.fmt, stored(prompt)
+    past = dense_past(arenas, extent, fmt)
+    for b, pads in enumerate(prompt.pads):
+        x, restored = prompt.x[b, :, pads:], past[b, :, pads:]
+        end = fmt.sink_length + extent.packed(pads, fmt)
+        assert not past[b, :, :pads].any()
+        assert torch.equal(restored[:, : fmt.sink_length], x[:, : fmt.sink_length])
+        assert torch.equal(restored[:, end:], x[:, end:])
+        assert x.shape[1] - end <= fmt.residual_length + fmt.token_group - 1
+        assert x.shape[1] - end >= min(fmt.residual_length, x.shape[1] - fmt.sink_length)
+        error = (restored - x)[:, fmt.sink_length : end].abs()
+        slack = 2.0**-9 * x.abs().amax() if x.numel() else 0.0
+        assert (error <= half_step(arenas, extent, fmt, b) + slack).all()
+
+
+@given(prompt=prompts(), data=st.data())
+def test_appending_in_any_split_equals_storing_at_once(prompt: Prompt, data: st.DataObject) -> None:
+    tokens = prompt.x.shape[2]
+    cuts = data.draw(st.lists(st.integers(0, tokens)) | st.just(list(range(tokens))), label="cuts")
+    at_once, extent = stored(prompt)
+    split, split_extent = stored(prompt, cuts)
+    assert split_extent == extent
+    assert torch.equal(split.start, at_once.start)
+    rows = zip(
+        packed_rows(split, extent, prompt.fmt),
+        packed_rows(at_once, extent, prompt.fmt),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in rows)
+    assert torch.equal(
+        dense_past(split, extent, prompt.fmt), dense_past(at_once, extent, prompt.fmt)
+    )
+
+
+@given(prompt=prompts())
+def test_a_row_is_stored_as_if_it_were_alone(prompt: Prompt) -> None:
+    past = dense_past(*stored(prompt), prompt.fmt)
+    for b, pads in enumerate(prompt.pads):
+        row = prompt.row(b)
+        if row.x.shape[2]:
+            assert torch.equal(past[b : b + 1, :, pads:], dense_past(*stored(row), prompt.fmt))
+
+
+@given(prompt=prompts(), garbage=st.sampled_from([0.0, 1e4, torch.inf, torch.nan]))
+def test_padding_never_shows(prompt: Prompt, garbage: float) -> None:
+    x = prompt.x.masked_fill(~prompt.valid[:, None, :, None], garbage)
+    other = stored(replace(prompt, x=x))
+    assert torch.equal(dense_past(*other, prompt.fmt), dense_past(*stored(prompt), prompt.fmt))
+
+
+@given(prompt=prompts(), data=st.data())
+def test_permuting_rows_commutes_with_dequantize(prompt: Prompt, data: st.DataObject) -> None:
+    order = torch.tensor(data.draw(st.permutations(range(len(prompt.pads))), label="order"))
+    arenas, extent = stored(prompt)
+    permuted = Arenas(
+        tuple(a[order] for a in arenas.packed), arenas.dense[order], arenas.start[order]
+    )
+    assert torch.equal(
+        dense_past(permuted, extent, prompt.fmt), dense_past(arenas, extent, prompt.fmt)[order]
+    )
+
+
+# what is forgotten ---------------------------------------------------------------------------------
+
+
+@given(prompt=prompts(least_tokens=2), data=st.data())
+def test_cropping_commutes_with_dequantize(prompt: Prompt, data: st.DataObject) -> None:
+    arenas, extent = stored(prompt)
+    length = data.draw(st.integers(1, extent.length - 1), label="length")
+    expected = dense_past(arenas, extent, prompt.fmt)[:, :, :length]
+    cropped = Extent(length, min(extent.watermark, length))
+    truncate(arenas, extent, cropped, prompt.fmt)
+    assert torch.equal(dense_past(arenas, cropped, prompt.fmt), expected)
+
+
+@given(prompt=prompts(lossy=False, least_tokens=2), data=st.data())
+@example(prompt=Prompt(stored_format(), randn(2, HEADS, 9, 16), [0, 6]), data=None)
+def test_what_is_appended_after_a_crop_is_kept(prompt: Prompt, data: st.DataObject | None) -> None:
+    """Also by a row that the crop left with nothing but padding."""
+    fmt, (arenas, extent) = prompt.fmt, stored(prompt)
+    length = data.draw(st.integers(1, extent.length - 1), label="length") if data else 3
+    cropped = Extent(length, min(extent.watermark, length))
+    expected = dense_past(arenas, extent, fmt)[:, :, :length]
+    truncate(arenas, extent, cropped, fmt)
+    new = randn(*prompt.x.shape[:2], prompt.x.shape[2] - length, fmt.head_dim, seed=7)
+    write(arenas, new, None, cropped, fmt)
+    past = dense_past(arenas, cropped.after(new.shape[2], fmt), fmt)
+    assert torch.equal(past, torch.cat([expected, new], 2))
+
+
+@given(prompt=prompts(least_tokens=2), data=st.data())
+def test_a_write_is_invisible_to_a_reader_of_the_old_extent(
+    prompt: Prompt, data: st.DataObject
+) -> None:
+    """What makes a run harmless that dies after it wrote: its caller only has to forget it."""
+    fmt, tokens = prompt.fmt, prompt.x.shape[2]
+    new_tokens = data.draw(st.just(1) | st.integers(1, tokens - 1), label="new tokens")
+    cut = tokens - new_tokens
+    before = replace(prompt, x=prompt.x[:, :, :cut], pads=[min(p, cut) for p in prompt.pads])
+    half_written, extent = stored(before)
+    arenas = poisoned_arenas(prompt.x, fmt)
+    for arena, old in zip(arenas.packed, half_written.packed, strict=True):
+        arena[:, :, : old.shape[2]] = old
+    arenas = Arenas(arenas.packed, half_written.dense, half_written.start)
+    expected = dense_past(arenas, extent, fmt)
+
+    dense = arenas.dense if new_tokens == 1 else arenas.dense.clone()
+    written = Arenas(arenas.packed, dense, arenas.start)
+    write(written, prompt.x[:, :, cut:], prompt.valid[:, cut:], extent, fmt)
+    assert torch.equal(dense_past(arenas, extent, fmt), expected)
+    assert torch.equal(
+        dense_past(written, extent.after(new_tokens, fmt), fmt), dense_past(*stored(prompt), fmt)
+    )
+
+
+def test_several_tokens_may_reuse_ring_slots() -> None:
+    """Why the caller of such a write hands it a copy of the dense buffer."""
+    fmt = stored_format(residual_length=4, sink_length=0)
+    x = randn(1, HEADS, 40, 16)
+    arenas = poisoned_arenas(x, fmt)
+    write(arenas, x[:, :, :10], None, NOTHING, fmt)
+    extent = NOTHING.after(10, fmt)
+    write(arenas, x[:, :, 10:], None, extent, fmt)
+    assert not torch.equal(dense_past(arenas, extent, fmt), x[:, :, :10])
+
+
+# groups ----------------------------------------------------------------------------------------------
+
+
+@given(
+    fmt=formats(lossy=True),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_groups_come_back_within_half_a_step(
+    fmt: Format, groups: int, rows: int, seed: int
+) -> None:
+    x = randn(rows, HEADS, groups * fmt.token_group, fmt.head_dim, seed=seed)
+    packed = quantize(x, None, fmt)
+    assert packed[0].shape == (*x.shape[:3], fmt.planes.row_bytes)
+    assert packed[1].shape == packed[2].shape == (rows, HEADS, groups, fmt.channel_groups)
+    step = packed[1].float().repeat_interleave(fmt.token_group, 2)
+    step = step.repeat_interleave(fmt.channel_group, 3)[..., : fmt.head_dim]
+    error = (dequantize_groups(packed, fmt, torch.float32) - x).abs()
+    assert (error <= step / 2 + 2.0**-9 * x.abs().amax()).all()
+
+
+def test_a_ragged_last_group_of_channels_has_its_own_range() -> None:
+    """Channels 32 to 39 of 40 share one scale, and nothing that is not there widens it."""
+    fmt = stored_format(Kivi(), "value", head_dim=40)
+    x = randn(1, 1, 1, 40) + 5.0
+    _, scale, zero_point = quantize(x, None, fmt)
+    assert zero_point[0, 0, 0, 1] == x[..., 32:].amin().half()
+    assert scale[0, 0, 0, 1] == ((x[..., 32:].amax() - x[..., 32:].amin()) / 3).half()
+
+
+# attention -------------------------------------------------------------------------------------------
+
+
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    *,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: int,
+    softcap: float,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Attention written out query by query; ``hidden`` bool ``[batch, kv_len]`` are keys that nobody sees."""
+    batch, num_heads, q_len, _ = query.shape
+    kv_len, per_kv = key.shape[2], num_heads // key.shape[1]
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    mask = None if mask is None else mask.expand(batch, num_heads, q_len, kv_len)
+    out = torch.zeros(batch, num_heads, q_len, value.shape[3], dtype=dtype)
+    last_seen = {TOP_LEFT: 0, BOTTOM_RIGHT: kv_len - q_len}
+    for b in range(batch):
+        for h in range(num_heads):
+            for i in range(q_len):
+                scores = scale * key[b, h // per_kv] @ query[b, h, i]
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if mask is not None and mask.dtype != torch.bool:
+                    scores = scores + mask[b, h, i].to(dtype)
+                elif mask is not None:
+                    scores = scores.masked_fill(~mask[b, h, i], -torch.inf)
+                if causal != NO_CAUSALITY:
+                    scores[max(last_seen[causal] + i + 1, 0) :] = -torch.inf
+                scores = scores.masked_fill(hidden[b], -torch.inf)
+                weight = scores.exp()
+                total = weight.sum() + (0.0 if sinks is None else sinks[h].to(dtype).exp())
+                if total > 0:
+                    out[b, h, i] = weight @ value[b, h // per_kv] / total
+    return out
+
+
+def some_mask(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+    """A mask of ``shape``; a float one is additive and hides keys with minus infinity."""
+    if kind == "none":
+        return None
+    seen = randn(*shape, seed=seed) > -0.5
+    if kind == "bool":
+        return seen
+    return randn(*shape, seed=seed + 1).masked_fill(~seen, -torch.inf)
+
+
+@given(
+    prompt=prompts(),
+    value_fmt=formats(),
+    per_kv=st.sampled_from([1, 3]),
+    new_tokens=st.integers(0, 4),
+    mask_kind=st.sampled_from(["none", "bool", "float"]),
+    mask_is_one=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    causal=st.sampled_from([NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT]),
+    softcap=st.sampled_from([0.0, 2.0]),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
+    prompt: Prompt,
+    value_fmt: Format,
+    per_kv: int,
+    new_tokens: int,
+    mask_kind: str,
+    mask_is_one: tuple[bool, bool, bool],
+    causal: int,
+    softcap: float,
+    with_sinks: bool,
+    seed: int,
+) -> None:
+    assume(prompt.fmt.layout == value_fmt.layout)
+    batch, _, length, head_dim = prompt.x.shape
+    value = replace(
+        prompt, fmt=value_fmt, x=randn(batch, HEADS, length, value_fmt.head_dim, seed=seed + 1)
+    )
+    q_len, kv_len, num_heads = max(new_tokens, 1), length + new_tokens, HEADS * per_kv
+    query = randn(batch, num_heads, q_len, head_dim, seed=seed + 2)
+    new_key = randn(batch, HEADS, new_tokens, head_dim, seed=seed + 3)
+    new_value = randn(batch, HEADS, new_tokens, value_fmt.head_dim, seed=seed + 4)
+    full_shape = (batch, num_heads, q_len)
+    mask_shape = tuple(1 if one else n for one, n in zip(mask_is_one, full_shape, strict=True))
+    options = {
+        "mask": some_mask(mask_kind, (*mask_shape, kv_len), seed + 5),
+        "sinks": randn(num_heads, seed=seed + 6) if with_sinks else None,
+        "scale": 0.3,
+        "causal": causal,
+        "softcap": softcap,
+    }
+    key_side, value_side = (*stored(prompt), prompt.fmt), (*stored(value), value_fmt)
+    out = reference.attend(
+        query,
+        new_key if new_tokens else None,
+        new_value if new_tokens else None,
+        key_side,
+        value_side,
+        **options,
+    )
+    full = (
+        query,
+        torch.cat([dense_past(*key_side), new_key], 2),
+        torch.cat([dense_past(*value_side), new_value], 2),
+        torch.cat([~prompt.valid, torch.zeros(batch, new_tokens, dtype=torch.bool)], 1),
+    )
+    exact = exact_attention(*full, **options)
+    fp32_error = (exact_attention(*full, **options, dtype=torch.float32) - exact).abs().max()
+    assert out.shape == exact.shape
+    assert (out - exact).abs().max() <= 8 * fp32_error + 1e-6
+
+
+def test_top_left_and_bottom_right_differ_beside_a_past() -> None:
+    query, key = randn(1, 1, 2, 16), randn(1, 1, 5, 16, seed=1)
+    options = {"mask": None, "sinks": None, "scale": 1.0, "softcap": 0.0}
+    top, bottom = (
+        reference.attention(query, key, key, causal=causal, **options)
+        for causal in (TOP_LEFT, BOTTOM_RIGHT)
+    )
+    torch.testing.assert_close(top[:, :, 0], key[:, :, 0])
+    torch.testing.assert_close(
+        bottom[:, :, :1],
+        reference.attention(query[:, :, :1], key[:, :, :4], key[:, :, :4], causal=0, **options),
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_query_that_sees_nothing_gives_zeros(kind: str, softcap: float) -> None:
+    seen = torch.tensor([[True, True, False], [False, False, False]])
+    mask = seen if kind == "bool" else torch.zeros(2, 3).masked_fill(~seen, -torch.inf)
+    out = reference.attention(
+        randn(1, 2, 2, 16),
+        randn(1, 2, 3, 16, seed=1),
+        randn(1, 2, 3, 16, seed=2),
+        mask=mask[None, None],
+        sinks=None,
+        scale=1.0,
+        causal=NO_CAUSALITY,
+        softcap=softcap,
+    )
+    assert out[:, :, 0].all()
+    assert not out[:, :, 1].any()
+
+
+# validity of new tokens ----------------------------------------------------------------------------
+
+
+@given(
+    pads=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    past=st.integers(0, 3),
+    heads=st.sampled_from([1, 2]),
+    queries=st.sampled_from([1, 4]),
+    dtype=st.sampled_from([torch.bool, torch.float32, torch.float16]),
+    hidden=st.sampled_from(["infinity", "smallest"]),
+)
+def test_a_token_is_valid_if_any_query_sees_it(
+    pads: list[int], past: int, heads: int, queries: int, dtype: torch.dtype, hidden: str
+) -> None:
+    valid = left_padding(pads, 4)
+    seen = torch.cat([torch.ones(len(pads), past, dtype=torch.bool), valid], 1)
+    mask = seen[:, None, None].expand(-1, heads, queries, -1)
+    if queries > 1:
+        mask = mask & torch.ones(queries, past + 4, dtype=torch.bool).tril(past)
+    if dtype != torch.bool:
+        number = -torch.inf if hidden == "infinity" else torch.finfo(dtype).min
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, number)
+    assert torch.equal(valid_tokens(mask, 4), valid)
+
+
+def test_an_additive_bias_hides_nothing() -> None:
+    """An ALiBi mask is very negative far away, and no padding."""
+    bias = torch.linspace(-1e4, 0, 6).reshape(1, 1, 1, 6)
+    assert valid_tokens(bias, 6).all()
+
+
+def test_a_mask_with_one_column_speaks_for_every_token() -> None:
+    assert valid_tokens(torch.tensor([True, False]).reshape(2, 1, 1, 1), 3).tolist() == [
+        [True] * 3,
+        [False] * 3,
+    ]
