@@ -6,7 +6,8 @@ gone. Stable addresses are what a replayed CUDA graph needs; a bounded pool is w
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -27,44 +28,70 @@ class ArenaPool:
 
     def __init__(self, slack: float = 1.25) -> None:
         self.slack = slack
-        self.live_bytes = 0
-        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._peak_bytes = 0
         self._free: OrderedDict[int, Tensor] = OrderedDict()
+        self._returned: deque[Tensor] = deque()
+        self._lock = RLock()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes handed out."""
+        self._settle()
+        return self._live_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were handed out at once."""
+        return self._peak_bytes
 
     @property
     def free_bytes(self) -> int:
         """Bytes kept for the next generation."""
-        return sum(arena.nbytes for arena in self._free.values())
+        with self._lock:
+            self._settle()
+            return sum(arena.nbytes for arena in self._free.values())
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A zeroed tensor that may be written under any grad or inference mode."""
-        with torch.inference_mode(False), torch.no_grad():
-            # A copy, and pop: the garbage collector may run here and give or evict arenas.
-            for address, arena in list(self._free.items()):
-                fits = arena.shape == shape and arena.dtype == dtype and arena.device == device
-                if fits and self._free.pop(address, None) is not None:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._settle()
+            for address, arena in self._free.items():
+                if arena.shape == shape and arena.dtype == dtype and arena.device == device:
+                    del self._free[address]
                     arena.zero_()
                     break
             else:
                 arena = torch.zeros(shape, dtype=dtype, device=device)
-        self.live_bytes += arena.nbytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        self._evict()
+            self._live_bytes += arena.nbytes
+            self._peak_bytes = max(self._peak_bytes, self._live_bytes)
+            self._evict()
         return arena
 
     def give(self, arena: Tensor) -> None:
-        """Take back an arena that nobody reads any more."""
-        self.live_bytes -= arena.nbytes
-        self._free[id(arena)] = arena
-        self._evict()
+        """Take back an arena that nobody reads any more.
+
+        The garbage collector may call this at any moment, also in the middle of ``take``: it only leaves a note.
+        """
+        self._returned.append(arena)
 
     def clear(self) -> None:
         """Free everything that is not in use."""
-        self._free.clear()
-        self.peak_bytes = self.live_bytes
+        with self._lock:
+            self._settle()
+            self._free.clear()
+            self._peak_bytes = self._live_bytes
+
+    def _settle(self) -> None:
+        """Move what came back to what is free."""
+        with self._lock:
+            while self._returned:
+                arena = self._returned.popleft()
+                self._live_bytes -= arena.nbytes
+                self._free[id(arena)] = arena
 
     def _evict(self) -> None:
-        while self._free and self.live_bytes + self.free_bytes > self.slack * self.peak_bytes:
+        while self._free and self.free_bytes + self._live_bytes > self.slack * self._peak_bytes:
             self._free.popitem(last=False)
 
 

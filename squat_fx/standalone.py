@@ -49,7 +49,9 @@ class RewrittenModule(nn.Module):
         out = self._boundary(*flat)
         if is_pytree:
             return self._codegen.process_outputs(out)
-        return out if self._spec is None else torch.utils._pytree.tree_unflatten(list(out), self._spec)
+        return (
+            out if self._spec is None else torch.utils._pytree.tree_unflatten(list(out), self._spec)
+        )
 
     def _check(self, flat: Sequence[Any]) -> None:
         if len(flat) != len(self._expected):
@@ -58,7 +60,8 @@ class RewrittenModule(nn.Module):
             if shape is None or not isinstance(x, Tensor):
                 continue
             fits = len(shape) == x.dim() and all(
-                not isinstance(want, int) or want == have for want, have in zip(shape, x.shape, strict=True)
+                not isinstance(want, int) or want == have
+                for want, have in zip(shape, x.shape, strict=True)
             )
             if not fits:
                 raise ValueError(
@@ -74,18 +77,24 @@ def rewrite_module(
     examples = list(_flat_inputs(codegen, tuple(example_inputs), {}))
     placeholders = tuple(graph_module.graph.find_nodes(op="placeholder"))
     if len(examples) != len(placeholders):
-        raise ValueError(f"the graph has {len(placeholders)} inputs, got {len(examples)} example inputs")
+        raise ValueError(
+            f"the graph has {len(placeholders)} inputs, got {len(examples)} example inputs"
+        )
     _drop_input_guards(graph_module.graph)
     if any(value_of(n) is None for n in placeholders):
         _propagate_shapes(graph_module, examples)
-    rewriting = Rewriting(graph_module, config, _carriers(graph_module.graph), placeholders=placeholders)
+    rewriting = Rewriting(
+        graph_module, config, _carriers(graph_module.graph), placeholders=placeholders
+    )
     spec = rewrite_graph(rewriting)
     if config.strict and rewriting.skipped:
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
-    boundary = Boundary(graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report)
+    boundary = Boundary(
+        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report
+    )
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
 
@@ -125,9 +134,18 @@ def _carriers(graph: fx.Graph) -> dict[fx.Node, None]:
     for node in returned:
         parts = node.args[0] if kind(node) == "cat" else ()
         shape = shape_of(node)
-        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or shape is None or len(shape) != 4:
+        if (
+            not isinstance(parts, (list, tuple))
+            or len(parts) != 2
+            or shape is None
+            or len(shape) != 4
+        ):
             continue
         past = parts[0]
-        if isinstance(past, fx.Node) and past.op == "placeholder" and dim_of(argument(node, 1, "dim", 0), shape) == 2:
+        if (
+            isinstance(past, fx.Node)
+            and past.op == "placeholder"
+            and dim_of(argument(node, 1, "dim", 0), shape) == 2
+        ):
             found[past] = None
     return found

@@ -1,4 +1,4 @@
-"""Shared by the tests of numbers and of state: seeded tensors, stored formats, one Hypothesis profile."""
+"""Shared by the tests of numbers and of state: seeded tensors, formats, a Hypothesis profile."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ def stored_format(
     residual_length: int = 8,
     sink_length: int = 2,
 ) -> Format:
-    """A stored format; by default a small lossless one, whose groups of 4 tokens soon leave the ring."""
+    """A stored format; by default a lossless one whose groups of 4 tokens soon leave the ring."""
     codec = codec or Lossless(group_size=4)
-    return make_format(
-        codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length
-    )
+    return make_format(codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length)
 
 
 def left_padding(pads: list[int], tokens: int) -> Tensor:
-    """Which tokens are valid, bool ``[batch, tokens]``, when row ``b`` begins with ``pads[b]`` pads."""
+    """Which tokens are valid, bool ``[batch, tokens]``: row ``b`` begins with ``pads[b]`` pads."""
     return torch.arange(tokens) >= torch.tensor(pads)[:, None]

@@ -1,15 +1,15 @@
-"""Handles against plain tensors: whatever people do to them, in any order, every living handle reads its own tokens.
+"""Handles against plain tensors: whatever is done to them, each living one reads its own tokens.
 
-The model of a handle is a dense tensor with zeros where padding was not stored. The codec is lossless, so the two are
-equal and not merely close. Capacity is kept tight, so that growth happens, and few handles are kept, so that storages
-find themselves with one reader and go in place.
+The model of a handle is a dense tensor with zeros where padding was not stored. The codec is
+lossless, so the two are equal and not merely close. Capacity is kept tight, so that growth happens,
+and few handles are kept, so that storages find themselves with one reader and go in place.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -60,13 +60,11 @@ class Living:
         """The result of an append."""
         assert isinstance(handle, QuantizedKV)
         valid = torch.ones(len(new), new.shape[2], dtype=torch.bool)
-        return Living(
-            handle, torch.cat([self.expected, new], 2), torch.cat([self.valid, valid], 1)
-        )
+        return Living(handle, torch.cat([self.expected, new], 2), torch.cat([self.valid, valid], 1))
 
 
 def compiled_append(new_tokens: int, fails: bool) -> Boundary:
-    """What the backend makes of a graph that appends to one carrier: all arenas, positions, and the new tokens."""
+    """What the backend makes of a graph that appends to one carrier."""
 
     def inner(*fed: Tensor) -> tuple[()]:
         *tensors, where, new = fed
@@ -178,8 +176,9 @@ class Handles(RuleBasedStateMachine):
         raise AssertionError("the interruption was swallowed")
 
     @precondition(lambda self: self.living)
-    @rule(which=pick, wrote=st.booleans())
-    def fail_to_write_pending_tokens(self, which: int, wrote: bool) -> None:
+    @rule(which=pick, tokens=st.integers(0, 20), wrote=st.booleans())
+    def fail_to_write_pending_tokens(self, which: int, tokens: int, wrote: bool) -> None:
+        self.append(which=which, tokens=tokens, inference=False)
         write = reference.write
 
         def failing_write(*args: object) -> None:
@@ -187,11 +186,8 @@ class Handles(RuleBasedStateMachine):
                 write(*args)  # pyright: ignore[reportArgumentType]
             raise Interrupted
 
-        with patch.object(reference, "write", failing_write):
-            try:
-                self.chosen(which).handle.writable_storage()
-            except Interrupted:
-                return
+        with patch.object(reference, "write", failing_write), suppress(Interrupted):
+            self.living[-1].handle.writable_storage()
 
     # beams, batches, assisted decoding
 
@@ -200,9 +196,7 @@ class Handles(RuleBasedStateMachine):
     def crop(self, which: int, fraction: float, in_place_of_its_source: bool) -> None:
         old = self.chosen(which)
         length = max(1, round(fraction * old.handle.shape[2]))
-        new = Living(
-            old.handle[:, :, :length], old.expected[:, :, :length], old.valid[:, :length]
-        )
+        new = Living(old.handle[:, :, :length], old.expected[:, :, :length], old.valid[:, :length])
         assert isinstance(new.handle, QuantizedKV)
         if in_place_of_its_source:
             self.living = [x for x in self.living if x is not old]

@@ -68,12 +68,6 @@ class PlaneLayout:
         """Stored code bits per channel of the head, padding included, scales not."""
         return 8 * self.row_bytes / self.head_dim
 
-    @property
-    def uniform_piece(self) -> int | None:
-        """The one piece width when every code is a single piece of that width and fills its bytes in order."""
-        width = self.widths[0]
-        return width if width in PIECE_WIDTHS and set(self.widths) == {width} else None
-
 
 def uniform_widths(head_dim: int, bits: int) -> tuple[int, ...]:
     """The same width for every plane group of ``head_dim`` channels."""
@@ -121,19 +115,31 @@ def pack(codes: Tensor, widths: Sequence[int]) -> Tensor:
     return _words_from_bytes(lane_bytes)
 
 
-def unpack(qdata: Tensor, head_dim: int, widths: Sequence[int]) -> Tensor:
-    """Undo :func:`pack`: bytes ``[..., row_bytes]`` to codes ``[..., head_dim]`` (uint8)."""
+def unpack(
+    qdata: Tensor, head_dim: int, widths: Sequence[int], out: Tensor | None = None
+) -> Tensor:
+    """Undo :func:`pack`: bytes ``[..., row_bytes]`` to codes ``[..., head_dim]``.
+
+    The codes are uint8, or of ``out``'s dtype where that is given to be written.
+    """
     layout = plane_layout(head_dim, tuple(widths))
-    lane_bytes = _bytes_from_words(qdata, layout.bytes_per_lane)
-    if bits := layout.uniform_piece:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=qdata.device)[:, None]
-        codes = (lane_bytes.unsqueeze(-2) >> shifts) & (2**bits - 1)
-        return codes.flatten(-3)[..., :head_dim]
-    planes = qdata.new_zeros(*qdata.shape[:-1], len(layout.widths), LANES)
+    if out is None:
+        out = qdata.new_empty((*qdata.shape[:-1], head_dim))
+    written: set[int] = set()
     for piece in layout.pieces:
-        bits_of_piece = (lane_bytes[..., piece.byte, :] >> piece.bit_shift) & (2**piece.bits - 1)
-        planes[..., piece.group, :] |= bits_of_piece << piece.code_shift
-    return planes.flatten(-2)[..., :head_dim]
+        bits = _lane_byte(qdata, piece.byte, layout.bytes_per_lane)
+        if piece.bit_shift:
+            bits = bits >> piece.bit_shift
+        bits = bits & (2**piece.bits - 1)
+        first = piece.group * LANES
+        channels = out[..., first : first + LANES]
+        bits = bits[..., : channels.shape[-1]]
+        if piece.group in written:
+            channels += bits << piece.code_shift
+        else:
+            channels.copy_(bits)  # the widest piece comes first and holds the low bits
+        written.add(piece.group)
+    return out
 
 
 def _words_from_bytes(lane_bytes: Tensor) -> Tensor:
@@ -143,11 +149,9 @@ def _words_from_bytes(lane_bytes: Tensor) -> Tensor:
     return torch.cat([words, lane_bytes[..., even:, :].flatten(-2)], -1) if even else lane_bytes.flatten(-2)
 
 
-def _bytes_from_words(qdata: Tensor, bytes_per_lane: int) -> Tensor:
-    """Undo :func:`_words_from_bytes`."""
-    even = bytes_per_lane // 2 * 2
-    words, last = qdata[..., : even * LANES], qdata[..., even * LANES :]
-    if not even:
-        return last.unflatten(-1, (1, LANES))
-    lane_bytes = words.unflatten(-1, (-1, LANES, 2)).transpose(-1, -2).flatten(-3, -2)
-    return lane_bytes if even == bytes_per_lane else torch.cat([lane_bytes, last.unflatten(-1, (1, LANES))], -2)
+def _lane_byte(qdata: Tensor, byte: int, bytes_per_lane: int) -> Tensor:
+    """Byte ``byte`` of every lane, ``[..., 16]``, as a view: every other byte of its 16-bit word."""
+    first = byte // 2 * 2 * LANES
+    if byte == bytes_per_lane - 1 and bytes_per_lane % 2:
+        return qdata[..., first:]
+    return qdata[..., first + byte % 2 : first + 2 * LANES : 2]

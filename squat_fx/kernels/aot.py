@@ -1,6 +1,6 @@
 """Compile the launchers' kernels for a GPU that is not there, and say what became of them.
 
-    python -m squat_fx.kernels.aot
+    python -m squat_fx.kernels.aot [80] [90]
 
 A launcher runs on small CPU tensors with its launches recorded instead of run; each recorded launch
 is compiled with the types, alignments and constants it would have had. Triton's wheel carries the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -237,7 +238,7 @@ def main() -> None:
         "shared",
         "instructions",
     )
-    for capability in CAPABILITIES:
+    for capability in [int(a) for a in sys.argv[1:]] or CAPABILITIES:
         for shape in SHAPES:
             for role, launched in representative(shape):
                 r = compile_launch(launched, capability)

@@ -18,7 +18,10 @@ than one token may reuse ring slots, so its caller hands it a copy of ``dense``)
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -80,17 +83,20 @@ def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]
     return pack(codes, fmt.widths), scale.squeeze(5).squeeze(3), zero_point.squeeze(5).squeeze(3)
 
 
-def dequantize_groups(packed: tuple[Tensor, ...], fmt: Format, dtype: torch.dtype) -> Tensor:
-    """Undo :func:`quantize`: ``[batch, heads, tokens, head_dim]`` in ``dtype``; fp32 arithmetic."""
+def dequantize_groups(packed: tuple[Tensor, ...], fmt: Format, out: Tensor) -> Tensor:
+    """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
     if fmt.layout == "dense":
-        return packed[0].to(dtype)
+        return out.copy_(packed[0])
     qdata, scale, zero_point = packed
-    codes = unpack(qdata, fmt.head_dim, fmt.widths).float()
-    groups = _grouped(codes, fmt)
-    # [batch, heads, token groups, channel groups] against [.., token groups, tokens, channel groups, channels]
+    # [batch, heads, token groups, channel groups] against
+    # [batch, heads, token groups, tokens, channel groups, channels]
     scale, zero_point = (p.float()[:, :, :, None, :, None] for p in (scale, zero_point))
-    x = groups.mul_(scale).add_(zero_point) if groups.is_contiguous() else groups * scale + zero_point
-    return x.flatten(-2)[..., : fmt.head_dim].flatten(2, 3).to(dtype)
+    if out.dtype == torch.float32 and fmt.head_dim == fmt.channel_groups * fmt.channel_group:
+        _grouped(unpack(qdata, fmt.head_dim, fmt.widths, out), fmt).mul_(scale).add_(zero_point)
+        return out
+    codes = unpack(qdata, fmt.head_dim, fmt.widths).float()
+    numbers = _grouped(codes, fmt).mul(scale).add_(zero_point)
+    return out.copy_(numbers.flatten(-2)[..., : fmt.head_dim].flatten(2, 3))
 
 
 def _grouped(x: Tensor, fmt: Format) -> Tensor:
@@ -103,74 +109,95 @@ def _grouped(x: Tensor, fmt: Format) -> Tensor:
 # reading and writing arenas ----------------------------------------------------------------------------------------------
 
 
-def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
-    """The stored tokens as numbers, ``[batch, heads, length, head_dim]`` in the dense buffer's dtype; zeros for padding."""
-    dense, length = arenas.dense, extent.length
-    starts = arenas.start.tolist()
-    counts = [extent.packed(start, fmt) for start in starts]
-    most = max(counts, default=0)
-    slots = -(-most // fmt.token_group)
-    packed = tuple(
-        arena[:, :, : most // fmt.tokens_per_slot(name) if name == "qdata" else slots]
-        for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
-    )
-    numbers = dequantize_groups(packed, fmt, dense.dtype)
-    if len(set(starts)) <= 1:
-        start, count = (starts[0], counts[0]) if starts else (0, 0)
-        row_length = max(length - start, 0)
-        ring = _ring_slots(count, row_length - fmt.sink_length, fmt, dense.device)
-        pieces = [dense[:, :, : min(fmt.sink_length, row_length)], numbers, dense.index_select(2, ring)]
-        if pads := length - row_length:
-            pieces.insert(0, dense.new_zeros(*dense.shape[:2], pads, dense.shape[3]))
-        return torch.cat(pieces, 2)
-    token = torch.arange(length, device=dense.device) - arenas.start[:, None].long()  # [batch, length]
-    index = _source_slot(token, torch.tensor(counts, device=dense.device)[:, None], fmt)
-    rows = torch.cat([dense, numbers], 2)
-    gathered = rows.gather(2, index.clamp(min=0)[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
-    return gathered.masked_fill_((token < 0)[:, None, :, None], 0.0)
+def dense_past(
+    arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None
+) -> Tensor:
+    """The stored tokens as numbers, ``[batch, heads, length, head_dim]`` in the dense buffer's dtype.
+
+    Zeros where padding was not stored. ``out`` is written if given.
+    """
+    dense = arenas.dense
+    if out is None:
+        out = dense.new_empty((*dense.shape[:2], extent.length, dense.shape[3]))
+    for rows, start in _runs(arenas.start):
+        tokens = max(extent.length - start, 0)
+        sinks = min(fmt.sink_length, tokens)
+        count = extent.packed(start, fmt)
+        out[rows, :, : extent.length - tokens] = 0.0
+        row_tokens = out[rows, :, extent.length - tokens :]
+        row_tokens[:, :, :sinks] = dense[rows, :, :sinks]
+        if count:
+            packed = _packed_slots(arenas, rows, 0, count, fmt)
+            dequantize_groups(packed, fmt, out=row_tokens[:, :, sinks : sinks + count])
+        ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
+        row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
+    return out
 
 
 def write(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent, fmt: Format) -> None:
-    """Append ``new`` ``[batch, heads, tokens, head_dim]`` after ``extent``: into the ring, packing what leaves it.
+    """Append ``new`` ``[batch, heads, tokens, head_dim]``: into the ring, packing what leaves it.
 
-    ``valid`` is bool ``[batch, tokens]``. Rows that hold no token yet start at their first valid new one.
+    ``valid`` is bool ``[batch, tokens]``. Rows that hold no token yet start at their first valid
+    new one.
     """
-    new_tokens, device = new.shape[2], new.device
-    after = extent.after(new_tokens, fmt)
+    after = extent.after(new.shape[2], fmt)
     if valid is not None:
-        leading = valid.int().argmax(1) + new_tokens * ~valid.any(1)
+        valid = valid.expand(new.shape[0], -1)
+        leading = valid.int().argmax(1) + new.shape[2] * ~valid.any(1)
         empty = arenas.start >= extent.length
         arenas.start.copy_(torch.where(empty, extent.length + leading, arenas.start))
-    starts = arenas.start.tolist()
-    before_counts = [extent.packed(start, fmt) for start in starts]
-    after_counts = [after.packed(start, fmt) for start in starts]
-    span = max((a - b for a, b in zip(after_counts, before_counts, strict=True)), default=0)
-    start = arenas.start.long()[:, None]
-    if span:
-        first = torch.tensor(before_counts, device=device)[:, None]
-        end = torch.tensor(after_counts, device=device)[:, None]
-        slot = first + torch.arange(span, device=device)  # packed slots, [batch, span]
-        token = slot + fmt.sink_length
-        position = token + start
-        source = torch.where(
-            position < extent.length,
-            fmt.sink_length + slot % fmt.ring_length,
-            fmt.dense_length + (position - extent.length).clamp(0, new_tokens - 1),
-        )
-        rows = torch.cat([arenas.dense, new], 2)
-        leaving = rows.gather(2, source[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3]))
-        leaving_valid = None
-        if valid is not None:
-            column = (position - extent.length).clamp(0, new_tokens - 1)
-            leaving_valid = valid.expand(new.shape[0], -1).gather(1, column) | (position < extent.length)
-        packed = quantize(leaving, leaving_valid, fmt)
-        _scatter_packed(arenas.packed, packed, slot, slot < end, fmt)
-    token = torch.arange(extent.length, after.length, device=device) - start  # [batch, tokens]
-    in_ring = token - fmt.sink_length >= torch.tensor(after_counts, device=device)[:, None]
-    keep = (token >= 0) & ((token < fmt.sink_length) | in_ring)
-    slot = torch.where(token < fmt.sink_length, token, fmt.sink_length + (token - fmt.sink_length) % fmt.ring_length)
-    batch, column = keep.nonzero(as_tuple=True)
-    arenas.dense[batch, :, slot[batch, column]] = new.transpose(1, 2)[batch, column].to(arenas.dense.dtype)
+    for rows, start in _runs(arenas.start):
+        row_valid = None if valid is None else valid[rows]
+        _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt)
+        _keep_recent(arenas.dense[rows], new[rows], start, extent, after, fmt)
+
+
+def _runs(start: Tensor) -> list[tuple[slice, int]]:
+    """Neighbouring rows that start at the same position: ``(rows, start)``."""
+    starts = start.tolist()
+    edges = [i for i in range(len(starts)) if i == 0 or starts[i] != starts[i - 1]]
+    return [(slice(a, b), starts[a]) for a, b in pairwise([*edges, len(starts)])]
+
+
+def _pack_leaving(
+    arenas: Arenas,
+    new: Tensor,
+    valid: Tensor | None,
+    rows: slice,
+    start: int,
+    before: Extent,
+    after: Extent,
+    fmt: Format,
+) -> None:
+    """Pack the tokens that are packed after an append and were not before it."""
+    first, end = before.packed(start, fmt), after.packed(start, fmt)
+    if first == end:
+        return
+    in_ring = min(end, max(before.length - start - fmt.sink_length, first))
+    leaving = arenas.dense[rows].index_select(2, _ring_slots(first, in_ring, fmt, new.device))
+    skip = start + fmt.sink_length + in_ring - before.length  # new tokens before the first leaving one
+    leaving = torch.cat([leaving, new[:, :, skip : skip + end - in_ring]], 2)
+    if valid is not None:
+        known = valid.new_ones((valid.shape[0], in_ring - first))
+        valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
+    slots = _packed_slots(arenas, rows, first, end, fmt)
+    for slot, packed in zip(slots, quantize(leaving, valid, fmt), strict=True):
+        slot.copy_(packed)
+
+
+def _keep_recent(
+    dense: Tensor, new: Tensor, start: int, before: Extent, after: Extent, fmt: Format
+) -> None:
+    """Put new tokens that stay exact into their sink and ring slots."""
+    token = before.length - start  # of the first new one
+    total = after.length - start
+    first_sink, last_sink = max(token, 0), min(total, fmt.sink_length)
+    if first_sink < last_sink:
+        dense[:, :, first_sink:last_sink] = new[:, :, first_sink - token : last_sink - token]
+    first = max(token - fmt.sink_length, after.packed(start, fmt), 0)
+    slots = _ring_slots(first, total - fmt.sink_length, fmt, dense.device)
+    if kept := len(slots):
+        dense.index_copy_(2, slots, new[:, :, -kept:].to(dense.dtype))
 
 
 def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None:
@@ -182,11 +209,9 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         left = min(count, after.length - start - fmt.sink_length) - kept
         if count == kept or left <= 0:
             continue
-        group = tuple(
-            arena[row : row + 1, :, slice(*(n // fmt.tokens_per_slot(name) for n in (kept, kept + fmt.token_group)))]
-            for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
-        )
-        numbers = dequantize_groups(group, fmt, arenas.dense.dtype)[0, :, :left]
+        group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
+        out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
+        numbers = dequantize_groups(group, fmt, out)[0, :, :left]
         arenas.dense[row].index_copy_(1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers)
 
 
@@ -213,26 +238,20 @@ def arena_dtype(name: str, fmt: Format, dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if name == "qdata" else torch.float16
 
 
-def _ring_slots(count: int, end: int, fmt: Format, device: torch.device) -> Tensor:
-    """Dense slots of the unpacked tokens ``count <= j < end`` of a row."""
-    return fmt.sink_length + torch.arange(count, max(end, count), device=device) % fmt.ring_length
+def _ring_slots(first: int, end: int, fmt: Format, device: torch.device) -> Tensor:
+    """Dense slots of the unpacked tokens ``first <= j < end`` of a row."""
+    return fmt.sink_length + torch.arange(first, max(end, first), device=device) % fmt.ring_length
 
 
-def _source_slot(token: Tensor, counts: Tensor, fmt: Format) -> Tensor:
-    """Where token ``i`` of a row lies in ``cat([dense, packed tokens])``; negative for padding."""
-    j = token - fmt.sink_length
-    recent = torch.where(j < counts, fmt.dense_length + j, fmt.sink_length + j % fmt.ring_length)
-    return torch.where(token < fmt.sink_length, token, recent)
-
-
-def _scatter_packed(
-    arenas: tuple[Tensor, ...], packed: tuple[Tensor, ...], slot: Tensor, keep: Tensor, fmt: Format
-) -> None:
-    """Write packed groups to ``slot`` (packed token slots, ``[batch, span]``), where ``keep``."""
-    for name, arena, new in zip(fmt.packed_names, arenas, packed, strict=True):
+def _packed_slots(
+    arenas: Arenas, rows: slice, first: int, end: int, fmt: Format
+) -> tuple[Tensor, ...]:
+    """The packed arenas of ``rows``, tokens ``first <= j < end`` (whole groups), as views."""
+    slots = []
+    for name, arena in zip(fmt.packed_names, arenas.packed, strict=True):
         step = fmt.tokens_per_slot(name)
-        batch, column = keep[:, ::step].nonzero(as_tuple=True)
-        arena[batch, :, slot[:, ::step][batch, column] // step] = new.transpose(1, 2)[batch, column]
+        slots.append(arena[rows, :, first // step : end // step])
+    return tuple(slots)
 
 
 # attention ---------------------------------------------------------------------------------------------------------------
@@ -301,9 +320,7 @@ def attend(
     softcap: float,
 ) -> Tensor:
     """Attention over the stored tokens and, beside them, the exact new ones."""
-    past_key, past_value = dense_past(*key), dense_past(*value)
-    full_key = past_key if new_key is None else torch.cat([past_key, new_key.to(past_key.dtype)], 2)
-    full_value = past_value if new_value is None else torch.cat([past_value, new_value.to(past_value.dtype)], 2)
+    full_key, full_value = _past_and_new("key", *key, new_key), _past_and_new("value", *value, new_value)
     padding = key[0].start
     if padding.any():
         stored = torch.arange(full_key.shape[2], device=padding.device) >= padding[:, None]
@@ -312,6 +329,46 @@ def attend(
     return attention(
         query, full_key, full_value, mask=mask, sinks=sinks, scale=scale, causal=causal, softcap=softcap
     )
+
+
+def _past_and_new(
+    name: str, arenas: Arenas, extent: Extent, fmt: Format, new: Tensor | None
+) -> Tensor:
+    """Stored and new tokens as one tensor, in memory that the next call reuses."""
+    batch, heads, _, head_dim = arenas.dense.shape
+    length = extent.length + (0 if new is None else new.shape[2])
+    both = _WORKSPACE.take(name, (batch, heads, length, head_dim), arenas.dense)
+    dense_past(arenas, extent, fmt, out=both[:, :, : extent.length])
+    if new is not None:
+        both[:, :, extent.length :] = new
+    return both
+
+
+class _Workspace(threading.local):
+    """Scratch memory per thread, kept between calls up to a few MiB.
+
+    Fresh memory of this size costs ten times the arithmetic on it in page faults.
+    """
+
+    KEPT_BYTES = 16 * 2**20
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Unwritten memory of ``shape``; what was taken under ``name`` before is overwritten."""
+        size = math.prod(shape)
+        key = (name, like.dtype, like.device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = like.new_empty(size + size // 8)
+            if buffer.nbytes <= self.KEPT_BYTES:
+                self._buffers[key] = buffer
+        return buffer[:size].view(shape)
+
+
+_WORKSPACE = _Workspace()
 
 
 def valid_tokens(mask: Tensor, new_tokens: int) -> Tensor:

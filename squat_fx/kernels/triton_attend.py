@@ -204,10 +204,10 @@ def attend_kernel(
     value_first = value_start + VALUE.sink_length
     first = key_first + tl.cdiv(tl.maximum(value_first - key_first, 0), BLOCK_N) * BLOCK_N
     last = tl.minimum(key_first + key_count, value_first + value_count)
-    last = tl.maximum(tl.minimum(last, length), first)
+    last = tl.maximum(last, first)
     num_sinks = tl.maximum(tl.minimum(first, length) - key_start, 0)
-    tail = tl.maximum(tl.minimum(last, length), key_start)
-    num_mixed = num_sinks + tl.maximum(kv_len - tail, 0)
+    tail = tl.minimum(last, length)
+    num_mixed = num_sinks + kv_len - tail
     packed_tiles = tl.cdiv(last - first, BLOCK_N)
     tiles = packed_tiles + tl.cdiv(num_mixed, BLOCK_N)
     tiles_per_share = tl.cdiv(tiles, shares)

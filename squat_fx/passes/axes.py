@@ -7,13 +7,25 @@ source get names, and each view moves, splits, merges or repeats them. What come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
-from squat_fx.passes.spelling import VIEWS, argument, dim_of, kind, same_size, shape_of
+from squat_fx.passes.spelling import (
+    VIEWS,
+    argument,
+    describe,
+    dim_of,
+    kind,
+    operand,
+    same_size,
+    shape_of,
+    source_of,
+    value_of,
+)
 
 Atom = tuple[str, Any]  # (name, size)
 Axis = tuple[Atom, ...]  # outermost first; () has size 1
@@ -29,20 +41,19 @@ class Followed:
 
 
 def follow_views(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Followed | str:
-    """Walk up from ``node`` to the first node that ``stop`` names, and track ``[batch, heads, tokens, channels]``.
+    """Walk up from ``node`` to the first node that ``stop`` names, tracking its axes.
 
     Returns a reason, as a sentence without subject, where a step is no view or cannot be tracked.
     """
     chain: list[fx.Node] = []
     while not stop(node):
-        step = kind(node)
-        same_dtype_cast = step == "cast" and _dtype(node) == _dtype(node.args[0])
-        if step not in VIEWS and not same_dtype_cast:
-            return f"comes from {describe(node)}, not from a past + new concatenation on dim -2 that is returned"
+        if reason := _no_view(node):
+            return reason
         chain.append(node)
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
-        if not isinstance(node, fx.Node):
+        source = operand(node)
+        if not isinstance(source, fx.Node):
             return "is a constant"
+        node = source
     shape = shape_of(node)
     if shape is None or len(shape) != 4:
         return "is not four-dimensional [batch, heads, tokens, channels]"
@@ -51,27 +62,31 @@ def follow_views(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Followed | s
     for view in reversed(chain):
         axes = _apply(view, axes)
         if axes is None:
-            return f"passes through {describe(view)}, which is no repeat, transpose or merge of heads"
+            return (
+                f"passes through {describe(view)}, which is no repeat, transpose or merge of heads"
+            )
     repeats = [size for axis in axes for name, size in axis if name == "repeat"]
     if any(not isinstance(r, int) for r in repeats):
         return "is repeated a symbolic number of times"
-    repeat = 1
-    for r in repeats:
-        repeat *= r
-    return Followed(node, tuple(tuple(name for name, _ in axis) for axis in axes), repeat)
+    named = tuple(tuple(name for name, _ in axis) for axis in axes)
+    return Followed(node, named, math.prod(repeats))
 
 
-def describe(node: fx.Node) -> str:
-    """The operation of a node for a reader: ``linear``, ``index_copy_``, ``placeholder``."""
-    if node.op == "placeholder":
-        return "a graph input"
-    target = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+def _no_view(node: fx.Node) -> str | None:
+    step = kind(node)
+    if step == "cast":
+        before, after = _dtype(operand(node)), _dtype(node)
+        return None if before == after else f"is cast from {before} to {after} before the attention"
+    if step not in VIEWS:
+        return (
+            f"comes from {describe(node)}, not from a past + new concatenation on dim -2 "
+            "that is returned"
+        )
+    return None
 
 
 def _dtype(node: Any) -> Any:
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
-    return getattr(value, "dtype", None)
+    return getattr(value_of(node) if isinstance(node, fx.Node) else None, "dtype", None)
 
 
 def _apply(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
@@ -87,9 +102,12 @@ def _apply(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
         moved = list(axes)
         moved[a], moved[b] = moved[b], moved[a]
         return moved
+    if step == "mT":
+        return [*axes[:-2], axes[-1], axes[-2]]
     if step == "permute":
-        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        return [axes[dim_of(d, axes)] for d in order]  # pyright: ignore[reportArgumentType]
+        dims: Any = argument(node, 1, "dims")
+        order = dims if isinstance(dims, (tuple, list)) else node.args[1:]
+        return [axes[dim_of(cast(int, d), axes)] for d in order]
     if step == "getitem":
         return _getitem(node.args[1], axes)
     if step == "slice":
@@ -125,7 +143,7 @@ def _getitem(index: Any, axes: list[Axis]) -> list[Axis] | None:
 
 
 def _is_whole(node: fx.Node, dim: int) -> bool:
-    before, after = shape_of(node.args[0]), shape_of(node)
+    before, after = shape_of(source_of(node)), shape_of(node)
     return before is not None and after is not None and same_size(before[dim], after[dim])
 
 
@@ -143,7 +161,7 @@ def _expanded(axes: list[Axis], after: tuple[Any, ...]) -> list[Axis] | None:
         if same_size(_size(axis), size):
             out.append(axis)
         elif _size(axis) == 1:
-            out.append((("repeat", size),))
+            out.append((*axis, ("repeat", size)))
         else:
             return None
     return out if len(out) == len(axes) else None

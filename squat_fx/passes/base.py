@@ -30,7 +30,12 @@ class GraphPass(ABC):
         started = time.perf_counter()
         self.matched_count = self.run(rewriting)
         rewriting.graph.lint()
-        logger.debug("%s: %d in %.1f ms", self.name, self.matched_count, 1e3 * (time.perf_counter() - started))
+        logger.debug(
+            "%s: %d in %.1f ms",
+            self.name,
+            self.matched_count,
+            1e3 * (time.perf_counter() - started),
+        )
 
     @abstractmethod
     def run(self, rewriting: Rewriting) -> int:

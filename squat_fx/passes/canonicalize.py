@@ -6,18 +6,19 @@ or
     scores = matmul(query, repeat_kv(key).transpose(2, 3)) * scale + mask
     out = matmul(softmax(scores, -1), repeat_kv(value))
 After:
-    the same graph, and one ``Attention`` record per attention: scale, mask, causality, softcap and sinks as numbers and
-    nodes.
+    the same graph, and one ``Attention`` record per attention: scale, mask, causality, softcap and
+    sinks as numbers and nodes.
 
-Leaves alone: every node. What is not understood (dropout while training, a scale computed in the graph, weights that are
-returned) is recorded as skipped with its reason, because a rewrite that drops it would be silently wrong.
+Leaves alone: every node. What is not understood (dropout while training, a scale computed in the
+graph, weights that are returned, scores written in place) is recorded as skipped with its reason,
+because a rewrite that drops it would be silently wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +27,26 @@ from torch import fx
 from squat_fx.kernels.reference import NO_CAUSALITY, TOP_LEFT
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Attention, Rewriting, Skipped
-from squat_fx.passes.spelling import argument, kind, returned_nodes, same_size, shape_of, value_of
+from squat_fx.passes.spelling import (
+    argument,
+    describe,
+    is_last,
+    is_plain,
+    kind,
+    operand,
+    parts_of,
+    returned_nodes,
+    same_size,
+    shape_of,
+    sizes_of,
+    source_of,
+    submodule_of,
+    value_of,
+    writers,
+)
+
+DROPOUT = "dropout is active; call model.eval()"
+NO_SOFTCAP = "tanh is applied to the scores, but not as softcap * tanh(scores / softcap)"
 
 
 class Canonicalize(GraphPass):
@@ -46,32 +66,31 @@ class Canonicalize(GraphPass):
         return len(rewriting.attentions)
 
 
-# scaled_dot_product_attention --------------------------------------------------------------------------------------------
-
-
-def recognize_sdpa(node: fx.Node) -> Attention | Skipped | None:
+def recognize_sdpa(node: fx.Node) -> Attention | Skipped:
     """``scaled_dot_product_attention`` as a function or an ATen op."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
     defaults = (None, None, None, None, 0.0, False, None)
-    values = [argument(node, i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))]
-    return _sdpa(node, node, *values)
+    given = zip(names, defaults, strict=True)
+    return _sdpa(node, node, *(argument(node, i, n, d) for i, (n, d) in enumerate(given)))
 
 
-def recognize_lowered_sdpa(node: fx.Node) -> Attention | Skipped | None:
-    """SDPA after a backend was chosen (``make_fx``): ``output, *statistics = _scaled_dot_product_..._attention``."""
+def recognize_lowered_sdpa(node: fx.Node) -> Attention | Skipped:
+    """SDPA after a backend was chosen (``make_fx``): ``output, *statistics = _scaled_dot_...``."""
     used = {u.args[1]: u for u in node.users if kind(u) == "getitem" and u.users}
     if set(used) != {0}:
         return Skipped(node.name, "the attention's statistics are read as well as its output")
-    names = [a.name for a in node.target._schema.arguments]  # pyright: ignore[reportFunctionMemberAccess]
-    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # pyright: ignore[reportFunctionMemberAccess]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = {a.name: (i, a) for i, a in enumerate(node.target._schema.arguments)}
 
     def get(name: str) -> Any:
-        return argument(node, names.index(name), name, defaults[name]) if name in names else None
+        if name not in arguments:
+            return None
+        index, schema = arguments[name]
+        return argument(node, index, name, schema.default_value)
 
-    mask = get("attn_mask") if "attn_mask" in names else get("attn_bias")
-    return _sdpa(
-        node, used[0], get("query"), get("key"), get("value"), mask, get("dropout_p"), get("is_causal"), get("scale")
-    )
+    mask = get("attn_mask" if "attn_mask" in arguments else "attn_bias")
+    tensors = (get("query"), get("key"), get("value"), mask)
+    return _sdpa(node, used[0], *tensors, get("dropout_p"), get("is_causal"), get("scale"))
 
 
 def _sdpa(
@@ -87,9 +106,10 @@ def _sdpa(
 ) -> Attention | Skipped:
     shape = shape_of(query)
     if shape is None or len(shape) != 4:
-        return Skipped(node.name, "the query is not four-dimensional [batch, heads, tokens, channels]")
+        reason = "the query is not four-dimensional [batch, heads, tokens, channels]"
+        return Skipped(node.name, reason)
     if dropout != 0.0:
-        return Skipped(node.name, "dropout is active; call model.eval()")
+        return Skipped(node.name, DROPOUT)
     if not isinstance(causal, bool):
         return Skipped(node.name, "is_causal is computed in the graph")
     if scale is None:
@@ -98,9 +118,8 @@ def _sdpa(
         return Skipped(node.name, "the scale is computed in the graph")
     if reason := _mask_reason(mask):
         return Skipped(node.name, reason)
-    return Attention(
-        output, query, key, value, float(scale), mask, TOP_LEFT if causal else NO_CAUSALITY, spelling="sdpa"
-    )
+    causality = TOP_LEFT if causal else NO_CAUSALITY
+    return Attention(output, query, key, value, float(scale), mask, causality, spelling="sdpa")
 
 
 def _mask_reason(mask: Any) -> str | None:
@@ -114,185 +133,270 @@ def _mask_reason(mask: Any) -> str | None:
     return None if 2 <= value.dim() <= 4 else f"the mask has {value.dim()} dims, expected 2 to 4"
 
 
-# eager attention: matmul, scale, softcap, mask, softmax, matmul ----------------------------------------------------------
-
-
 def recognize_eager(softmax: fx.Node) -> Attention | Skipped | None:
     """Attention written out around a softmax over the last dim."""
-    shape = shape_of(softmax.args[0])
-    dim = argument(softmax, 1, "dim")
-    if softmax.op == "call_module":
-        dim = softmax.graph.owning_module.get_submodule(str(softmax.target)).dim  # pyright: ignore[reportAttributeAccessIssue]
-    if shape is None or len(shape) not in (3, 4) or dim not in (-1, len(shape) - 1):
+    scores, shape = operand(softmax), shape_of(operand(softmax))
+    if shape is None or len(shape) not in (3, 4) or not is_last(_softmax_dim(softmax), shape):
         return None
     down = _weighted_sum(softmax)
-    if down is None:
+    if down is None or not _comes_from_matmul(scores, shape):
         return None
     if isinstance(down, str):
         return Skipped(softmax.name, down)
-    output, drops_sink_column = down
-    scores = _scores(softmax.args[0], drops_sink_column)  # pyright: ignore[reportArgumentType]
-    if scores is None:
-        return None
-    if isinstance(scores, str):
-        return Skipped(softmax.name, scores)
-    return replace(scores, output=output, value=output.args[1])
+    up = _Scores({softmax}).walk(scores, down.drops_sink_column)
+    if isinstance(up, str):
+        return Skipped(softmax.name, up)
+    query, key = up.product
+    output, value = down.output, operand(down.output, 1)
+    found = (up.scale, up.mask, NO_CAUSALITY, up.softcap, up.sinks)
+    return Attention(output, query, key, value, *found, spelling="eager")
 
 
-def _weighted_sum(softmax: fx.Node) -> tuple[fx.Node, bool] | str | None:
-    """Down from the softmax through casts, inactive dropout and a dropped sink column to ``matmul(weights, value)``."""
+def _softmax_dim(softmax: fx.Node) -> Any:
+    if softmax.op == "call_module":
+        return getattr(submodule_of(softmax), "dim", None)
+    return argument(softmax, 1, "dim")
+
+
+# Down from the softmax
+
+
+@dataclass(frozen=True)
+class _WeightedSum:
+    """``matmul(weights, value)``, and whether a sink column was dropped from the weights before."""
+
+    output: fx.Node
+    drops_sink_column: bool
+
+
+def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
+    """Down through casts, inactive dropout and a dropped sink column to ``matmul(weights, value)``.
+
+    None where the softmax is no attention's.
+    """
     node, dropped = softmax, False
     returned = returned_nodes(softmax.graph)
     while True:
         users = [u for u in node.users if u.op != "output"]
-        if node in returned or len(users) > 1:
-            matmuls = [u for u in users if kind(u) == "matmul" and u.args[0] is node]
-            return "the attention weights have another reader" if matmuls or len(users) > 1 else None
-        if not users:
-            return None
+        if node in returned or len(users) != 1:
+            is_attention = any(_reaches_weighted_sum(u, node) for u in users)
+            return "the attention weights have another reader" if is_attention else None
         user = users[0]
         step = kind(user)
-        if step == "matmul" and user.args[0] is node:
-            return user, dropped
+        if step == "matmul" and operand(user) is node:
+            return _WeightedSum(user, dropped)
         if step == "dropout":
             if _dropout_is_active(user):
-                return "dropout is active; call model.eval()"
-        elif step in ("getitem", "slice") and _drops_last_column(user):
+                return DROPOUT
+        elif step in ("getitem", "slice") and _drops_last_column(user) and not dropped:
             dropped = True
-        elif step not in ("cast", "same", "view", "expand") or not _keeps_scores(node, user):
+        elif not _keeps_scores(user):
+            if any(_reaches_weighted_sum(u, user) for u in user.users):
+                return (
+                    f"the attention weights pass through {describe(user)}, which is not understood"
+                )
             return None
         node = user
 
 
+def _reaches_weighted_sum(node: fx.Node, weights: fx.Node, steps: int = 4) -> bool:
+    if kind(node) == "matmul":
+        return operand(node) is weights
+    return steps > 0 and any(_reaches_weighted_sum(u, node, steps - 1) for u in node.users)
+
+
 def _dropout_is_active(node: fx.Node) -> bool:
     if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(str(node.target))
-        return module.training and module.p > 0  # pyright: ignore[reportOperatorIssue, reportReturnType]
+        module = submodule_of(node)
+        return module.training and getattr(module, "p", 0.0) > 0
     training = argument(node, 2, "training", argument(node, 2, "train", True))
     return bool(argument(node, 1, "p", 0.5)) and training is not False
 
 
 def _drops_last_column(node: fx.Node) -> bool:
-    before, after = shape_of(node.args[0]), shape_of(node)
+    before, after = shape_of(source_of(node)), shape_of(node)
     if before is None or after is None or len(before) != len(after):
         return False
+    if not all(map(same_size, before[:-1], after[:-1])) or not same_size(after[-1], before[-1] - 1):
+        return False
     if kind(node) == "slice":
-        return argument(node, 1, "dim", 0) in (-1, len(before) - 1) and argument(node, 2, "start") in (0, None) and (
-            same_size(after[-1], before[-1] - 1)
-        )
-    return isinstance(node.args[1], tuple) and node.args[1][-1] == slice(None, -1, None)
+        return is_last(argument(node, 1, "dim", 0), before) and not argument(node, 2, "start")
+    index = node.args[1]
+    return isinstance(index, tuple) and index[-1] in (slice(None, -1), slice(0, -1))
 
 
-def _keeps_scores(before: fx.Node, after: fx.Node) -> bool:
-    """Whether queries and keys stay the last two dims, so that only batch and heads were merged or split."""
-    a, b = shape_of(before), shape_of(after)
-    return a is not None and b is not None and len(b) > 2 and all(map(same_size, a[-2:], b[-2:]))
+def _keeps_scores(node: fx.Node) -> bool:
+    """Whether a cast or view leaves queries and keys the last two dims, merging batch and heads."""
+    if kind(node) in ("cast", "same"):
+        return True
+    if kind(node) not in ("view", "expand"):
+        return False
+    before, after = shape_of(source_of(node)), shape_of(node)
+    if before is None or after is None or len(after) < 3:
+        return False
+    return all(map(same_size, before[-2:], after[-2:]))
 
 
-def _scores(node: fx.Node, expects_sinks: bool) -> Attention | str | None:
-    """Up from the softmax's input to ``matmul(query, key.T)``; ``output`` and ``value`` are filled in by the caller."""
-    scale, softcap, mask, sinks = 1.0, 0.0, None, None
-    if expects_sinks:
-        found = _with_sinks(node)
-        if found is None:
-            return "a column is dropped after the softmax, but no sink column was added before it"
-        node, sinks = found
-    while True:
+# Up from the softmax
+
+
+@dataclass
+class _Scores:
+    """What stands between ``matmul(query, key.T)`` and the softmax, collected on the way up."""
+
+    passed: set[fx.Node]
+    scale: float = 1.0
+    softcap: float = 0.0
+    mask: fx.Node | None = None
+    sinks: fx.Node | None = None
+    product: tuple[Any, Any] = (None, None)
+
+    def walk(self, node: fx.Node, drops_sink_column: bool) -> _Scores | str:
+        """Go up to the matmul; returns a reason where a step is not understood."""
+        if drops_sink_column:
+            found = _with_sinks(node)
+            if isinstance(found, str):
+                return found
+            node, self.sinks = found
+        while kind(node) != "matmul":
+            self.passed.add(node)
+            above = self._step(node)
+            if isinstance(above, str):
+                return above
+            if in_place := [w for w in writers(above) if w not in self.passed]:
+                return f"the scores are changed in place by {describe(in_place[0])}"
+            node = above
+        self.product = operand(node), operand(node, 1)
+        return self
+
+    def _step(self, node: fx.Node) -> fx.Node | str:
         step = kind(node)
-        if step == "matmul":
-            query, key = node.args[:2]
-            out = Attention(node, query, key, key, scale, mask, NO_CAUSALITY, softcap, sinks, "eager")  # pyright: ignore[reportArgumentType]
-            return out
-        if step in ("cast", "same") or (step in ("view", "expand") and _keeps_scores(node.args[0], node)):  # pyright: ignore[reportArgumentType]
-            node = node.args[0]  # pyright: ignore[reportAssignmentType]
-            continue
-        if step == "add":
-            chain, added = _scores_and_other(node)
-            if chain is None:
-                return None
-            if mask is not None or softcap or scale != 1.0:
-                return "a term is added to the scores before they are scaled or capped"
-            reason = _mask_reason(added) if isinstance(added, fx.Node) else "a number is added to the scores"
-            if reason is None and value_of(added).dtype == torch.bool:  # pyright: ignore[reportOptionalMemberAccess]
-                reason = "a bool mask is added to the scores"
-            shape = shape_of(added)
-            if reason is None and len(shape_of(node) or ()) == 3 and len(shape or ()) == 3 and shape[0] != 1:  # pyright: ignore[reportOptionalSubscript]
-                reason = "the mask has batch and heads merged"
-            if reason:
-                return reason
-            mask, node = added, chain
-            continue
-        if step in ("mul", "div"):
-            chain, factor = _scores_and_other(node)
-            if chain is None:
-                return None
-            if not isinstance(factor, (int, float)) or isinstance(factor, bool):
-                return "the scale is computed in the graph"
-            if step == "mul" and kind(chain) == "tanh" and not softcap and scale == 1.0:
-                inner = _softcap_argument(chain, float(factor))
-                if inner is None:
-                    return "tanh is applied to the scores, but not as softcap * tanh(scores / softcap)"
-                softcap, node = float(factor), inner
-                continue
-            scale, node = scale * (factor if step == "mul" else 1.0 / factor), chain
-            continue
-        return "tanh is applied to the scores, but not as softcap * tanh(scores / softcap)" if step == "tanh" else None
+        if _keeps_scores(node):
+            return source_of(node)
+        if step == "tanh":
+            return NO_SOFTCAP
+        if step not in ("add", "mul", "div") or not is_plain(node):
+            return f"the scores pass through {describe(node)}, which is not understood"
+        scores, other = _scores_and_other(node)
+        if scores is None:
+            return f"the scores are on the other side of {describe(node)}"
+        return self._masked(scores, other) if step == "add" else self._scaled(node, scores, other)
+
+    def _masked(self, scores: fx.Node, mask: Any) -> fx.Node | str:
+        if self.mask is not None:
+            return "more than one term is added to the scores"
+        if self.softcap or self.scale != 1.0:
+            return "a term is added to the scores before they are scaled or capped"
+        reason = _added_reason(scores, mask)
+        self.mask = mask
+        return reason or scores
+
+    def _scaled(self, node: fx.Node, scores: fx.Node, factor: Any) -> fx.Node | str:
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool):
+            return "the scale is computed in the graph"
+        if kind(scores) == "tanh":
+            inner = _softcap_argument(scores, float(factor)) if kind(node) == "mul" else None
+            if inner is None or self.softcap or self.scale != 1.0:
+                return NO_SOFTCAP
+            self.softcap = float(factor)
+            self.passed |= {scores, source_of(scores)}
+            return inner
+        self.scale *= factor if kind(node) == "mul" else 1.0 / factor
+        return scores
+
+
+def _added_reason(scores: fx.Node, mask: Any) -> str | None:
+    """Why what is added to the scores is no mask."""
+    if not isinstance(mask, fx.Node):
+        return "a number is added to the scores"
+    if reason := _mask_reason(mask):
+        return reason
+    if value_of(mask).dtype == torch.bool:
+        return "a bool mask is added to the scores"
+    shape = sizes_of(mask)
+    if len(sizes_of(scores)) == 3 and len(shape) == 3 and shape[0] != 1:
+        return "the mask has batch and heads merged"
+    return None
 
 
 def _scores_and_other(node: fx.Node) -> tuple[fx.Node | None, Any]:
     """Split ``scores op other`` (either order) by which side leads up to a matmul."""
-    a, b = node.args[:2]
-    if isinstance(a, fx.Node) and _leads_to_matmul(a):
+    a, b = operand(node), operand(node, 1)
+    like = sizes_of(node)
+    if _comes_from_matmul(a, like):
         return a, b
-    if kind(node) != "div" and isinstance(b, fx.Node) and _leads_to_matmul(b):
+    if kind(node) != "div" and _comes_from_matmul(b, like):
         return b, a
     return None, None
 
 
-def _leads_to_matmul(node: Any, steps: int = 12) -> bool:
-    for _ in range(steps):
-        step = kind(node)
-        if step == "matmul":
-            return True
-        if step not in ("cast", "same", "view", "expand", "mul", "div", "add", "tanh"):
-            return False
-        if step in ("mul", "div", "add") and not isinstance(node.args[0], fx.Node):
-            node = node.args[1]
-        else:
-            node = node.args[0]
-    return False
+def _comes_from_matmul(node: Any, like: tuple[Any, ...], steps: int = 12) -> bool:
+    """Whether a product of matrices leads to ``node`` through tensors [.., queries, keys]."""
+    shape = shape_of(node)
+    if shape is None or len(shape) < 3 or not steps or not same_size(shape[-2], like[-2]):
+        return False
+    if kind(node) == "cat" and parts_of(node):  # beside a sink column
+        node = parts_of(node)[0]
+        return _comes_from_matmul(node, shape_of(node) or (), steps - 1)
+    if not same_size(shape[-1], like[-1]):
+        return False
+    if kind(node) == "matmul" or describe(node) in ("baddbmm", "einsum"):
+        return True
+    return any(_comes_from_matmul(n, like, steps - 1) for n in node.all_input_nodes)
 
 
 def _softcap_argument(tanh: fx.Node, softcap: float) -> fx.Node | None:
     """``x`` of ``tanh(x / softcap)``."""
-    inner = tanh.args[0]
-    if kind(inner) not in ("div", "mul"):
+    inner = operand(tanh)
+    if kind(inner) not in ("div", "mul") or not is_plain(inner):
         return None
-    x, factor = inner.args[:2]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    x, factor = operand(inner), operand(inner, 1)
     if not isinstance(x, fx.Node) or not isinstance(factor, (int, float)):
         return None
     expected = softcap if kind(inner) == "div" else 1.0 / softcap
     return x if math.isclose(factor, expected, rel_tol=1e-6) else None
 
 
-def _with_sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """``scores`` and ``sinks`` of ``x = cat([scores, sinks], -1); x - x.max(-1)`` (the subtraction changes nothing)."""
+def _with_sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | str:
+    """``scores`` and ``sinks`` of ``x = cat([scores, sinks], -1); x - x.max(-1)``.
+
+    The subtraction changes nothing in a softmax.
+    """
     while kind(node) in ("sub", "cast", "same"):
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    if kind(node) != "cat":
-        return None
-    tensors, dim = node.args[0], argument(node, 1, "dim", 0)
+        if kind(node) == "sub" and not _is_row_maximum(operand(node, 1), operand(node)):
+            return "something else than its maximum is subtracted from the scores"
+        node = source_of(node)
     shape = shape_of(node)
-    if not isinstance(tensors, (list, tuple)) or len(tensors) != 2 or shape is None or dim not in (-1, len(shape) - 1):
-        return None
-    scores, column = tensors
-    source = column
-    while kind(source) in ("expand", "view", "unsqueeze", "cast", "same"):
-        source = source.args[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    sinks, heads = shape_of(source), shape_of(scores)
-    if sinks is None or heads is None or len(sinks) != 1 or not same_size(sinks[0], heads[1]):
-        return None
-    return scores, source  # pyright: ignore[reportReturnType]
+    parts = parts_of(node) if kind(node) == "cat" else ()
+    if shape is None or len(parts) != 2 or not is_last(argument(node, 1, "dim", 0), shape):
+        return "a column is dropped after the softmax, but no sink column was added before it"
+    scores, column = parts
+    sinks = _one_logit_per_head(column, sizes_of(scores))
+    return "the sink column is not one logit per head" if sinks is None else (scores, sinks)
+
+
+def _is_row_maximum(node: Any, scores: Any) -> bool:
+    if kind(node) == "getitem" and node.args[1] == 0:
+        node = source_of(node)
+    elif isinstance(node, fx.Node) and node.target is getattr and node.args[1] == "values":
+        node = source_of(node)
+    if kind(node) != "max" or operand(node) is not scores:
+        return False
+    dim = argument(node, 1, "dim")
+    dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+    return is_last(dim, sizes_of(scores)) and argument(node, 2, "keepdim", False) is True
+
+
+def _one_logit_per_head(column: fx.Node, scores: tuple[Any, ...]) -> fx.Node | None:
+    """``sinks`` ``[heads]`` of ``sinks.reshape(1, -1, 1, 1).expand(batch, -1, q_len, 1)``."""
+    node, per_head = column, False
+    while kind(node) in ("expand", "view", "unsqueeze", "cast", "same"):
+        shape = sizes_of(node)
+        per_head |= len(shape) == 4 and all(map(same_size, shape, (1, scores[1], 1, 1)))
+        node = source_of(node)
+    sinks = shape_of(node)
+    is_vector = sinks is not None and len(sinks) == 1 and same_size(sinks[0], scores[1])
+    return node if per_head and is_vector else None
 
 
 SPELLINGS: dict[str, Callable[[fx.Node], Attention | Skipped | None]] = {

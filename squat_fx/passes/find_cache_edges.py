@@ -6,16 +6,17 @@ Before:
 After:
     the same graph, and one ``AttentionSite`` per attention: its record, and a ``CacheEdge`` for its keys and its values.
 
-The walk starts at the attention and goes up through views; ``cat`` is no anchor, since rotary embeddings are full of them.
+The walk starts at the attention and goes up through views; ``cat`` is no anchor, since rotary
+embeddings are full of them.
 
-Leaves alone, with a reason: keys or values that are not returned (cross attention over an encoder, sliding windows that
-return a slice), concatenations on another dim or of more than two tensors, static caches, layers the config skips.
+Leaves alone, with a reason: keys or values that are not returned (sliding windows that return a
+slice) or do not grow (cross attention), concatenations on another dim or of more than two tensors,
+static caches, tensors written in place, layers the config skips.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -24,16 +25,21 @@ from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
-from squat_fx.passes.spelling import argument, dim_of, kind, returned_nodes, same_size, shape_of, value_of
+from squat_fx.passes.spelling import (
+    argument,
+    describe,
+    dim_of,
+    kind,
+    parts_of,
+    returned_nodes,
+    same_size,
+    shape_of,
+    sizes_of,
+    value_of,
+    writers,
+)
 
-_HEADS = {("batch",), ("heads",), ("heads", "repeat")}
-
-
-@dataclass(frozen=True)
-class _Unreturned:
-    """A concatenation that fits but is not an output; the reason says what is returned instead."""
-
-    reason: str
+_HEADS = {("heads",), ("heads", "repeat")}
 
 
 class FindCacheEdges(GraphPass):
@@ -64,7 +70,9 @@ class FindCacheEdges(GraphPass):
                 if edges.setdefault(edge.stored, edge) != edge:
                     rewriting.sites.remove(site)
                     reason = "shares its cache with a layer that stores it differently"
-                    rewriting.skipped.append(Skipped(site.attention.output.name, reason, site.layer))
+                    rewriting.skipped.append(
+                        Skipped(site.attention.output.name, reason, site.layer)
+                    )
                     break
 
 
@@ -78,110 +86,131 @@ def layer_of(node: fx.Node, ordinal: int) -> int:
 
 
 def _site(
-    attention: Attention, layer: int, count: int, returned: dict[fx.Node, Any], rewriting: Rewriting
+    attention: Attention,
+    layer: int,
+    count: int,
+    returned: dict[fx.Node, Any],
+    rewriting: Rewriting,
 ) -> AttentionSite | str:
-    followed: dict[str, Followed] = {}
+    followed: list[Followed] = []
     for role, node in (("key", attention.key), ("value", attention.value)):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned))
-        if isinstance(found, str):
-            return f"{role} {found}"
+        reason = found if isinstance(found, str) else _cat_reason(found.source, returned)
+        if isinstance(found, str) or reason is not None:
+            return f"{role} {reason}"
         if reason := _axes_reason(found, role, attention):
             return f"{role} {reason}"
-        followed[role] = found
-    key, value = followed["key"], followed["value"]
-    if key.repeat != value.repeat:
-        return "keys and values are repeated a different number of times"
-    queries = _queries_per_kv(attention, key)
-    if queries is None:
-        return "the number of query heads is not a multiple of the number of key heads"
-    formats = rewriting.config.formats(layer, count, shape_of(key.source)[3], shape_of(value.source)[3])  # pyright: ignore[reportOptionalSubscript]
+        followed.append(found)
+    key, value = followed
+    queries = _queries_per_kv(attention, key, value)
+    if isinstance(queries, str):
+        return queries
+    dims = (sizes_of(key.source)[3], sizes_of(value.source)[3])
+    formats = rewriting.config.formats(layer, count, *dims)
     if isinstance(formats, str):
         return formats
-    edges = []
-    for role, source, fmt in (("key", key.source, formats[0]), ("value", value.source, formats[1])):
-        edge = _edge(role, source, fmt, attention, returned, rewriting)
-        if isinstance(edge, str):
-            return f"{role} {edge}"
-        edges.append(edge)
-    if edges[0].kind != edges[1].kind:
+    key_edge = _edge("key", key.source, formats[0], attention, rewriting)
+    if isinstance(key_edge, str):
+        return f"key {key_edge}"
+    value_edge = _edge("value", value.source, formats[1], attention, rewriting)
+    if isinstance(value_edge, str):
+        return f"value {value_edge}"
+    if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
-    return AttentionSite(attention, *edges, queries, layer)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer)
 
 
 def _is_cache_candidate(node: fx.Node, returned: dict[fx.Node, Any]) -> bool:
     return node in returned or kind(node) == "cat" or node.op == "placeholder"
 
 
+def _cat_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
+    """Why ``source`` is a concatenation, but not of past and new, or is not returned as it is."""
+    if found := writers(source):
+        return f"is changed in place by {describe(found[0])} after it was made"
+    if kind(source) != "cat":
+        return None
+    parts, dim = parts_of(source), argument(source, 1, "dim", 0)
+    if dim_of(dim, sizes_of(source)) != 2:
+        return f"is concatenated on dim {dim}, not on dim -2"
+    if len(parts) != 2:
+        return f"is a concatenation of {len(parts)} tensors, not of past and new"
+    if any(w > source for part in parts for w in writers(part)):
+        return "is concatenated from tensors that are changed in place later"
+    if source not in returned:
+        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in source.users)
+        what = "only a slice of it is, as in a sliding window"
+        what = what if sliced else "so the caller never gets it back"
+        return f"is a past + new concatenation that is not returned; {what}"
+    return None
+
+
 def _axes_reason(followed: Followed, role: str, attention: Attention) -> str | None:
-    """Check that what the attention reads is [batch, heads x repeat, tokens, channels], transposed for an eager key."""
+    """Whether the axes are not [batch, heads x repeat, tokens, channels] (an eager key's: .T)."""
     axes = followed.axes
     if len(axes) == 3:
         axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
     last = axes[-2:]
     if role == "key" and attention.spelling == "eager":
         last = last[::-1]
-    if len(axes) == 4 and set(axes[:2]) <= _HEADS and axes[0] == ("batch",) and last == (("tokens",), ("channels",)):
+    is_batched = len(axes) == 4 and axes[0] == ("batch",) and axes[1] in _HEADS
+    if is_batched and last == (("tokens",), ("channels",)):
         return None
-    return "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
+    return (
+        "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
+    )
 
 
-def _queries_per_kv(attention: Attention, key: Followed) -> int | None:
-    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves to the op."""
-    query, source = shape_of(attention.query), shape_of(key.source)
-    if query is None or source is None or not isinstance(source[1], int):
-        return None
+def _queries_per_kv(attention: Attention, key: Followed, value: Followed) -> int | str:
+    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves."""
+    if key.source is value.source:
+        return "keys and values are the same tensor"
+    if key.repeat != value.repeat:
+        return "keys and values are repeated a different number of times"
+    query, output = shape_of(attention.query), shape_of(attention.output)
+    keys, values = sizes_of(key.source), sizes_of(value.source)
+    if not isinstance(keys[1], int) or not isinstance(values[1], int):
+        return "the number of key heads is symbolic; capture the graph with a fixed number of heads"
+    if keys[1] != values[1]:
+        return "keys and values have different numbers of heads"
+    if query is None or output is None or not all(map(same_size, query[:-1], output[:-1])):
+        return "the attention's output has other leading dims than its query"
     if len(query) == 3:  # batch and heads merged, which only a repeat in the graph can have matched
         return key.repeat
-    if not isinstance(query[1], int) or query[1] % source[1]:
-        return None
-    return query[1] // source[1]
+    if not same_size(query[0], keys[0]):
+        return "queries and keys have different batch sizes"
+    if not isinstance(query[1], int) or query[1] % keys[1]:
+        return "the number of query heads is not a multiple of the number of key heads"
+    return query[1] // keys[1]
 
 
 def _edge(
-    role: Role,
-    source: fx.Node,
-    fmt: Format,
-    attention: Attention,
-    returned: dict[fx.Node, Any],
-    rewriting: Rewriting,
+    role: Role, source: fx.Node, fmt: Format, attention: Attention, rewriting: Rewriting
 ) -> CacheEdge | str:
     """The cache edge that ends in ``source``, or why there is none."""
-    is_cat = kind(source) == "cat"
-    if not is_cat:
-        if source.op == "placeholder":
-            return "is read from a graph input to which nothing is appended"
-        if _grows_with_the_query(attention, source):
-            return CacheEdge(role, "prefill", source, source, None, fmt)
-        return "is returned but does not grow with the query, as in cross attention"
-    parts, dim = source.args[0], argument(source, 1, "dim", 0)
-    if dim_of(dim, shape_of(source)) != 2:  # pyright: ignore[reportArgumentType]
-        return f"is concatenated on dim {dim}, not on dim -2"
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2:
-        return f"is a concatenation of {len(parts)} tensors, not of past and new"  # pyright: ignore[reportArgumentType]
-    if source not in returned:
-        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in source.users)
-        what = "only a slice of it is, as in a sliding window" if sliced else "so the caller never gets it back"
-        return f"is a past + new concatenation that is not returned; {what}"
-    past, new = parts
+    if source.op == "placeholder":
+        return "is read from a graph input to which nothing is appended"
+    past, new = parts_of(source) if kind(source) == "cat" else (None, source)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
         return CacheEdge(role, "decode", source, new, past, fmt if arriving is None else arriving)
+    if not _grows_with_the_query(attention, new):
+        return "is returned but does not grow with the query, as in cross attention"
     return CacheEdge(role, "prefill", source, new, None, fmt)
 
 
-def _grows_with_the_query(attention: Attention, source: fx.Node) -> bool:
-    query, key = shape_of(attention.query), shape_of(source)
-    return query is not None and key is not None and same_size(query[-2], key[2])
+def _grows_with_the_query(attention: Attention, new: fx.Node) -> bool:
+    return same_size(sizes_of(attention.query)[-2], sizes_of(new)[2])
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: dict[fx.Node, Any]) -> None:
-    """Carriers that grow although no attention over them was understood: still appended to, packed."""
+    """Carriers that grow although no attention over them was understood: still appended, packed."""
     known = rewriting.edges()
     for carrier, fmt in rewriting.carriers.items():
         for user in carrier.users:
-            if user in known or fmt is None or kind(user) != "cat" or user not in returned:
+            if fmt is None or user in known or user not in returned or kind(user) != "cat":
                 continue
-            parts, dim = user.args[0], argument(user, 1, "dim", 0)
-            if len(parts) == 2 and parts[0] is carrier and dim_of(dim, (0,) * 4) == 2:  # pyright: ignore[reportArgumentType, reportIndexIssue, reportOptionalSubscript]
+            parts = parts_of(user)
+            if _cat_reason(user, returned) is None and parts[0] is carrier:
                 role = value_of(carrier).role
-                rewriting.lone_edges.append(CacheEdge(role, "decode", user, parts[1], carrier, fmt))  # pyright: ignore[reportArgumentType, reportIndexIssue, reportOptionalSubscript]
+                rewriting.lone_edges.append(CacheEdge(role, "decode", user, parts[1], carrier, fmt))

@@ -13,8 +13,9 @@ After:
 
 Attention always sees the new tokens exactly, beside the packed past; then they are appended.
 
-Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor; the carrier still grows
-packed. Keeps: shapes, dtypes and metadata of every surviving node, and the order of outputs.
+Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor; the
+carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the order
+of outputs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import fx
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
-from squat_fx.passes.spelling import flat_outputs, shape_of, value_of
+from squat_fx.passes.spelling import flat_outputs, shape_of, sizes_of, value_of
 
 
 class QuantizeKVCache(GraphPass):
@@ -44,16 +45,18 @@ class QuantizeKVCache(GraphPass):
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
             if site.kind == "decode":
-                attend = self._attend(site, rewriting)
-                readers[site.key.stored].append(attend)
-                readers[site.value.stored].append(attend)
+                reader = self._attend(site, rewriting)
+            else:
+                reader = site.attention.output
+            readers[site.key.stored].append(reader)
+            readers[site.value.stored].append(reader)
         stored: dict[fx.Node, list[fx.Node]] = {}
         for edge in edges.values():
             mask = _mask_of(edge, rewriting)
             if edge.kind == "decode":
                 self._append(edge, mask, readers[edge.stored], rewriting)
             else:
-                stored[edge.stored] = self._store(edge, mask, rewriting)
+                stored[edge.stored] = self._store(edge, mask, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored)
         rewriting.graph.eliminate_dead_code(_is_impure)
         _settle_inputs(rewriting, self._arenas)
@@ -61,8 +64,7 @@ class QuantizeKVCache(GraphPass):
 
     def _carrier_arenas(self, edge: CacheEdge, rewriting: Rewriting) -> list[fx.Node]:
         """Placeholders for the arenas of the edge's carrier, made on first use."""
-        carrier = edge.past
-        assert carrier is not None
+        carrier = edge.carrier
         if carrier not in self._arenas:
             graph, nodes = rewriting.graph, []
             after = carrier
@@ -78,14 +80,15 @@ class QuantizeKVCache(GraphPass):
 
     def _attend(self, site: AttentionSite, rewriting: Rewriting) -> fx.Node:
         attention, graph = site.attention, rewriting.graph
-        key, value = self._carrier_arenas(site.key, rewriting), self._carrier_arenas(site.value, rewriting)
-        positions = rewriting.make_positions
-        assert positions is not None
+        key, value = (
+            self._carrier_arenas(site.key, rewriting),
+            self._carrier_arenas(site.value, rewriting),
+        )
         output = attention.output
         with graph.inserting_before(output):
             query, merged = attention.query, len(shape_of(attention.query) or ()) == 3
             if merged:
-                heads = site.num_queries_per_kv * shape_of(site.key.stored)[1]  # pyright: ignore[reportOptionalSubscript]
+                heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
                 query = graph.call_method("unflatten", (query, 0, (-1, heads)))
             attend = graph.call_function(
                 ops.overload("attend", site.key.fmt.layout),
@@ -95,9 +98,9 @@ class QuantizeKVCache(GraphPass):
                     site.value.new,
                     *key,
                     *value,
-                    positions(-1),
-                    rewriting.handles.index(site.key.past),  # pyright: ignore[reportArgumentType]
-                    rewriting.handles.index(site.value.past),  # pyright: ignore[reportArgumentType]
+                    rewriting.positions(),
+                    rewriting.handles.index(site.key.carrier),
+                    rewriting.handles.index(site.value.carrier),
                     _four_dims(attention.mask, graph),
                     attention.sinks,
                     attention.scale,
@@ -117,23 +120,23 @@ class QuantizeKVCache(GraphPass):
         return attend
 
     def _append(
-        self, edge: CacheEdge, mask: fx.Node | None, after: list[fx.Node], rewriting: Rewriting
+        self, edge: CacheEdge, mask: fx.Node | None, readers: list[fx.Node], rewriting: Rewriting
     ) -> None:
         graph = rewriting.graph
         arenas = self._carrier_arenas(edge, rewriting)
-        valid = self._valid_tokens(mask, edge.new, graph)
-        positions = rewriting.make_positions
-        assert positions is not None
-        row = rewriting.handles.index(edge.past)  # pyright: ignore[reportArgumentType]
-        tail = (positions(-1), row, edge.fmt.codec, edge.fmt.to_ints(), after)
-        with graph.inserting_after(_latest(*after, edge.new, valid)):
+        valid = self._valid_tokens(mask, edge.new, readers)
+        row = rewriting.handles.index(edge.carrier)
+        tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
+        with graph.inserting_after(_latest(*readers, edge.new, valid)):
             graph.call_function(
                 ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
             )
 
-    def _store(self, edge: CacheEdge, mask: fx.Node | None, rewriting: Rewriting) -> list[fx.Node]:
+    def _store(
+        self, edge: CacheEdge, mask: fx.Node | None, readers: list[fx.Node], rewriting: Rewriting
+    ) -> list[fx.Node]:
         graph = rewriting.graph
-        valid = self._valid_tokens(mask, edge.stored, graph)
+        valid = self._valid_tokens(mask, edge.stored, readers)
         arguments = (edge.stored, valid, edge.fmt.codec, edge.fmt.to_ints())
         with graph.inserting_after(_latest(edge.stored, valid)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
@@ -143,24 +146,28 @@ class QuantizeKVCache(GraphPass):
                 out.append(graph.call_function(operator.getitem, (store, index)))
         return out
 
-    def _valid_tokens(self, mask: fx.Node | None, new: fx.Node, graph: fx.Graph) -> fx.Node | None:
-        """Which of the new tokens are no padding: one node per mask and number of tokens."""
+    def _valid_tokens(
+        self, mask: fx.Node | None, new: fx.Node, readers: list[fx.Node]
+    ) -> fx.Node | None:
+        """Which of the new tokens are no padding: one node per mask and number of tokens.
+
+        It stands where the first attention reads the mask, which may be filled in place until then.
+        """
         if mask is None:
             return None
-        key = (mask, shape_of(new)[2])  # pyright: ignore[reportOptionalSubscript]
+        key = (mask, sizes_of(new)[2])
         if key not in self._valid:
-            with graph.inserting_after(_latest(mask, new)):
-                start = graph.call_method("contiguous", (new,))  # replaced below; marks the place
-            with graph.inserting_before(start):
+            graph = new.graph
+            with graph.inserting_before(min(readers)):
                 full = _four_dims(mask, graph)
-                valid = graph.call_function(torch.ops.squat_fx.valid_tokens.default, (full, new))
-            graph.erase_node(start)
-            self._valid[key] = valid
+                self._valid[key] = graph.call_function(
+                    torch.ops.squat_fx.valid_tokens.default, (full, new)
+                )
         return self._valid[key]
 
 
 def _is_token_major(output: fx.Node) -> bool:
-    """Whether the attention's output lies in memory as [batch, tokens, heads, channels], as fused SDPA leaves it."""
+    """Whether the output lies in memory as [batch, tokens, heads, channels], as fused SDPA leaves it."""
     value = value_of(output)
     heads, tokens = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()[1:3])
     return heads < tokens
@@ -210,26 +217,28 @@ def _replace_outputs(
             inner.append(node)
             continue
         if edge.kind == "decode":
-            argument = rewriting.placeholders.index(edge.past)  # pyright: ignore[reportArgumentType]
-            tokens = shape_of(edge.new)[2]  # pyright: ignore[reportOptionalSubscript]
-            rewriting.outputs.append(InnerOutput("appended", argument=argument, tokens=tokens, edge=edge))
+            argument = rewriting.placeholders.index(edge.carrier)
+            tokens = sizes_of(edge.new)[2]
+            made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge)
+            rewriting.outputs.append(made)
             continue
         if node not in first:
             first[node] = len(inner)
             inner.extend(stored[node])
-        tokens = shape_of(node)[2]  # pyright: ignore[reportOptionalSubscript]
-        count = len(stored[node])
-        rewriting.outputs.append(InnerOutput("stored", first[node], count, tokens=tokens, edge=edge))
+        tokens, count = sizes_of(node)[2], len(stored[node])
+        made = InnerOutput("stored", first[node], count, tokens=tokens, edge=edge)
+        rewriting.outputs.append(made)
     rewriting.graph.output_node().args = (tuple(inner),)
 
 
 def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -> None:
     """Drop dead placeholders and note what feeds the others."""
     indices = {node: i for i, node in enumerate(rewriting.placeholders)}
+    formats = {edge.past: edge.fmt for edge in rewriting.edges().values()}
     names = {
         node: (indices[carrier], name)
         for carrier, nodes in arenas.items()
-        for node, name in zip(nodes, (rewriting.carriers[carrier] or _fmt_of(carrier, rewriting)).arena_names, strict=True)
+        for node, name in zip(nodes, formats[carrier].arena_names, strict=True)
     }
     for node in rewriting.graph.find_nodes(op="placeholder"):
         if node in names:
@@ -237,7 +246,9 @@ def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -
             rewriting.inputs.append(InnerInput("arena", index, name))
         elif node not in indices:
             rewriting.inputs.append(InnerInput("positions"))
-        elif not node.users and (node in rewriting.carriers or isinstance(value_of(node), torch.SymInt)):
+        elif not node.users and (
+            node in rewriting.carriers or isinstance(value_of(node), torch.SymInt)
+        ):
             rewriting.graph.erase_node(node)
         else:
             is_dense = node in rewriting.carriers and not all(_reads_shape(u) for u in node.users)
@@ -249,9 +260,3 @@ def _reads_shape(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
     return node.target in (torch.ops.aten.sym_size.int, getattr)
-
-
-def _fmt_of(carrier: fx.Node, rewriting: Rewriting) -> Any:
-    return next(e.fmt for e in rewriting.edges().values() if e.past is carrier)
-
-

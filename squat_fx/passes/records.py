@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class Attention:
     """One attention, whichever way the model wrote it.
 
-    ``output = softmax(softcap(scale * query @ key.T) + mask) @ value`` per query head, with logits ``sinks`` in the
-    normalisation. ``causal`` is one of ``reference.NO_CAUSALITY``, ``TOP_LEFT`` (torch's ``is_causal``), ``BOTTOM_RIGHT``.
-    ``key`` and ``value`` are the nodes the attention reads, head repeats and transposes included.
+    ``output = softmax(softcap(scale * query @ key.T) + mask) @ value`` per query head, with logits
+    ``sinks`` in the normalisation. ``causal`` is one of ``reference.NO_CAUSALITY``, ``TOP_LEFT``
+    (torch's ``is_causal``), ``BOTTOM_RIGHT``. ``key`` and ``value`` are the nodes the attention
+    reads, head repeats and transposes included.
     """
 
     output: fx.Node
@@ -39,8 +40,8 @@ class Attention:
 class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
 
-    ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and ``past`` a carrier;
-    in a ``prefill`` edge there is nothing packed yet.
+    ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and
+    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet.
     """
 
     role: Role
@@ -49,6 +50,12 @@ class CacheEdge:
     new: fx.Node
     past: fx.Node | None
     fmt: Format
+
+    @property
+    def carrier(self) -> fx.Node:
+        """The carrier of a ``decode`` edge."""
+        assert self.past is not None, f"{self.kind} edge {self.stored} has no past"
+        return self.past
 
 
 @dataclass(frozen=True)
@@ -82,10 +89,15 @@ class Rewriting:
 
     Attributes:
         module: the copied graph module, changed in place.
-        carriers: placeholders that arrive as ``QuantizedKV``, with their stored format (None: decided by the config).
+        carriers: placeholders that arrive as ``QuantizedKV``, with their stored format (None: the
+            config decides).
         attentions, sites, skipped, notes: what the passes found.
-        inputs: what the rewritten graph's placeholders are fed with, filled by ``quantize_kv_cache``.
+        lone_edges: carriers that grow although no attention over them was understood.
+        inputs: what feeds the rewritten graph's placeholders, filled by ``quantize_kv_cache``.
         outputs: how each flat output is made, likewise.
+        handles: the carriers in the order of the rows of the positions tensor.
+        make_positions: gives that row's node, and for -1 the placeholder of the whole tensor.
+        placeholders: the original graph's inputs.
     """
 
     module: fx.GraphModule
@@ -107,6 +119,11 @@ class Rewriting:
         """The graph being rewritten."""
         return self.module.graph
 
+    def positions(self) -> fx.Node:
+        """The placeholder of the positions tensor, made on first use."""
+        assert self.make_positions is not None
+        return self.make_positions(-1)
+
     def edges(self) -> dict[fx.Node, CacheEdge]:
         """All cache edges by the node that is returned."""
         found = {edge.stored: edge for site in self.sites for edge in (site.key, site.value)}
@@ -117,8 +134,8 @@ class Rewriting:
 class InnerInput:
     """What one placeholder of the inner graph is fed with.
 
-    ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized), ``"arena"`` (arena
-    ``name`` of carrier ``index``) or ``"positions"``.
+    ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized),
+    ``"arena"`` (arena ``name`` of carrier ``index``) or ``"positions"``.
     """
 
     kind: Literal["argument", "dense", "arena", "positions"]
@@ -130,8 +147,9 @@ class InnerInput:
 class InnerOutput:
     """How one flat output of the compiled callable is made from the inner graph's outputs.
 
-    ``kind`` is ``"value"`` (inner output ``first``), ``"appended"`` (the carrier argument ``argument``, longer by
-    ``tokens``) or ``"stored"`` (``count`` arenas from inner output ``first``, holding ``tokens`` tokens).
+    ``kind`` is ``"value"`` (inner output ``first``), ``"appended"`` (the carrier argument
+    ``argument``, longer by ``tokens``) or ``"stored"`` (``count`` arenas from inner output
+    ``first``, holding ``tokens`` tokens).
     """
 
     kind: Literal["value", "appended", "stored"]

@@ -7,7 +7,8 @@ After:
     position_ids = arange(q) + positions[row, 0]  # the positions tensor that the boundary writes
     cache_position = arange(1) + positions[row, 0]
 
-So a decode step that was given no positions leaves no size symbol of the cache in its graph, and the graph is static.
+So a decode step that was given no positions leaves no size symbol of the cache in its graph, and the
+graph is static.
 
 Leaves alone: sizes used as sizes (masks that grow, reshapes), and arithmetic that is no ``tensor + past_len``.
 """
@@ -22,7 +23,15 @@ from torch import fx
 
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Rewriting
-from squat_fx.passes.spelling import argument, kind, shape_of, size_of, value_of
+from squat_fx.passes.spelling import (
+    argument,
+    is_plain,
+    kind,
+    operand,
+    shape_of,
+    size_of,
+    value_of,
+)
 
 
 class ServePositions(GraphPass):
@@ -73,9 +82,9 @@ def _is_integer(node: fx.Node) -> bool:
 def _tensor_plus_length(
     node: fx.Node, lengths: dict[Any, int], positions: Callable[[int], fx.Node]
 ) -> fx.Node | None:
-    if kind(node) not in ("add", "sub") or not _is_integer(node):
+    if kind(node) not in ("add", "sub") or not is_plain(node) or not _is_integer(node):
         return None
-    tensor, scalar = node.args[:2]
+    tensor, scalar = operand(node), operand(node, 1)
     if _symbol(tensor) in lengths and kind(node) == "add":
         tensor, scalar = scalar, tensor
     row = lengths.get(_symbol(scalar))
@@ -84,14 +93,18 @@ def _tensor_plus_length(
     graph = node.graph
     with graph.inserting_before(node):
         length = graph.call_function(torch.select, (positions(row), 0, 0))
-        return graph.call_function(torch.add if kind(node) == "add" else torch.sub, (tensor, length))
+        return graph.call_function(
+            torch.add if kind(node) == "add" else torch.sub, (tensor, length)
+        )
 
 
 def _arange_from_length(
     node: fx.Node, lengths: dict[Any, int], positions: Callable[[int], fx.Node]
 ) -> fx.Node | None:
     """``arange(past_len, past_len + q)`` with a number ``q``."""
-    if kind(node) != "arange" or len(node.args) != 2 or not _is_integer(node):
+    if kind(node) != "arange" or not _is_integer(node) or argument(node, 2, "step", 1) != 1:
+        return None
+    if len(node.args) < 2 and "end" not in node.kwargs:
         return None
     row = lengths.get(_symbol(argument(node, 0, "start")))
     shape = shape_of(node)
@@ -99,6 +112,7 @@ def _arange_from_length(
         return None
     graph = node.graph
     with graph.inserting_before(node):
-        counted = graph.call_function(torch.arange, (shape[0],), dict(node.kwargs))
+        given = {k: v for k, v in node.kwargs.items() if k not in ("start", "end", "step")}
+        counted = graph.call_function(torch.arange, (shape[0],), given)
         length = graph.call_function(torch.select, (positions(row), 0, 0))
         return graph.call_function(torch.add, (counted, length))

@@ -7,12 +7,14 @@ Models reach the same operation as a function (``torch.cat``), a method (``x.res
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import fx
 
 aten = torch.ops.aten
@@ -35,7 +37,8 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "max": (torch.max, torch.amax, "max", "amax", aten.max.dim, aten.amax.default),
     "view": (
         torch.reshape, "view", "reshape", "flatten", torch.flatten, "unflatten", aten.view.default,
-        aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, "squeeze", aten.squeeze.dim,
+        aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+        torch.unflatten, torch.squeeze, "squeeze", aten.squeeze.dim, aten.squeeze.dims,
     ),
     "unsqueeze": (torch.unsqueeze, "unsqueeze", aten.unsqueeze.default),
     "expand": ("expand", aten.expand.default, torch.broadcast_to, torch.Tensor.expand),
@@ -60,10 +63,29 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _KIND = {target: kind for kind, targets in _SPELLINGS.items() for target in targets}
 _MODULES = {torch.nn.Softmax: "softmax", torch.nn.Dropout: "dropout", torch.nn.Identity: "same"}
+_KEYWORDS = (("input", "self", "tensors"), ("other", "mat2"))  # torch's names for operands
 
 VIEWS = frozenset(
-    {"view", "unsqueeze", "expand", "transpose", "permute", "repeat_interleave", "getitem", "slice", "same"}
+    {
+        "view",
+        "unsqueeze",
+        "expand",
+        "transpose",
+        "mT",
+        "permute",
+        "repeat_interleave",
+        "getitem",
+        "slice",
+        "same",
+    }
 )
+_MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave"}
+_OTHER_VIEWS = frozenset({"chunk", "split", "unbind", "select", "narrow", "view_as", "movedim"})
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in dir(operator)
+    if re.fullmatch(r"i(add|sub|mul|truediv|pow)", name)
+) | {operator.setitem}
 
 
 def kind(node: Any) -> str | None:
@@ -71,7 +93,9 @@ def kind(node: Any) -> str | None:
     if not isinstance(node, fx.Node):
         return None
     if node.op == "call_module":
-        return _MODULES.get(type(node.graph.owning_module.get_submodule(str(node.target))))
+        return _MODULES.get(type(submodule_of(node)))
+    if node.target is getattr and node.args[1] == "mT":
+        return "mT"
     if node.op in ("call_function", "call_method"):
         try:
             return _KIND.get(node.target)
@@ -80,11 +104,92 @@ def kind(node: Any) -> str | None:
     return None
 
 
+def describe(node: Any) -> str:
+    """The operation of a node for a reader: ``linear``, ``index_copy_``, ``a graph input``."""
+    if not isinstance(node, fx.Node):
+        return "a constant"
+    if node.op == "placeholder":
+        return "a graph input"
+    if node.op == "call_module":
+        return type(submodule_of(node)).__name__
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def submodule_of(node: fx.Node) -> torch.nn.Module:
+    """The module that a ``call_module`` node calls."""
+    owner = node.graph.owning_module
+    assert owner is not None, "the graph belongs to no module"
+    return owner.get_submodule(str(node.target))
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Argument ``index`` or keyword ``name`` of a call."""
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def operand(node: fx.Node, index: int = 0) -> Any:
+    """Operand 0 or 1 of a call, by place or by torch's keyword; None if there is none."""
+    if len(node.args) > index:
+        return node.args[index]
+    return next((node.kwargs[k] for k in _KEYWORDS[index] if k in node.kwargs), None)
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The node that a view, a cast or another operation on one tensor starts from."""
+    source = operand(node)
+    assert isinstance(source, fx.Node), f"{node} starts from {source!r}"
+    return source
+
+
+def parts_of(cat: fx.Node) -> tuple[Any, ...]:
+    """What a ``cat`` concatenates; empty if that is not written out in the graph."""
+    parts = operand(cat)
+    return tuple(parts) if isinstance(parts, (list, tuple)) else ()
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether binary arithmetic has no modifier, such as ``alpha`` or ``rounding_mode``."""
+    return len(node.args) <= 2 and set(node.kwargs) <= {
+        name for names in _KEYWORDS for name in names
+    }
+
+
+def writers(node: fx.Node) -> list[fx.Node]:
+    """Operations that write to the node's memory in place, through its views too."""
+    found: list[fx.Node] = []
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            is_writer = _writes_to(user, current)
+            if is_writer and user not in found:
+                found.append(user)
+            if user not in seen and (is_writer or _may_alias(user)):
+                seen.add(user)
+                stack.append(user)
+    return found
+
+
+def _may_alias(node: fx.Node) -> bool:
+    return kind(node) in _MAY_ALIAS or describe(node) in _OTHER_VIEWS
+
+
+def _writes_to(node: fx.Node, tensor: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        arguments = node.target._schema.arguments
+        written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        return any(argument(node, arguments.index(a), a.name) is tensor for a in written)
+    if operand(node) is not tensor:
+        return node.kwargs.get("out") is tensor
+    if node.target in _INPLACE_OPERATORS:
+        return True
+    name = describe(node) if node.op in ("call_method", "call_function") else ""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def value_of(node: fx.Node) -> Any:
@@ -98,8 +203,15 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     return tuple(size_of(s) for s in value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def sizes_of(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node that is known to be a tensor."""
+    shape = shape_of(node)
+    assert shape is not None, f"{node} is no tensor"
+    return shape
+
+
 def size_of(size: Any) -> Any:
-    """A size as an int or a sympy expression; comparing those adds no guard, comparing ``SymInt`` would."""
+    """A size as an int or a sympy expression; comparing those adds no guard, ``SymInt`` would."""
     if isinstance(size, torch.SymInt):
         expression = size.node.expr
         return int(expression) if expression.is_number else expression
@@ -108,12 +220,19 @@ def size_of(size: Any) -> Any:
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal whatever the symbols are."""
-    return sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0 if a is not b else True
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return a is b or a == b or sympy.expand(a - b) == 0
 
 
 def dim_of(dim: int, shape: Sequence[Any]) -> int:
     """``dim`` counted from the front."""
     return dim % len(shape) if shape else dim
+
+
+def is_last(dim: Any, shape: Sequence[Any]) -> bool:
+    """Whether ``dim`` is the last one."""
+    return dim in (-1, len(shape) - 1)
 
 
 def returned_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[int, ...]]:
@@ -127,4 +246,4 @@ def returned_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[int, ...]]:
 
 def flat_outputs(graph: fx.Graph) -> list[Any]:
     """The leaves of the graph's output."""
-    return torch.utils._pytree.tree_leaves(graph.output_node().args[0], is_leaf=lambda x: x is None)
+    return pytree.tree_leaves(graph.output_node().args[0], is_leaf=lambda x: x is None)

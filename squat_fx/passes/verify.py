@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from squat_fx.passes.axes import describe
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Rewriting
-from squat_fx.passes.spelling import shape_of, value_of
+from squat_fx.passes.spelling import describe, shape_of, value_of
 
 
 class Verify(GraphPass):
@@ -34,10 +33,14 @@ class Verify(GraphPass):
             op = getattr(name, "name", "")
             if op == "squat_fx::append_":
                 assert not node.users, f"{node} has readers"
-                appended.update(a for a in node.args if isinstance(a, fx.Node) and a.op == "placeholder")
+                appended.update(
+                    a for a in node.args if isinstance(a, fx.Node) and a.op == "placeholder"
+                )
                 checks += 1
             elif op == "squat_fx::attend":
-                assert not appended & set(node.args[3:]) & _arena_nodes(rewriting), f"{node} reads after an append"
+                assert not appended & set(node.args[3:]) & _arena_nodes(rewriting), (
+                    f"{node} reads after an append"
+                )
                 checks += 1
         placeholders = rewriting.graph.find_nodes(op="placeholder")
         assert len(placeholders) == len(rewriting.inputs), "a placeholder is not fed"

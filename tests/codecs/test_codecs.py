@@ -91,9 +91,7 @@ def test_ints_carry_the_whole_format(
     head_dim: int, bits: int, group_size: int, role: str, residual_length: int, sink_length: int
 ) -> None:
     codec = Kivi(group_size)
-    fmt = make_format(
-        codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length
-    )  # pyright: ignore
+    fmt = make_format(codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length)  # pyright: ignore
     assert Format.from_ints(fmt.layout, fmt.codec, fmt.to_ints()) == fmt
 
 

@@ -1,4 +1,4 @@
-"""Bit planes: nothing is lost, nothing is moved, and the table in the docstring is what the function computes."""
+"""Bit planes: nothing is lost, nothing is moved, and the docstring's table is computed."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def test_unpack_undoes_pack_for_uniform_widths(head_dim: int, bits: int) -> None
 
 
 @given(layout=layouts(), seed=st.integers(0, 2**16), channel=st.integers(0, 255))
-def test_pack_ignores_nothing(
-    layout: tuple[int, tuple[int, ...]], seed: int, channel: int
-) -> None:
+def test_pack_ignores_nothing(layout: tuple[int, tuple[int, ...]], seed: int, channel: int) -> None:
     head_dim, widths = layout
     channel %= head_dim
     codes = random_codes(1, head_dim, widths, seed)
@@ -118,7 +116,5 @@ def test_a_wrong_number_of_widths_is_refused() -> None:
 
 @pytest.mark.parametrize("width", [0, 9])
 def test_a_width_outside_one_byte_is_refused(width: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^a plane width must be from 1 to 8 bits, got {width}$"
-    ):
+    with pytest.raises(ValueError, match=rf"^a plane width must be from 1 to 8 bits, got {width}$"):
         plane_layout(16, (width,))

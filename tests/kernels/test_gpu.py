@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -54,12 +55,14 @@ def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cuda")
 
 
-@pytest.fixture
+@contextmanager
 def no_waiting() -> Iterator[None]:
     """Waiting for the GPU is an error."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class Decoding:
@@ -179,25 +182,20 @@ def test_a_graph_replays_right_while_only_positions_change(codec: Kivi | Lossles
         )
 
 
-def test_ops_never_wait_for_the_gpu(no_waiting: None) -> None:
+def test_ops_never_wait_for_the_gpu() -> None:
     case = replace(
         case_of(0), codec=Kivi(32), key_dim=64, value_dim=64, pads=(0, 0), dtype=torch.float16
     )
-    torch.cuda.set_sync_debug_mode("default")
     decoding = Decoding(case, capacity=320, prompt=50)
-    key, fmt = decoding.formats["key"], decoding.formats["key"]
+    fmt = decoding.formats["key"]
+    arenas = laws.tensors_of(decoding.arenas["key"])
     new = torch.zeros(2, laws.NUM_KV_HEADS, 40, 64, dtype=case.dtype, device="cuda")
     valid = torch.ones(2, 40, dtype=torch.bool, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    decoding.step()
-    ops.overload("store", fmt.layout)(new, valid, fmt.codec, fmt.to_ints())
-    ops.overload("quantize", fmt.layout)(new[:, :, :32], None, fmt.codec, fmt.to_ints())
-    ops.overload("append_", key.layout)(
-        *laws.tensors_of(decoding.arenas["key"]),
-        new,
-        valid,
-        decoding.positions,
-        0,
-        fmt.codec,
-        fmt.to_ints(),
+    append_, store, quantize = (
+        ops.overload(name, fmt.layout) for name in ("append_", "store", "quantize")
     )
+    with no_waiting():
+        decoding.step()
+        store(new, valid, fmt.codec, fmt.to_ints())
+        quantize(new[:, :, :32], None, fmt.codec, fmt.to_ints())
+        append_(*arenas, new, valid, decoding.positions, 0, fmt.codec, fmt.to_ints())

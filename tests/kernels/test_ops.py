@@ -1,4 +1,4 @@
-"""The ops as torch sees them: honest schemas, fakes that agree with what runs, and rows of positions."""
+"""The ops as torch sees them: honest schemas, and fakes that agree with what runs."""
 
 from __future__ import annotations
 
@@ -45,10 +45,14 @@ class Stored:
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
     codec = Kivi() if layout == "planes/channel" else Lossless()
-    return stored_format(codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2)
+    return stored_format(
+        codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
+    )
 
 
-def stored(fmt: Format, tokens: int = TOKENS, seed: int = 0, pads: list[int] | None = None) -> Stored:
+def stored(
+    fmt: Format, tokens: int = TOKENS, seed: int = 0, pads: list[int] | None = None
+) -> Stored:
     """Random tokens behind the op ``store``, with room for 64 more."""
     pads = pads or [0, 3]
     x = randn(len(pads), HEADS, tokens, fmt.head_dim, seed=seed)
@@ -88,9 +92,12 @@ def calls(layout: str) -> list[Call]:
         Call(f"quantize.{name}", (x, None, fmt.codec, ints)),
         Call(f"quantize.{name}", (x, valid, fmt.codec, ints)),
         Call(f"store.{name}", (x[:, :, :50], None, fmt.codec, ints)),
-        Call(f"store.{name}", (x.transpose(1, 2).contiguous().transpose(1, 2), valid, fmt.codec, ints)),
+        Call(
+            f"store.{name}",
+            (x.transpose(1, 2).contiguous().transpose(1, 2), valid, fmt.codec, ints),
+        ),
         Call(f"append_.{name}", (*key.tensors, new[:, :, :1], None, *where, fmt.codec, ints)),
-        Call(f"append_.{name}", (*key.tensors, new, valid[:, :40], *where, fmt.codec, ints)),
+        Call(f"append_.{name}", (*key.tensors, new, valid[:, :40], *where, fmt.codec, ints, [x])),
         Call(f"dequantize.{name}", (*key.tensors, *where, TOKENS, ints)),
         Call(f"dequantize.{name}", (*key.tensors, *where, 7, ints)),
     ]
@@ -133,7 +140,7 @@ def test_only_what_the_schema_marks_is_written(call: Call) -> None:
     before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
     args = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
     call.op(*args)
-    for argument, a, b in zip(call.op._schema.arguments, args, before, strict=True):
+    for argument, a, b in zip(call.op._schema.arguments, args, before, strict=False):
         if isinstance(a, Tensor) and not (argument.alias_info and argument.alias_info.is_write):
             assert torch.equal(a, b), f"{argument.name} was written"
 
@@ -184,7 +191,7 @@ def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
     assert fake == real
 
 
-# what the ops mean ---------------------------------------------------------------------------------
+# what the ops mean ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -215,9 +222,22 @@ def test_an_op_reads_its_own_row_of_positions(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_append_does_not_look_at_what_it_comes_after(layout: str) -> None:
+    fmt, new = format_of(layout, "key"), randn(BATCH, HEADS, 3, 40, seed=9)
+    one, other = stored(fmt), stored(fmt)
+    append = ops.overload("append_", layout)
+    append(*one.tensors, new, None, positions(one), 0, fmt.codec, fmt.to_ints())
+    nan = [torch.full((1,), torch.nan)]
+    append(*other.tensors, new, None, positions(one), 0, fmt.codec, fmt.to_ints(), nan)
+    assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
     """The two sides have different residuals, so that a swapped row would show."""
-    key, value = (stored(format_of(layout, role), seed=i) for i, role in enumerate(("key", "value")))
+    key, value = (
+        stored(format_of(layout, role), seed=i) for i, role in enumerate(("key", "value"))
+    )
     query = randn(BATCH, HEADS, 1, 40, seed=3)
     where = torch.cat([positions(value), torch.tensor([[5, 0]]), positions(key)])
     out = ops.overload("attend", layout)(
