@@ -16,7 +16,9 @@ from squat_fx.fallback import pack_dense_caches
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
 
-RECOMPILE_LIMIT = 64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
+RECOMPILE_LIMIT = (
+    64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
+)
 Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 _ATTRIBUTE = "_squat_fx"
@@ -35,7 +37,9 @@ class Compiled:
         limit = {"recompile_limit": RECOMPILE_LIMIT}
         known = inspect.signature(torch.compile).parameters
         self._takes_limit = "recompile_limit" in known
-        self._compiled = torch.compile(target, backend=backend, **(limit if self._takes_limit else {}))
+        self._compiled = torch.compile(
+            target, backend=backend, **(limit if self._takes_limit else {})
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs
@@ -112,7 +116,9 @@ def compile(
         object.__setattr__(model_or_fn, _ATTRIBUTE, _Mark(compiled))
         return model_or_fn
     if not callable(model_or_fn):
-        raise TypeError(f"expected an nn.Module or a callable to compile, got {type(model_or_fn).__name__}")
+        raise TypeError(
+            f"expected an nn.Module or a callable to compile, got {type(model_or_fn).__name__}"
+        )
     return _wrap(model_or_fn, Compiled(model_or_fn, config))
 
 
@@ -134,7 +140,9 @@ def report(model: Any) -> Report:
     """
     mark = getattr(model, _ATTRIBUTE, None)
     if mark is None:
-        raise ValueError("this model or function was not compiled by squat_fx.compile(); compile it first")
+        raise ValueError(
+            "this model or function was not compiled by squat_fx.compile(); compile it first"
+        )
     if mark.compiled is None:
         copied = Report()
         copied.note(
@@ -143,11 +151,15 @@ def report(model: Any) -> Report:
         )
         return copied
     if isinstance(model, nn.Module) and model._compiled_call_impl is not mark.compiled:
-        mark.compiled.report.note("the model was compiled again by something else; squat_fx no longer runs")
+        mark.compiled.report.note(
+            "the model was compiled again by something else; squat_fx no longer runs"
+        )
     return mark.compiled.report
 
 
-def explain(model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: int = 2, **options: Any) -> Report:
+def explain(
+    model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: int = 2, **options: Any
+) -> Report:
     """What :func:`compile` would rewrite, found by running ``model`` once (and one step more if it returns a HF cache).
 
     The model is left as it is. ``example_inputs`` are positional (a sequence) or keyword arguments (a mapping).
@@ -155,7 +167,11 @@ def explain(model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits:
     config = Config.from_options({"bits": bits, **options, "inner": "eager"})
     target = model.forward if isinstance(model, nn.Module) else model
     compiled = Compiled(target, config)
-    args, kwargs = ((), dict(example_inputs)) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
+    args, kwargs = (
+        ((), dict(example_inputs))
+        if isinstance(example_inputs, Mapping)
+        else (tuple(example_inputs), {})
+    )
     with torch.no_grad():
         result = compiled(*args, **kwargs)
         cache = getattr(result, "past_key_values", None)
@@ -177,4 +193,6 @@ def rewrite(
     Raises:
         ValueError: ``example_inputs`` do not fit the graph.
     """
-    return rewrite_module(copy_graph(graph_module), example_inputs, config or Config(), graph_module.graph._codegen)
+    return rewrite_module(
+        copy_graph(graph_module), example_inputs, config or Config(), graph_module.graph._codegen
+    )

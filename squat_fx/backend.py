@@ -41,7 +41,9 @@ def squat(
         ValueError: an option is unknown or out of range, or ``mode`` was given.
     """
     if mode is not None:
-        raise ValueError(f"backend 'squat' takes options, not mode={mode!r}; try options={{'cuda_graphs': True}}")
+        raise ValueError(
+            f"backend 'squat' takes options, not mode={mode!r}; try options={{'cuda_graphs': True}}"
+        )
     return compile_graph(graph_module, example_inputs, Config.from_options(options or {}), Report())
 
 
@@ -54,7 +56,9 @@ def compile_graph(
     except Exception as error:
         if config.strict:
             raise
-        text = f"a graph runs as it was, because compiling it failed: {type(error).__name__}: {error}"
+        text = (
+            f"a graph runs as it was, because compiling it failed: {type(error).__name__}: {error}"
+        )
         logger.warning("%s", text, exc_info=True)
         report.note(text)
         report.graphs.append(GraphReport("untouched", inner="eager"))
@@ -74,7 +78,9 @@ def _compile_rewritten(
     placeholders = tuple(rewriting.graph.find_nodes(op="placeholder"))
     rewriting.placeholders = placeholders
     if _needs_gradients(examples):
-        reason = "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
+        reason = (
+            "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
+        )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
             return graph_module.forward
@@ -175,7 +181,9 @@ def _annotate_sources(rewriting: Rewriting) -> None:
 
 
 def _needs_gradients(examples: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(e, Tensor) and e.requires_grad for e in examples)
+    return torch.is_grad_enabled() and any(
+        isinstance(e, Tensor) and e.requires_grad for e in examples
+    )
 
 
 def _fake_positions(rewriting: Rewriting, examples: Sequence[Any]) -> Any:

@@ -26,7 +26,9 @@ class Size:
     """A size in terms of the call's arguments: a number, or an expression of symbols bound to their shapes."""
 
     def __init__(self, expression: Any, examples: Sequence[Any]) -> None:
-        self._number = int(expression) if isinstance(expression, int) or expression.is_number else None
+        self._number = (
+            int(expression) if isinstance(expression, int) or expression.is_number else None
+        )
         self._terms: list[tuple[Any, int, int | None]] = []
         self._expression = expression
         if self._number is None:
@@ -83,7 +85,9 @@ class Boundary:
         self._report = report
         appended = {o.argument: o for o in outputs if o.kind == "appended"}
         self._carriers = tuple(
-            Carrier(i, o.edge, Size(o.tokens, examples)) if (o := appended.get(i)) else Carrier(i, None, None)
+            Carrier(i, o.edge, Size(o.tokens, examples))
+            if (o := appended.get(i))
+            else Carrier(i, None, None)
             for i in handles
         )
         self._stored_tokens = {
@@ -128,7 +132,10 @@ class Boundary:
             return {i: storage["dense"].clone() for i, (storage, n) in staged.items() if n > 1}
 
     def _gather(
-        self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]], dense: dict[int, Tensor]
+        self,
+        args: tuple[Any, ...],
+        staged: dict[int, tuple[Storage, int]],
+        dense: dict[int, Tensor],
     ) -> list[Any]:
         gathered = []
         for fed in self._inputs:
@@ -149,7 +156,11 @@ class Boundary:
         rows, device = [], torch.device("cpu")
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
-            rows.append((storage.length, storage.watermark) if storage else (args[carrier.index].shape[TOKENS], 0))
+            rows.append(
+                (storage.length, storage.watermark)
+                if storage
+                else (args[carrier.index].shape[TOKENS], 0)
+            )
             device = args[carrier.index].device
         return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
@@ -187,7 +198,9 @@ class Boundary:
         return tuple(out)
 
 
-def unflatten_output(run: Callable[..., tuple[Any, ...]], spec: pytree.TreeSpec) -> Callable[..., Any]:
+def unflatten_output(
+    run: Callable[..., tuple[Any, ...]], spec: pytree.TreeSpec
+) -> Callable[..., Any]:
     """``run`` with its flat outputs in the original structure."""
 
     def call(*args: Any) -> Any:

@@ -68,7 +68,9 @@ class Config:
         if any(not isinstance(layer, int) for layer in self.skip_layers):
             raise ValueError(f"skip_layers must be layer numbers, got {self.skip_layers!r}")
         if self.inner not in get_args(Inner):
-            raise ValueError(f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}")
+            raise ValueError(
+                f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}"
+            )
         if self.calibration is not None:
             raise ValueError("no codec takes a calibration yet; leave calibration=None")
         if isinstance(self.codec, str):
@@ -130,5 +132,11 @@ def _check_width(name: str, value: Any, optional: bool = False) -> None:
     if value is None and optional:
         return
     if value not in WIDTHS or isinstance(value, bool):
-        nearest = f"; the nearest is {min(WIDTHS, key=lambda w: abs(w - value))}" if isinstance(value, (int, float)) else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {value!r}{nearest}")
+        nearest = (
+            f"; the nearest is {min(WIDTHS, key=lambda w: abs(w - value))}"
+            if isinstance(value, (int, float))
+            else ""
+        )
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {value!r}{nearest}"
+        )

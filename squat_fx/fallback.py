@@ -39,7 +39,11 @@ def _caches(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Itera
     for candidate in candidates:
         cache = getattr(candidate, "self_attention_cache", candidate)
         layers = getattr(cache, "layers", None)
-        if isinstance(layers, list) and id(cache) not in seen and all(hasattr(x, "keys") for x in layers):
+        if (
+            isinstance(layers, list)
+            and id(cache) not in seen
+            and all(hasattr(x, "keys") for x in layers)
+        ):
             seen.add(id(cache))
             yield cache
 
@@ -53,7 +57,9 @@ def _is_dense(layer: Any) -> bool:
         return False
     if isinstance(keys, QuantizedKV) or isinstance(values, QuantizedKV):
         return False
-    return keys.dim() == values.dim() == 4 and keys.numel() > 0 and keys.shape[:3] == values.shape[:3]
+    return (
+        keys.dim() == values.dim() == 4 and keys.numel() > 0 and keys.shape[:3] == values.shape[:3]
+    )
 
 
 def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report: Report) -> bool:

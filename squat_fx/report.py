@@ -95,12 +95,20 @@ class GraphReport:
         kind = kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "untouched")
         text = rewriting.module.code
         return cls(
-            kind, tuple(rewriting.sites), tuple(rewriting.skipped), tuple(rewriting.notes), inner, static, text
+            kind,
+            tuple(rewriting.sites),
+            tuple(rewriting.skipped),
+            tuple(rewriting.notes),
+            inner,
+            static,
+            text,
         )
 
     def __str__(self) -> str:
         shape = "static" if self.static else "dynamic"
-        lines = [f"{self.kind} graph ({self.inner}, {shape}): {len(self.sites)} attentions rewritten"]
+        lines = [
+            f"{self.kind} graph ({self.inner}, {shape}): {len(self.sites)} attentions rewritten"
+        ]
         groups: dict[str, list[int]] = {}
         for site in self.sites:
             text = f"keys {_describe(site.key.fmt)}; values {_describe(site.value.fmt)}"
@@ -149,7 +157,13 @@ class Report:
         total = CacheBytes(0, 0)
         for storage in self._storages:
             dense = storage["dense"]
-            size = dense.shape[0] * dense.shape[1] * storage.length * dense.shape[3] * dense.element_size()
+            size = (
+                dense.shape[0]
+                * dense.shape[1]
+                * storage.length
+                * dense.shape[3]
+                * dense.element_size()
+            )
             total = total + CacheBytes(storage.nbytes, size)
         return total
 
@@ -168,7 +182,9 @@ class Report:
             return "squat_fx: nothing was compiled yet; call the model once"
         lines = [str(graph) for graph in self.graphs]
         if self.eager_calls:
-            lines.append(f"{self.eager_calls} calls ran eagerly, their caches were packed afterwards")
+            lines.append(
+                f"{self.eager_calls} calls ran eagerly, their caches were packed afterwards"
+            )
         lines += [f"note: {note}" for note in self.notes]
         live = self.live_bytes
         if live.stored:

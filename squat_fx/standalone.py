@@ -13,9 +13,17 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from squat_fx.backend import NotRewritten, rewrite_graph
 from squat_fx.boundary import Boundary
+from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting
-from squat_fx.passes.spelling import argument, dim_of, kind, returned_nodes, shape_of, value_of
+from squat_fx.passes.spelling import (
+    argument,
+    kind,
+    parts_of,
+    returned_nodes,
+    shape_of,
+    value_of,
+)
 from squat_fx.report import GraphReport, Report
 
 PyTreeCodeGen = fx.graph._PyTreeCodeGen
@@ -30,6 +38,7 @@ class RewrittenModule(nn.Module):
         self._boundary = boundary
         self._codegen = codegen
         self._spec = spec
+        self._placeholders = rewriting.placeholders
         self._expected = [(node.name, shape_of(node)) for node in rewriting.placeholders]
 
     @property
@@ -44,7 +53,7 @@ class RewrittenModule(nn.Module):
             ValueError: an input does not have the shape the graph was captured for.
         """
         is_pytree = isinstance(self._codegen, PyTreeCodeGen)
-        flat = _flat_inputs(self._codegen, args, kwargs)
+        flat = _flat_inputs(self._codegen, self._placeholders, args, kwargs)
         self._check(flat)
         out = self._boundary(*flat)
         if is_pytree:
@@ -65,17 +74,21 @@ class RewrittenModule(nn.Module):
             )
             if not fits:
                 raise ValueError(
-                    f"input {name!r} has shape {tuple(x.shape)}, but the graph was captured for {list(shape)}; "
-                    "capture it with dynamic shapes, or with example inputs of more than one token"
+                    f"input {name!r} has shape {tuple(x.shape)}, but the graph was captured for "
+                    f"{list(shape)}; capture it with dynamic shapes, or with example inputs of "
+                    "more than one token"
                 )
 
 
 def rewrite_module(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, codegen: Any
 ) -> tuple[nn.Module, Report]:
-    """See :func:`squat_fx.rewrite`; ``graph_module`` is a copy, ``codegen`` the original's calling convention."""
-    examples = list(_flat_inputs(codegen, tuple(example_inputs), {}))
+    """See :func:`squat_fx.rewrite`.
+
+    ``graph_module`` is a copy, ``codegen`` the original's calling convention.
+    """
     placeholders = tuple(graph_module.graph.find_nodes(op="placeholder"))
+    examples = list(_flat_inputs(codegen, placeholders, tuple(example_inputs), {}))
     if len(examples) != len(placeholders):
         raise ValueError(
             f"the graph has {len(placeholders)} inputs, got {len(examples)} example inputs"
@@ -98,10 +111,20 @@ def rewrite_module(
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
 
-def _flat_inputs(codegen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-    if not isinstance(codegen, PyTreeCodeGen):
-        return (*args, *kwargs.values())
-    return codegen.process_inputs(*args, **kwargs)
+def _flat_inputs(
+    codegen: Any, placeholders: Sequence[fx.Node], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Sequence[Any]:
+    """One value per placeholder, as the original's signature binds them."""
+    if isinstance(codegen, PyTreeCodeGen):
+        return codegen.process_inputs(*args, **kwargs)
+    names = [str(node.target) for node in placeholders]
+    if unknown := [name for name in kwargs if name not in names[len(args) :]]:
+        raise ValueError(f"unexpected input {unknown[0]!r}; the inputs are {', '.join(names)}")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    defaults = {str(node.target): node.args[0] for node in placeholders if node.args}
+    if missing := [name for name in names if name not in given and name not in defaults]:
+        raise ValueError(f"input {missing[0]!r} is missing; the inputs are {', '.join(names)}")
+    return (*(given.get(n, defaults.get(n)) for n in names), *args[len(names) :])
 
 
 def _drop_input_guards(graph: fx.Graph) -> None:
@@ -112,40 +135,47 @@ def _drop_input_guards(graph: fx.Graph) -> None:
 
 
 def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> None:
-    """Give every node a fake value, with every input dim symbolic until the graph itself fixes it."""
+    """Give every node a fake value.
+
+    Every input dim is symbolic until the graph itself fixes it, except heads and channels of a past.
+    """
     mode = FakeTensorMode(
         shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False), allow_non_fake_inputs=True
     )
 
-    def fake(x: Any) -> Any:
+    def fake(node: fx.Node, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
-        return mode.from_tensor(x, symbolic_context=dynamic)
+        sizes = [DimDynamic.DYNAMIC] * x.dim()
+        if x.dim() == 4 and any(_appends_to(node, user) for user in node.users):
+            sizes[1] = sizes[3] = DimDynamic.STATIC
+        return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
-    with torch.no_grad():
-        FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*map(fake, examples))
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    fakes = [fake(node, x) for node, x in zip(placeholders, examples, strict=True)]
+    try:
+        with torch.no_grad():
+            FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*fakes)
+    except Exception as error:
+        given = ", ".join(str(list(x.shape)) for x in examples if isinstance(x, Tensor))
+        raise ValueError(
+            f"the graph does not run on example inputs of shape {given}: {error}"
+        ) from error
 
 
-def _carriers(graph: fx.Graph) -> dict[fx.Node, None]:
-    """Inputs that are a past: something is concatenated to them on dim -2, and the result is returned."""
+def _appends_to(past: fx.Node, node: fx.Node) -> bool:
+    """Whether ``node`` is ``cat([past, new], -2)``."""
+    parts = parts_of(node) if kind(node) == "cat" else ()
+    return len(parts) == 2 and parts[0] is past and argument(node, 1, "dim", 0) in (2, -2)
+
+
+def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
+    """Inputs that are a past: concatenated to on dim -2, and the result is returned."""
+    pasts = graph.find_nodes(op="placeholder")
     returned = returned_nodes(graph)
-    found: dict[fx.Node, None] = {}
-    for node in returned:
-        parts = node.args[0] if kind(node) == "cat" else ()
-        shape = shape_of(node)
-        if (
-            not isinstance(parts, (list, tuple))
-            or len(parts) != 2
-            or shape is None
-            or len(shape) != 4
-        ):
-            continue
-        past = parts[0]
-        if (
-            isinstance(past, fx.Node)
-            and past.op == "placeholder"
-            and dim_of(argument(node, 1, "dim", 0), shape) == 2
-        ):
-            found[past] = None
-    return found
+    return {
+        past: None
+        for past in pasts
+        if len(shape_of(past) or ()) == 4
+        and any(_appends_to(past, user) and user in returned for user in past.users)
+    }

@@ -29,7 +29,9 @@ from squat_fx.pool import POOL, grown_capacity
 
 aten = torch.ops.aten
 TOKENS = 2  # the dim that grows
-IN_PLACE_ERROR = "a QuantizedKV cannot be written in place ({}); build a new tensor from its dequantize()"
+IN_PLACE_ERROR = (
+    "a QuantizedKV cannot be written in place ({}); build a new tensor from its dequantize()"
+)
 
 
 class _Lease:
@@ -61,7 +63,9 @@ class Storage:
         self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
 
     @classmethod
-    def pooled(cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int) -> Storage:
+    def pooled(
+        cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int
+    ) -> Storage:
         """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
         storage = cls(arenas, extent, fmt, role)
         storage._move_to_pool(capacity)
@@ -131,9 +135,19 @@ class Storage:
         positions = torch.tensor([[self.length, self.watermark]], device=new.device)
         with torch.inference_mode(False), torch.no_grad():
             *packed, dense, start = self.tensors
-            written = dense if new_tokens == 1 else dense.clone()  # several tokens may reuse ring slots
+            written = (
+                dense if new_tokens == 1 else dense.clone()
+            )  # several tokens may reuse ring slots
             ops.overload("append_", self.fmt.layout)(
-                *packed, written, start, new, valid, positions, 0, self.fmt.codec, self.fmt.to_ints()
+                *packed,
+                written,
+                start,
+                new,
+                valid,
+                positions,
+                0,
+                self.fmt.codec,
+                self.fmt.to_ints(),
             )
             if written is not dense:
                 dense.copy_(written)
@@ -205,11 +219,15 @@ class QuantizedKV(Tensor):
         # An inference tensor is no base of views: autograd would make a crop hold on to the longer handle, and mark it.
         is_fake = type(dense) is FakeTensor
         with contextlib.nullcontext() if is_fake else torch.inference_mode():
-            handle = Tensor._make_wrapper_subclass(cls, shape, dtype=dense.dtype, device=dense.device)
+            handle = Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dense.dtype, device=dense.device
+            )
         handle._storage = storage
         handle._pending = pending
         if not is_fake:
-            handle._lease = storage.lease(length - (0 if pending is None else pending.shape[TOKENS]))
+            handle._lease = storage.lease(
+                length - (0 if pending is None else pending.shape[TOKENS])
+            )
             torch._dynamo.maybe_mark_dynamic(handle, TOKENS)
         return handle
 
@@ -217,7 +235,9 @@ class QuantizedKV(Tensor):
         pass
 
     @classmethod
-    def from_dense(cls, x: Tensor, fmt: Format, role: Role, valid: Tensor | None = None) -> QuantizedKV:
+    def from_dense(
+        cls, x: Tensor, fmt: Format, role: Role, valid: Tensor | None = None
+    ) -> QuantizedKV:
         """Pack ``x`` ``[batch, heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]`` is False for padding."""
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
@@ -228,7 +248,9 @@ class QuantizedKV(Tensor):
             return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role)
 
     @classmethod
-    def from_arenas(cls, arenas: Sequence[Tensor], length: int, fmt: Format, role: Role) -> QuantizedKV:
+    def from_arenas(
+        cls, arenas: Sequence[Tensor], length: int, fmt: Format, role: Role
+    ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens."""
         *packed, dense, start = arenas
         extent = Extent(0, 0).after(length, fmt)
@@ -288,7 +310,9 @@ class QuantizedKV(Tensor):
         return list(self._storage.fmt.arena_names), (self._storage.fmt, self._storage.role)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> QuantizedKV:
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: Any, size: Any, stride: Any
+    ) -> QuantizedKV:
         fmt, role = context
         *packed, dense, start = (inner[name] for name in fmt.arena_names)
         storage = Storage(Arenas(tuple(packed), dense, start), Extent(size[TOKENS], 0), fmt, role)
@@ -307,7 +331,9 @@ class QuantizedKV(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handles = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV)]
-        if func._schema.is_mutable and any(isinstance(x, QuantizedKV) for x in _written(func, args, kwargs)):
+        if func._schema.is_mutable and any(
+            isinstance(x, QuantizedKV) for x in _written(func, args, kwargs)
+        ):
             raise ValueError(IN_PLACE_ERROR.format(func))
         kinds = {type(h._storage["dense"]) for h in handles}
         if FakeTensor in kinds:
@@ -369,7 +395,9 @@ def _rebuild(
     *packed, dense, start = tensors
     capacity = packed[0].shape[TOKENS]
     arenas = Arenas(tuple(packed), dense, start)
-    return QuantizedKV(Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length)
+    return QuantizedKV(
+        Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length
+    )
 
 
 def _call_dense(
@@ -386,7 +414,9 @@ def _call_dense(
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that ``func`` writes to."""
-    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = {
+        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     return pytree.tree_leaves([x for name, x in given.items() if name in written])
 
@@ -418,7 +448,8 @@ def _appendable(new: Tensor, first: QuantizedKV) -> bool:
     """Whether ``cat([first, new])`` on the tokens exists and has the dtype of ``first``."""
     return (
         new.dim() == 4
-        and (new.shape[0], new.shape[1], new.shape[3]) == (first.shape[0], first.shape[1], first.shape[3])
+        and (new.shape[0], new.shape[1], new.shape[3])
+        == (first.shape[0], first.shape[1], first.shape[3])
         and new.device == first.device
         and torch.promote_types(new.dtype, first.dtype) == first.dtype
     )
@@ -430,7 +461,12 @@ def _alias(func: Any, x: QuantizedKV, *args: Any, **kwargs: Any) -> QuantizedKV:
 
 
 def _slice(
-    func: Any, x: QuantizedKV, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    func: Any,
+    x: QuantizedKV,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> Any:
     size = x.shape[dim]
     first, last, stride = slice(start, end, step).indices(size)
@@ -454,14 +490,20 @@ def _index_select(func: Any, x: QuantizedKV, dim: int, index: Tensor) -> Any:
 
 
 def _index(func: Any, x: QuantizedKV, indices: Sequence[Tensor | None]) -> Any:
-    if not isinstance(x, QuantizedKV) or indices[0] is None or any(i is not None for i in indices[1:]):
+    if (
+        not isinstance(x, QuantizedKV)
+        or indices[0] is None
+        or any(i is not None for i in indices[1:])
+    ):
         return NotImplemented
     if indices[0].dim() != 1:
         return NotImplemented
     return x._copied(lambda arena: func(arena, [indices[0]]))
 
 
-def _repeat_interleave(func: Any, x: QuantizedKV, repeats: Any, dim: int | None = None, **kwargs: Any) -> Any:
+def _repeat_interleave(
+    func: Any, x: QuantizedKV, repeats: Any, dim: int | None = None, **kwargs: Any
+) -> Any:
     if not _is_dim(dim, 0):
         return NotImplemented
     return x._copied(lambda arena: func(arena, repeats, 0, **kwargs))
@@ -511,7 +553,9 @@ def _sdpa(
     scale: float | None,
 ) -> Any:
     """Attend to packed keys and values, the pending tokens beside them."""
-    if isinstance(query, QuantizedKV) or not (isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV)):
+    if isinstance(query, QuantizedKV) or not (
+        isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV)
+    ):
         return NotImplemented
     if any(h._lease.length != h._storage.length for h in (key, value)):
         return NotImplemented  # an older reader: its prefix is dequantized
@@ -569,7 +613,11 @@ def _sdpa_cpu(
     scale: float | None = None,
 ) -> Any:
     out = _sdpa(func, query, key, value, attn_mask, is_causal, scale)
-    return out if out is NotImplemented else (out, query.new_zeros(query.shape[:3], dtype=torch.float32))
+    return (
+        out
+        if out is NotImplemented
+        else (out, query.new_zeros(query.shape[:3], dtype=torch.float32))
+    )
 
 
 PACKED_OPS: dict[Any, Callable[..., Any]] = {

@@ -79,7 +79,9 @@ def build(family: str, attention: str | None = None, seed: int = 0) -> PreTraine
     model = FAMILIES[family](attention or ("eager" if family == "gemma2" else "sdpa")).eval()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
-    with torch.no_grad():  # sharper attention than at initialization, so that a wrong cache changes the tokens
+    with (
+        torch.no_grad()
+    ):  # sharper attention than at initialization, so that a wrong cache changes the tokens
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
                 parameter.mul_(4.0)
@@ -88,7 +90,9 @@ def build(family: str, attention: str | None = None, seed: int = 0) -> PreTraine
 
 def prompt(batch: int, length: int, seed: int = 1) -> Tensor:
     """Random token ids that are no padding."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def greedy(model: PreTrainedModel, tokens: int = 64) -> Tensor:
@@ -113,7 +117,9 @@ def beam(model: PreTrainedModel, tokens: int = 24) -> Tensor:
 def prompt_lookup(model: PreTrainedModel, tokens: int = 40) -> Tensor:
     """Assisted decoding: several tokens a step, cropped back every round."""
     repeated = prompt(1, 12).repeat(1, 4)
-    return model.generate(repeated, max_new_tokens=tokens, prompt_lookup_num_tokens=4, do_sample=False)
+    return model.generate(
+        repeated, max_new_tokens=tokens, prompt_lookup_num_tokens=4, do_sample=False
+    )
 
 
 def _step(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -137,7 +143,9 @@ def chat(model: PreTrainedModel, tokens: int = 24) -> Tensor:
     cache = DynamicCache(config=model.config)
     history = prompt(1, 15, seed=5)
     for turn in range(3):
-        history = model.generate(history, past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+        history = model.generate(
+            history, past_key_values=cache, max_new_tokens=tokens, do_sample=False
+        )
         history = torch.cat([history, prompt(1, 11, seed=6 + turn)], 1)
     return history
 

@@ -9,7 +9,6 @@ import squat_fx
 from tests.models import FAMILIES, SCENARIOS, build
 
 
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lossless_cache_gives_the_same_tokens(family: str, scenario: str) -> None:

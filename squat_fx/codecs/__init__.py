@@ -47,7 +47,9 @@ def register(codec: type[Codec]) -> type[Codec]:
         ValueError: another class already has that name.
     """
     if CODECS.setdefault(codec.name, codec) is not codec:
-        raise ValueError(f"a codec named {codec.name!r} exists already: {CODECS[codec.name].__qualname__}")
+        raise ValueError(
+            f"a codec named {codec.name!r} exists already: {CODECS[codec.name].__qualname__}"
+        )
     return codec
 
 

@@ -110,7 +110,14 @@ class Format:
         """Undo :meth:`to_ints`."""
         head_dim, token_group, channel_group, residual_length, sink_length, *widths = ints
         return cls(
-            layout, codec, head_dim, tuple(widths), token_group, channel_group, residual_length, sink_length
+            layout,
+            codec,
+            head_dim,
+            tuple(widths),
+            token_group,
+            channel_group,
+            residual_length,
+            sink_length,
         )
 
 
@@ -131,7 +138,9 @@ class Codec(Protocol):
         """Which numbers share a scale."""
         ...
 
-    def quantize(self, groups: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(
+        self, groups: Tensor, valid: Tensor | None, bits: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Turn groups of numbers into codes.
 
         Args:
@@ -147,7 +156,13 @@ class Codec(Protocol):
 
 
 def make_format(
-    codec: Codec, spec: str, role: Role, head_dim: int, bits: int, residual_length: int, sink_length: int
+    codec: Codec,
+    spec: str,
+    role: Role,
+    head_dim: int,
+    bits: int,
+    residual_length: int,
+    sink_length: int,
 ) -> Format:
     """The stored format of one role under ``codec`` (``spec`` in ops), for heads of ``head_dim`` channels."""
     granularity = codec.granularity(role)

@@ -46,7 +46,9 @@ class Kivi:
         """Keys share a scale along tokens, values along channels."""
         return PerChannel(self.group_size) if role == "key" else PerToken(self.group_size)
 
-    def quantize(self, groups: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(
+        self, groups: Tensor, valid: Tensor | None, bits: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`squat_fx.codecs.base.Codec.quantize`."""
         low, high = value_range(groups, valid)
         return round_to_levels(groups, low, high, bits)
@@ -62,7 +64,9 @@ def value_range(groups: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
 
 
-def round_to_levels(groups: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def round_to_levels(
+    groups: Tensor, low: Tensor, high: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of ``2**bits`` evenly spaced levels from ``low`` to ``high``."""
     levels = 2**bits - 1
     zero_point = low.clamp(-LARGEST_HALF, LARGEST_HALF).half()

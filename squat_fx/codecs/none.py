@@ -32,6 +32,8 @@ class Lossless:
         """Keys move in groups of tokens and values one by one, as they do under ``kivi``."""
         return PerChannel(self.group_size) if role == "key" else PerToken(self.group_size)
 
-    def quantize(self, groups: Tensor, valid: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def quantize(
+        self, groups: Tensor, valid: Tensor | None, bits: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Never called: the ``dense`` layout stores the numbers themselves."""
         raise AssertionError("the dense layout has no codes")

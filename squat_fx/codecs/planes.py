@@ -146,7 +146,11 @@ def _words_from_bytes(lane_bytes: Tensor) -> Tensor:
     """``[..., byte, lane]`` to stored order: 16-bit words ``[word, lane, low/high]``, then a last odd byte."""
     even = lane_bytes.shape[-2] // 2 * 2
     words = lane_bytes[..., :even, :].unflatten(-2, (-1, 2)).transpose(-1, -2).flatten(-3)
-    return torch.cat([words, lane_bytes[..., even:, :].flatten(-2)], -1) if even else lane_bytes.flatten(-2)
+    return (
+        torch.cat([words, lane_bytes[..., even:, :].flatten(-2)], -1)
+        if even
+        else lane_bytes.flatten(-2)
+    )
 
 
 def _lane_byte(qdata: Tensor, byte: int, bytes_per_lane: int) -> Tensor:

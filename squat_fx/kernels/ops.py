@@ -53,7 +53,9 @@ def _triton() -> ModuleType | None:
     try:
         from squat_fx.kernels import launch
     except ImportError as error:
-        logger.warning("Triton kernels are not available (%s): running the torch reference on the GPU", error)
+        logger.warning(
+            "Triton kernels are not available (%s): running the torch reference on the GPU", error
+        )
         return None
     return launch
 
@@ -84,7 +86,9 @@ def _define(layout: Layout) -> None:
     LIBRARY.define(
         f"quantize.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(len(packed))}"
     )
-    LIBRARY.define(f"store.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(count)}")
+    LIBRARY.define(
+        f"store.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(count)}"
+    )
     LIBRARY.define(
         f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, int row, "
         "str codec, int[] format, Tensor[]? after=None) -> ()"
@@ -100,7 +104,9 @@ def _define(layout: Layout) -> None:
 
     def quantize(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
         fmt = Format.from_ints(layout, codec, format)
-        out = tuple(t.clone() if t is x else t for t in _implementation(x.device).quantize(x, valid, fmt))
+        out = tuple(
+            t.clone() if t is x else t for t in _implementation(x.device).quantize(x, valid, fmt)
+        )
         return out if len(out) > 1 else out[0]
 
     def store(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
@@ -118,14 +124,33 @@ def _define(layout: Layout) -> None:
 
     def attend(query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args) -> Tensor:
         key, value, rest = args[:count], args[count : 2 * count], args[2 * count :]
-        positions, key_row, value_row, mask, sinks, scale, causal, softcap, key_format, value_format = rest
+        (
+            positions,
+            key_row,
+            value_row,
+            mask,
+            sinks,
+            scale,
+            causal,
+            softcap,
+            key_format,
+            value_format,
+        ) = rest
         implementation = _implementation(query.device)
         sides = []
         for tensors, row, ints in ((key, key_row, key_format), (value, value_row, value_format)):
             extent = Extent.at(positions, row) if implementation is reference else (positions, row)
             sides.append((_arenas(tensors), extent, Format.from_ints(layout, "", ints)))
         return implementation.attend(
-            query, new_key, new_value, *sides, mask=mask, sinks=sinks, scale=scale, causal=causal, softcap=softcap
+            query,
+            new_key,
+            new_value,
+            *sides,
+            mask=mask,
+            sinks=sinks,
+            scale=scale,
+            causal=causal,
+            softcap=softcap,
         ).contiguous()
 
     def dequantize(*args) -> Tensor:
@@ -150,7 +175,9 @@ def _define(layout: Layout) -> None:
     def fake_append_(*args) -> None:
         return None
 
-    def fake_attend(query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args) -> Tensor:
+    def fake_attend(
+        query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args
+    ) -> Tensor:
         value_dense = args[2 * count - 2]
         return query.new_empty((*query.shape[:3], value_dense.shape[3]))
 

@@ -109,9 +109,7 @@ def _grouped(x: Tensor, fmt: Format) -> Tensor:
 # reading and writing arenas ----------------------------------------------------------------------------------------------
 
 
-def dense_past(
-    arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None
-) -> Tensor:
+def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None) -> Tensor:
     """The stored tokens as numbers, ``[batch, heads, length, head_dim]`` in the dense buffer's dtype.
 
     Zeros where padding was not stored. ``out`` is written if given.
@@ -175,7 +173,9 @@ def _pack_leaving(
         return
     in_ring = min(end, max(before.length - start - fmt.sink_length, first))
     leaving = arenas.dense[rows].index_select(2, _ring_slots(first, in_ring, fmt, new.device))
-    skip = start + fmt.sink_length + in_ring - before.length  # new tokens before the first leaving one
+    skip = (
+        start + fmt.sink_length + in_ring - before.length
+    )  # new tokens before the first leaving one
     leaving = torch.cat([leaving, new[:, :, skip : skip + end - in_ring]], 2)
     if valid is not None:
         known = valid.new_ones((valid.shape[0], in_ring - first))
@@ -212,7 +212,9 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
         out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
         numbers = dequantize_groups(group, fmt, out)[0, :, :left]
-        arenas.dense[row].index_copy_(1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers)
+        arenas.dense[row].index_copy_(
+            1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
+        )
 
 
 def empty_arenas(like: Tensor, capacity: int, fmt: Format) -> Arenas:
@@ -287,19 +289,24 @@ def attention(
     if sinks is None and not softcap:
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa
+        )
     if gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = (query.float() @ key.float().transpose(-1, -2)) * scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.to(wide)
     if sinks is not None:
-        column = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     probs = torch.softmax(scores, -1).nan_to_num(0.0)[..., :kv_len]
-    return (probs @ value.float()).to(query.dtype)
+    return (probs @ value.to(wide)).to(query.dtype)
 
 
 def _both(mask: Tensor, visible: Tensor) -> Tensor:
@@ -320,14 +327,24 @@ def attend(
     softcap: float,
 ) -> Tensor:
     """Attention over the stored tokens and, beside them, the exact new ones."""
-    full_key, full_value = _past_and_new("key", *key, new_key), _past_and_new("value", *value, new_value)
+    full_key, full_value = (
+        _past_and_new("key", *key, new_key),
+        _past_and_new("value", *value, new_value),
+    )
     padding = key[0].start
     if padding.any():
         stored = torch.arange(full_key.shape[2], device=padding.device) >= padding[:, None]
         stored = stored[:, None, None, :]
         mask = stored if mask is None else _both(mask, stored)
     return attention(
-        query, full_key, full_value, mask=mask, sinks=sinks, scale=scale, causal=causal, softcap=softcap
+        query,
+        full_key,
+        full_value,
+        mask=mask,
+        sinks=sinks,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
     )
 
 

@@ -376,9 +376,9 @@ def _with_sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | str:
 
 
 def _is_row_maximum(node: Any, scores: Any) -> bool:
-    if kind(node) == "getitem" and node.args[1] == 0:
-        node = source_of(node)
-    elif isinstance(node, fx.Node) and node.target is getattr and node.args[1] == "values":
+    if kind(node) == "getitem" or (isinstance(node, fx.Node) and node.target is getattr):
+        if node.args[1] not in (0, "values"):
+            return False
         node = source_of(node)
     if kind(node) != "max" or operand(node) is not scores:
         return False

@@ -4,7 +4,8 @@ Before:
     key = cat([past_key, new_key], dim=-2)          # returned to the caller
     out = attention(query, repeat_kv(key), repeat_kv(value))
 After:
-    the same graph, and one ``AttentionSite`` per attention: its record, and a ``CacheEdge`` for its keys and its values.
+    the same graph, and one ``AttentionSite`` per attention: its record, and a ``CacheEdge`` for its
+    keys and its values.
 
 The walk starts at the attention and goes up through views; ``cat`` is no anchor, since rotary
 embeddings are full of them.
@@ -77,7 +78,7 @@ class FindCacheEdges(GraphPass):
 
 
 def layer_of(node: fx.Node, ordinal: int) -> int:
-    """The layer's number: the first one in the node's module path, else its place among the graph's attentions."""
+    """The layer's number: the innermost in the node's module path, else its place in the graph."""
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         if match := re.search(r"(?:^|[._\[])(\d+)(?:[\]._']|$)", str(path)):

@@ -3,7 +3,8 @@
 Before (prefill):
     key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
-    arenas = squat_fx.store(key, valid);  out = attention(query, key, value);  return out, *arenas, ...
+    arenas = squat_fx.store(key, valid);  out = attention(query, key, value)
+    return out, *arenas, ...
 
 Before (decode):
     key = cat([past_key, new_key], -2);  out = attention(query, key, value);  return out, key, value
@@ -13,9 +14,9 @@ After:
 
 Attention always sees the new tokens exactly, beside the packed past; then they are appended.
 
-Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor; the
-carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the order
-of outputs.
+Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor, and
+the carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the
+order of outputs.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class QuantizeKVCache(GraphPass):
 
 
 def _is_token_major(output: fx.Node) -> bool:
-    """Whether the output lies in memory as [batch, tokens, heads, channels], as fused SDPA leaves it."""
+    """Whether the output lies in memory as [batch, tokens, heads, channels], as fused SDPA's."""
     value = value_of(output)
     heads, tokens = (s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()[1:3])
     return heads < tokens
@@ -197,7 +198,7 @@ def _four_dims(mask: fx.Node | None, graph: fx.Graph) -> fx.Node | None:
 
 
 def _mask_of(edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
-    """The mask of the attention over an edge; all attentions over one cache see the same padding."""
+    """The mask of the attention over an edge; all over one cache see the same padding."""
     for site in rewriting.sites:
         if edge.stored in (site.key.stored, site.value.stored):
             return site.attention.mask

@@ -76,7 +76,7 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An attention or a cache that runs as it was, and why; ``reason`` is a sentence for the user."""
+    """An attention that runs as it was, and why; ``reason`` is a sentence for the user."""
 
     node: str
     reason: str

@@ -7,10 +7,11 @@ After:
     position_ids = arange(q) + positions[row, 0]  # the positions tensor that the boundary writes
     cache_position = arange(1) + positions[row, 0]
 
-So a decode step that was given no positions leaves no size symbol of the cache in its graph, and the
-graph is static.
+So a decode step that was given no positions leaves no size symbol of the cache in its graph, and
+the graph is static.
 
-Leaves alone: sizes used as sizes (masks that grow, reshapes), and arithmetic that is no ``tensor + past_len``.
+Leaves alone: sizes used as sizes (masks that grow, reshapes), and arithmetic that is no
+``tensor + past_len``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a node does, whichever way it is written.
 
-Models reach the same operation as a function (``torch.cat``), a method (``x.reshape``), a Python operator, a module
-(``nn.Dropout``) or an ATen overload (``aten.cat.default``), depending on who traced them. A pass asks for the kind.
+Models reach the same operation as a function (``torch.cat``), a method (``x.reshape``), a Python
+operator, a module (``nn.Dropout``) or an ATen overload (``aten.cat.default``), depending on who
+traced them. A pass asks for the kind.
 """
 
 from __future__ import annotations
@@ -20,12 +21,25 @@ from torch import fx
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+# fmt: off
 _SPELLINGS: dict[str, tuple[Any, ...]] = {
-    "add": (operator.add, operator.iadd, torch.add, "add", "add_", aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar),
+    "add": (
+        operator.add, operator.iadd, torch.add, "add", "add_",
+        aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar,
+    ),
     "sub": (operator.sub, operator.isub, torch.sub, "sub", aten.sub.Tensor),
-    "mul": (operator.mul, operator.imul, torch.mul, "mul", "mul_", aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor),
-    "div": (operator.truediv, operator.itruediv, torch.div, "div", "div_", aten.div.Tensor, aten.div.Scalar),
-    "matmul": (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", aten.matmul.default, aten.bmm.default),
+    "mul": (
+        operator.mul, operator.imul, torch.mul, "mul", "mul_",
+        aten.mul.Tensor, aten.mul.Scalar, aten.mul_.Tensor,
+    ),
+    "div": (
+        operator.truediv, operator.itruediv, torch.div, "div", "div_",
+        aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor,
+    ),
+    "matmul": (
+        operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm",
+        aten.matmul.default, aten.bmm.default,
+    ),
     "tanh": (torch.tanh, F.tanh, "tanh", aten.tanh.default),
     "softmax": (F.softmax, torch.softmax, "softmax", aten.softmax.int, aten._softmax.default),
     "dropout": (F.dropout, torch.dropout, aten.dropout.default),
@@ -36,20 +50,24 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "cat": (torch.cat, torch.concat, torch.concatenate, aten.cat.default),
     "max": (torch.max, torch.amax, "max", "amax", aten.max.dim, aten.amax.default),
     "view": (
-        torch.reshape, "view", "reshape", "flatten", torch.flatten, "unflatten", aten.view.default,
-        aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-        torch.unflatten, torch.squeeze, "squeeze", aten.squeeze.dim, aten.squeeze.dims,
+        torch.reshape, torch.flatten, torch.unflatten, torch.squeeze,
+        "view", "reshape", "flatten", "unflatten", "squeeze",
+        aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+        aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
     ),
     "unsqueeze": (torch.unsqueeze, "unsqueeze", aten.unsqueeze.default),
     "expand": ("expand", aten.expand.default, torch.broadcast_to, torch.Tensor.expand),
     "transpose": (torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int),
     "permute": (torch.permute, "permute", aten.permute.default),
-    "repeat_interleave": (torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int),
+    "repeat_interleave": (
+        torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int,
+    ),
     "getitem": (operator.getitem,),
     "slice": (aten.slice.Tensor,),
     "same": (
-        "contiguous", "clone", "detach", "alias", torch.clone, aten.clone.default, aten.detach.default,
-        aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default,
+        "contiguous", "clone", "detach", "alias", torch.clone,
+        aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default,
+        aten.lift_fresh_copy.default,
     ),
     "arange": (torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step),
     "sdpa": (
@@ -57,10 +75,13 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.scaled_dot_product_attention.default,
     ),
     "sdpa_lowered": (
-        aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
     ),
-}  # fmt: skip
+}
+# fmt: on
 _KIND = {target: kind for kind, targets in _SPELLINGS.items() for target in targets}
 _MODULES = {torch.nn.Softmax: "softmax", torch.nn.Dropout: "dropout", torch.nn.Identity: "same"}
 _KEYWORDS = (("input", "self", "tensors"), ("other", "mat2"))  # torch's names for operands
@@ -94,7 +115,7 @@ def kind(node: Any) -> str | None:
         return None
     if node.op == "call_module":
         return _MODULES.get(type(submodule_of(node)))
-    if node.target is getattr and node.args[1] == "mT":
+    if node.op == "call_function" and node.target is getattr and node.args[1] == "mT":
         return "mT"
     if node.op in ("call_function", "call_method"):
         try:

@@ -1,9 +1,10 @@
 """Check what every rewritten graph promises.
 
-Before and after: the same graph. Raises ``AssertionError`` where a promise is broken, which is a fault of this package:
+Before and after: the same graph. Raises ``AssertionError`` where a promise is broken, which is a
+fault of this package:
 
 * no node reads a carrier's dense tensor unless the boundary dequantizes it;
-* every op of ours that mutates is read by nobody, and follows every ``attend`` over the same arenas;
+* every op of ours that mutates is read by nobody, and follows every ``attend`` over those arenas;
 * every flat output of the original graph is accounted for, and every placeholder is fed.
 
 Notes, for the report, why a decode graph is not static.
@@ -56,13 +57,14 @@ class Verify(GraphPass):
             is_size = isinstance(value_of(node), torch.SymInt)
             sizes = shape_of(node) or ()
             only_asked_for_size = node in rewriting.carriers and fed.kind == "argument"
-            if fed.kind != "arena" and not only_asked_for_size:
-                if is_size or any(not isinstance(size, int) for size in sizes):
-                    changing.append(_readable(node))
+            changes = is_size or any(not isinstance(size, int) for size in sizes)
+            if changes and fed.kind != "arena" and not only_asked_for_size:
+                changing.append(_readable(node))
         if changing:
             rewriting.notes.append(
-                f"the decode graph is dynamic, because sizes of its inputs change: {', '.join(changing)}; "
-                "an attention mask grows with the cache, so leave out one that is all ones"
+                "the decode graph is dynamic, because sizes of its inputs change: "
+                f"{', '.join(changing)}; an attention mask grows with the cache, so leave out one "
+                "that is all ones"
             )
 
 
