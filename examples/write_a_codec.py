@@ -1,7 +1,7 @@
 """Write a codec: one frozen dataclass, one line to register it, and every graph can use it.
 
-``kivi`` puts its outermost levels on the group's minimum and maximum. At 2 bits that wastes levels on
-the tails; clipping the range to 80 % gives a smaller error on numbers that look like a Gaussian.
+``kivi`` puts its outermost levels on the group's minimum and maximum. At 2 bits that wastes levels
+on the tails; clipping the range to 80 % gives a smaller error on numbers that look like a Gaussian.
 
     python examples/write_a_codec.py
 """
@@ -62,9 +62,8 @@ def main(tokens: int = 1024) -> dict[str, float]:
         fmt = make_format(codec, codec_spec(codec), "key", 128, 2, residual_length=0, sink_length=0)
         packed = QuantizedKV.from_dense(x, fmt, "key")
         errors[codec.name] = float((packed.dequantize() - x).square().mean())
-        print(
-            f"{codec.name:8s} {fmt.packed_bits_per_element():.2f} bits, error {errors[codec.name]:.4f}"
-        )
+        bits = fmt.packed_bits_per_element()
+        print(f"{codec.name:8s} {bits:.2f} bits, error {errors[codec.name]:.4f}")
     return errors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,13 +19,14 @@ from squat_fx.standalone import rewrite_module
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
 )
-Model = TypeVar("Model", bound=nn.Module)
-Function = TypeVar("Function", bound=Callable[..., Any])
+Target = TypeVar("Target", bound=Callable[..., Any])  # a module or a function, returned as it came
 _ATTRIBUTE = "_squat_fx"
 
 
 class Compiled:
-    """A compiled callable: ``target`` through the backend, its eager calls packed afterwards, its report."""
+    """A compiled callable: ``target`` through the backend, its eager calls packed afterwards, its
+    report.
+    """
 
     def __init__(self, target: Callable[..., Any], config: Config) -> None:
         self.config = config
@@ -34,7 +35,7 @@ class Compiled:
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
 
-        limit = {"recompile_limit": RECOMPILE_LIMIT}
+        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
         known = inspect.signature(torch.compile).parameters
         self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
@@ -55,7 +56,9 @@ class Compiled:
 
 
 class _Mark:
-    """What a compiled module carries; a copy of the module carries a copy of this, which knows that it is one."""
+    """What a compiled module carries; a copy of the module carries a copy of this, which knows that
+    it is one.
+    """
 
     def __init__(self, compiled: Compiled | None) -> None:
         self.compiled = compiled
@@ -67,12 +70,8 @@ class _Mark:
         return _Mark, (None,)
 
 
-@overload
-def compile(model_or_fn: Model, bits: int = ..., **options: Any) -> Model: ...
-@overload
-def compile(model_or_fn: Function, bits: int = ..., **options: Any) -> Function: ...
 def compile(
-    model_or_fn: Any,
+    model_or_fn: Target,
     bits: int = 2,
     *,
     codec: str | Codec | None = None,
@@ -86,11 +85,12 @@ def compile(
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
     strict: bool = False,
-) -> Any:
+) -> Target:
     """Give a model or a function a packed KV cache.
 
-    An ``nn.Module`` is compiled in place, so that its ``generate()`` is reached, and returned; compiling it again replaces
-    the first time. A plain callable is compiled and returned. See :class:`squat_fx.Config` for the options.
+    An ``nn.Module`` is compiled in place, so that its ``generate()`` is reached, and returned;
+    compiling it again replaces the first time. A plain callable is compiled and returned. See
+    :class:`squat_fx.Config` for the options.
 
     Raises:
         ValueError: an option is out of range; nothing has been changed.
@@ -114,12 +114,12 @@ def compile(
         compiled = Compiled(model_or_fn._call_impl, config)
         model_or_fn._compiled_call_impl = compiled
         object.__setattr__(model_or_fn, _ATTRIBUTE, _Mark(compiled))
-        return model_or_fn
+        return cast(Target, model_or_fn)
     if not callable(model_or_fn):
         raise TypeError(
             f"expected an nn.Module or a callable to compile, got {type(model_or_fn).__name__}"
         )
-    return _wrap(model_or_fn, Compiled(model_or_fn, config))
+    return cast(Target, _wrap(model_or_fn, Compiled(model_or_fn, config)))
 
 
 def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any]:
@@ -146,8 +146,8 @@ def report(model: Any) -> Report:
     if mark.compiled is None:
         copied = Report()
         copied.note(
-            "this is a copy of a compiled model (deepcopy or pickle), and copies run uncompiled, with a full-precision "
-            "cache; call squat_fx.compile() on it"
+            "this is a copy of a compiled model (deepcopy or pickle), and copies run uncompiled, "
+            "with a full-precision cache; call squat_fx.compile() on it"
         )
         return copied
     if isinstance(model, nn.Module) and model._compiled_call_impl is not mark.compiled:
@@ -160,9 +160,12 @@ def report(model: Any) -> Report:
 def explain(
     model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: int = 2, **options: Any
 ) -> Report:
-    """What :func:`compile` would rewrite, found by running ``model`` once (and one step more if it returns a HF cache).
+    """What :func:`compile` would rewrite, found by running ``model`` once.
 
-    The model is left as it is. ``example_inputs`` are positional (a sequence) or keyword arguments (a mapping).
+    If it returns a Hugging Face cache, one decode step follows.
+
+    The model is left as it is. ``example_inputs`` are positional (a sequence) or keyword arguments
+    (a mapping).
     """
     config = Config.from_options({"bits": bits, **options, "inner": "eager"})
     target = model.forward if isinstance(model, nn.Module) else model
@@ -187,8 +190,8 @@ def rewrite(
 ) -> tuple[nn.Module, Report]:
     """Rewrite a bare graph (``symbolic_trace``, ``make_fx``, ``torch.export(...).module()``).
 
-    Returns a module that takes and returns :class:`squat_fx.QuantizedKV` where the cache was (it also takes a dense cache
-    and packs it), and the report. ``graph_module`` is left as it is.
+    Returns a module that takes and returns :class:`squat_fx.QuantizedKV` where the cache was (it
+    also takes a dense cache and packs it), and the report. ``graph_module`` is left as it is.
 
     Raises:
         ValueError: ``example_inputs`` do not fit the graph.

@@ -1,4 +1,6 @@
-"""The ``squat`` backend: copy the graph, run the pipeline, compile what is left, put the boundary around it."""
+"""The ``squat`` backend: copy the graph, run the pipeline, compile what is left, put the boundary
+around it.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
 
 
 def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
-    """Run the pipeline on a copied graph; returns the structure of its outputs if that is no flat tuple."""
+    """Run the pipeline on a copied graph; returns the structure of its outputs if that is no flat
+    tuple.
+    """
     output = rewriting.graph.output_node().args[0]
     flat, spec = pytree.tree_flatten(output, is_leaf=lambda x: x is None)
     positions: list[fx.Node] = []
@@ -134,13 +138,14 @@ def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
     return None if is_flat else spec
 
 
-# copying a Dynamo graph --------------------------------------------------------------------------------------------------
+# copying a Dynamo graph ---------------------------------------------------------------------------
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that may be changed. Dynamo reads the original afterwards; AOT reads these attributes of the copy.
+    """A copy that may be changed: Dynamo reads the original afterwards, AOT reads these attributes.
 
-    Without the placeholders' sources parameters lose their static mark, and CUDA graphs copy the weights every step.
+    Without the placeholders' sources parameters lose their static mark, and CUDA graphs copy the
+    weights every step.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -164,7 +169,9 @@ def _source(name: str) -> Any:
 
 
 def _annotate_sources(rewriting: Rewriting) -> None:
-    """Give arena placeholders the source ``carrier.arena``, and mark them static where CUDA graphs may want it."""
+    """Give arena placeholders the source ``carrier.arena``, and mark them static where CUDA graphs
+    may want it.
+    """
     from torch._dynamo.source import AttrSource
 
     nodes = rewriting.graph.find_nodes(op="placeholder")
@@ -177,7 +184,7 @@ def _annotate_sources(rewriting: Rewriting) -> None:
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
-# the inner compiler ------------------------------------------------------------------------------------------------------
+# the inner compiler -------------------------------------------------------------------------------
 
 
 def _needs_gradients(examples: Sequence[Any]) -> bool:
@@ -222,7 +229,8 @@ def _has_cpp_compiler() -> bool:
 @lru_cache(maxsize=1)
 def _warn_no_compiler() -> None:
     warnings.warn(
-        "no C++ compiler was found, so graphs run with inner='eager'; install g++ or clang, or pass inner='eager'",
+        "no C++ compiler was found, so graphs run with inner='eager'; "
+        "install g++ or clang, or pass inner='eager'",
         stacklevel=2,
     )
 
@@ -254,4 +262,5 @@ def _inner_compiler(
             "triton.cudagraph_trees": True,
             "triton.cudagraph_support_input_mutation": True,
         }
-    return lambda module, inputs: compile_fx(module, inputs, config_patches=patches)
+    compiler: Any = compile_fx
+    return lambda module, inputs: compiler(module, inputs, config_patches=patches)

@@ -1,8 +1,9 @@
 """The edge of a compiled callable: handles become plain tensors, and plain tensors become handles.
 
-Before the inner callable runs, every carrier is made writable and large enough and the positions are written. The ops
-inside write only where no reader of the old positions looks, so that nothing has happened until the call returned; then
-the new extents are committed. A run that raises, or is interrupted between layers, leaves every handle as it was.
+Before the inner callable runs, every carrier is made writable and large enough and the positions
+are written. The ops inside write only where no reader of the old positions looks, so that nothing
+has happened until the call returned; then the new extents are committed. A run that raises, or is
+interrupted between layers, leaves every handle as it was.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from squat_fx.state import TOKENS, QuantizedKV, Storage
 
 
 class Size:
-    """A size in terms of the call's arguments: a number, or an expression of symbols bound to their shapes."""
+    """A size in terms of a call's arguments: a number, or an expression over their shapes."""
 
     def __init__(self, expression: Any, examples: Sequence[Any]) -> None:
-        self._number = (
-            int(expression) if isinstance(expression, int) or expression.is_number else None
-        )
+        expression: Any = sympy.sympify(expression)
+        self._number = int(expression) if expression.is_number else None
         self._terms: list[tuple[Any, int, int | None]] = []
         self._expression = expression
         if self._number is None:
@@ -60,7 +60,9 @@ def _find_symbol(symbol: sympy.Symbol, examples: Sequence[Any]) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Carrier:
-    """One handle argument: its index, its row of positions, and the edge that appends to it (None: it is only read)."""
+    """One handle argument: its index, its row of positions, and the edge that appends to it (None:
+    it is only read).
+    """
 
     index: int
     edge: CacheEdge | None
@@ -127,7 +129,9 @@ class Boundary:
         return staged
 
     def _copied_rings(self, staged: dict[int, tuple[Storage, int]]) -> dict[int, Tensor]:
-        """Copies of the dense buffers that more than one token goes to: such an append may reuse ring slots."""
+        """Copies of the dense buffers that more than one token goes to: such an append may reuse
+        ring slots.
+        """
         with torch.inference_mode(False), torch.no_grad():
             return {i: storage["dense"].clone() for i, (storage, n) in staged.items() if n > 1}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from squat_fx.codecs import Codec, Format, codec_class, codec_spec, make_format
@@ -15,6 +14,7 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 WIDTHS = (1, 2, 3, 4, 8)
 DEFAULT_CODEC = "kivi"
 LARGEST_HEAD_DIM = 256
+LayerBits = Mapping[int, int | tuple[int, int]] | tuple[tuple[int, tuple[int, int]], ...]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Config:
         key_bits, value_bits: widths for one role; None takes ``bits``.
         residual_length: newest tokens kept exactly, at least.
         sink_length: first valid tokens of a row kept exactly.
-        skip_layers: layers whose cache stays as it is; negative numbers count from the last attention of the graph.
-        layer_bits: other widths for some layers, ``{layer: bits}`` or ``{layer: (key_bits, value_bits)}``.
+        skip_layers: layers whose cache stays as it is; negative numbers count from the last
+            attention of the graph.
+        layer_bits: other widths for some layers, ``{layer: bits}`` or
+            ``{layer: (key_bits, value_bits)}``; kept as sorted pairs.
         calibration: for codecs that take one; none does yet.
         inner: what compiles the rewritten graph.
         cuda_graphs: let Inductor replay static decode graphs as CUDA graphs.
-        strict: raise where an attention is left alone or a graph cannot be compiled, instead of running it as it was.
+        strict: raise where an attention is left alone or a graph cannot be compiled, instead of
+            running it as it was.
 
     Raises:
         ValueError: a value is outside what is allowed; the message says what is.
@@ -45,28 +48,21 @@ class Config:
     residual_length: int = 32
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
-    layer_bits: Mapping[int, int | tuple[int, int]] = field(default_factory=dict)
+    layer_bits: LayerBits = ()
     calibration: Any = None
     inner: Inner = "inductor"
     cuda_graphs: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
-        object.__setattr__(self, "layer_bits", MappingProxyType(dict(self.layer_bits)))
+        object.__setattr__(self, "skip_layers", _layer_numbers(self.skip_layers))
+        object.__setattr__(self, "layer_bits", _widths_by_layer(self.layer_bits))
         for name in ("bits", "key_bits", "value_bits"):
             _check_width(name, getattr(self, name), optional=name != "bits")
-        for layer, widths in self.layer_bits.items():
-            if not isinstance(layer, int):
-                raise ValueError(f"layer_bits maps layer numbers to bits, got the key {layer!r}")
-            for width in widths if isinstance(widths, tuple) else (widths,):
-                _check_width(f"layer_bits[{layer}]", width)
         for name in ("residual_length", "sink_length"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be a number of tokens, 0 or more, got {value!r}")
-        if any(not isinstance(layer, int) for layer in self.skip_layers):
-            raise ValueError(f"skip_layers must be layer numbers, got {self.skip_layers!r}")
         if self.inner not in get_args(Inner):
             raise ValueError(
                 f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}"
@@ -89,8 +85,8 @@ class Config:
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown option {name!r}{hint} Options are: {', '.join(known)}")
+                hint = f"; did you mean {near[0]!r}? Options" if near else "; options"
+                raise ValueError(f"unknown option {name!r}{hint} are: {', '.join(known)}")
         return cls(**options)
 
     @cached_property
@@ -106,9 +102,9 @@ class Config:
 
     def widths(self, layer: int) -> tuple[int, int]:
         """Bits of a key code and of a value code in ``layer``."""
-        chosen = self.layer_bits.get(layer)
-        if chosen is not None:
-            return chosen if isinstance(chosen, tuple) else (chosen, chosen)
+        for number, widths in self.layer_bits:
+            if number == layer:
+                return widths
         return self.key_bits or self.bits, self.value_bits or self.bits
 
     def formats(
@@ -131,12 +127,35 @@ class Config:
 def _check_width(name: str, value: Any, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if value not in WIDTHS or isinstance(value, bool):
-        nearest = (
-            f"; the nearest is {min(WIDTHS, key=lambda w: abs(w - value))}"
-            if isinstance(value, (int, float))
-            else ""
-        )
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(str, WIDTHS))}, got {value!r}{nearest}"
-        )
+    if type(value) is int and value in WIDTHS:
+        return
+    nearest = ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        nearest = f"; the nearest is {min(WIDTHS, key=lambda width: abs(width - value))}"
+    allowed = ", ".join(map(str, WIDTHS))
+    raise ValueError(f"{name} must be one of {allowed}, got {value!r}{nearest}")
+
+
+def _layer_numbers(layers: Any) -> tuple[int, ...]:
+    if not isinstance(layers, (tuple, list, range, set, frozenset)) or any(
+        type(layer) is not int for layer in layers
+    ):
+        raise ValueError(f"skip_layers must be a sequence of layer numbers, got {layers!r}")
+    return tuple(layers)
+
+
+def _widths_by_layer(layer_bits: Any) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """``{layer: bits or (key_bits, value_bits)}`` as sorted pairs, which hash and pickle."""
+    chosen = {}
+    for layer, widths in dict(layer_bits).items():
+        if type(layer) is not int:
+            raise ValueError(f"layer_bits maps layer numbers to bits, got the key {layer!r}")
+        pair = tuple(widths) if isinstance(widths, (tuple, list)) else (widths, widths)
+        if len(pair) != 2:
+            raise ValueError(
+                f"layer_bits[{layer}] must be bits or (key_bits, value_bits), got {widths!r}"
+            )
+        for width in pair:
+            _check_width(f"layer_bits[{layer}]", width)
+        chosen[layer] = pair
+    return tuple(sorted(chosen.items()))

@@ -1,7 +1,8 @@
 """Calls that ran eagerly: pack what they left dense.
 
-Dynamo runs a model as it is once its recompile limit is reached, while it is disabled, or where compiling failed. A decode
-step is then served by the handles themselves; a prefill leaves dense keys and values, which are packed here.
+Dynamo runs a model as it is once its recompile limit is reached, while it is disabled, or where
+compiling failed. A decode step is then served by the handles themselves; a prefill leaves dense
+keys and values, which are packed here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from squat_fx.state import TOKENS, QuantizedKV
 def pack_dense_caches(
     args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, config: Config, report: Report
 ) -> bool:
-    """Pack the dense layers of every Hugging Face cache among arguments and results; whether there was one."""
+    """Pack the dense layers of every Hugging Face cache among arguments and results; whether there
+    was one.
+    """
     found = False
     mask = kwargs.get("attention_mask")
     for cache in _caches(args, kwargs, result):
@@ -49,7 +52,9 @@ def _caches(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Itera
 
 
 def _is_dense(layer: Any) -> bool:
-    """Whether a cache layer holds growing dense keys and values: no static buffer, no sliding window."""
+    """Whether a cache layer holds growing dense keys and values: no static buffer, no sliding
+    window.
+    """
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if getattr(layer, "is_sliding", False) or getattr(layer, "is_compileable", False):
         return False

@@ -1,7 +1,8 @@
 """Arena memory, reused between generations.
 
-The pool is memory and has no meaning: it hands out zeroed tensors and takes them back when the storage that held them is
-gone. Stable addresses are what a replayed CUDA graph needs; a bounded pool is what a full GPU needs.
+The pool is memory and has no meaning: it hands out zeroed tensors and takes them back when the
+storage that held them is gone. Stable addresses are what a replayed CUDA graph needs; a bounded
+pool is what a full GPU needs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def grown_capacity(capacity: int, needed: int) -> int:
 
 
 class ArenaPool:
-    """Freed arenas by shape, dtype and device; holds no more bytes than ``slack`` times the live ones at their peak."""
+    """Freed arenas by shape, dtype and device; holds no more bytes than ``slack`` times the live
+    ones at their peak.
+    """
 
     def __init__(self, slack: float = 1.25) -> None:
         self.slack = slack
@@ -71,7 +74,8 @@ class ArenaPool:
     def give(self, arena: Tensor) -> None:
         """Take back an arena that nobody reads any more.
 
-        The garbage collector may call this at any moment, also in the middle of ``take``: it only leaves a note.
+        The garbage collector may call this at any moment, also in the middle of ``take``: it only
+        leaves a note.
         """
         self._returned.append(arena)
 

@@ -37,7 +37,9 @@ class CacheBytes:
 
 
 def cache_bytes(cache: Any) -> CacheBytes:
-    """Bytes of every tensor in ``cache``: a Hugging Face cache object, or nested tuples, lists and dicts of tensors."""
+    """Bytes of every tensor in ``cache``: a Hugging Face cache object, or nested tuples, lists and
+    dicts of tensors.
+    """
     total, seen = CacheBytes(0, 0), set()
     for tensor in _tensors(cache):
         key = id(tensor._storage) if isinstance(tensor, QuantizedKV) else id(tensor)
@@ -189,8 +191,8 @@ class Report:
         live = self.live_bytes
         if live.stored:
             lines.append(
-                f"live caches: {live.stored / 2**20:.2f} MiB stored, {live.dense / 2**20:.2f} MiB if dense "
-                f"({live.ratio:.2f}x)"
+                f"live caches: {live.stored / 2**20:.2f} MiB stored, "
+                f"{live.dense / 2**20:.2f} MiB if dense ({live.ratio:.2f}x)"
             )
         return "\n".join(lines)
 
@@ -201,7 +203,8 @@ def _describe(fmt: Format) -> str:
     name = fmt.codec.split(" ")[0]
     group = f"{fmt.token_group} tokens" if fmt.token_group > 1 else f"{fmt.channel_group} channels"
     return (
-        f"{name} {fmt.widths[0]} bits per {group} ({fmt.packed_bits_per_element():.2f} stored bits, "
+        f"{name} {fmt.widths[0]} bits per {group} "
+        f"({fmt.packed_bits_per_element():.2f} stored bits, "
         f"{fmt.residual_length} newest and {fmt.sink_length} first tokens exact)"
     )
 
@@ -222,7 +225,7 @@ def is_static(examples: list[Any], inputs: list[Any]) -> bool:
     for example, fed in zip(examples, inputs, strict=True):
         if isinstance(example, torch.SymInt):
             return False
-        if fed.kind != "arena" and isinstance(example, Tensor):
-            if any(isinstance(size, torch.SymInt) for size in example.shape):
-                return False
+        sizes = example.shape if isinstance(example, Tensor) and fed.kind != "arena" else ()
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            return False
     return True

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from squat_fx.backend import NotRewritten, rewrite_graph
@@ -25,8 +27,6 @@ from squat_fx.passes.spelling import (
     value_of,
 )
 from squat_fx.report import GraphReport, Report
-
-PyTreeCodeGen = fx.graph._PyTreeCodeGen
 
 
 class RewrittenModule(nn.Module):
@@ -52,15 +52,13 @@ class RewrittenModule(nn.Module):
         Raises:
             ValueError: an input does not have the shape the graph was captured for.
         """
-        is_pytree = isinstance(self._codegen, PyTreeCodeGen)
+        is_pytree = isinstance(self._codegen, _PyTreeCodeGen)
         flat = _flat_inputs(self._codegen, self._placeholders, args, kwargs)
         self._check(flat)
         out = self._boundary(*flat)
         if is_pytree:
             return self._codegen.process_outputs(out)
-        return (
-            out if self._spec is None else torch.utils._pytree.tree_unflatten(list(out), self._spec)
-        )
+        return out if self._spec is None else pytree.tree_unflatten(list(out), self._spec)
 
     def _check(self, flat: Sequence[Any]) -> None:
         if len(flat) != len(self._expected):
@@ -115,7 +113,7 @@ def _flat_inputs(
     codegen: Any, placeholders: Sequence[fx.Node], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Sequence[Any]:
     """One value per placeholder, as the original's signature binds them."""
-    if isinstance(codegen, PyTreeCodeGen):
+    if isinstance(codegen, _PyTreeCodeGen):
         return codegen.process_inputs(*args, **kwargs)
     names = [str(node.target) for node in placeholders]
     if unknown := [name for name in kwargs if name not in names[len(args) :]]:
@@ -137,7 +135,7 @@ def _drop_input_guards(graph: fx.Graph) -> None:
 def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> None:
     """Give every node a fake value.
 
-    Every input dim is symbolic until the graph itself fixes it, except heads and channels of a past.
+    Every input dim is symbolic until the graph fixes it, except heads and channels of a past.
     """
     mode = FakeTensorMode(
         shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False), allow_non_fake_inputs=True

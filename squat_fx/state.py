@@ -1,12 +1,14 @@
 """The carrier: keys or values between two calls, packed, and for everyone else a tensor.
 
-A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``, ``device``), and every
-operation on it is right: appending, cropping, batch selection and attention stay packed, everything else dequantizes.
-So a cache object, a beam search or a piece of code that was never compiled can hold one without knowing it.
+A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``,
+``device``), and every operation on it is right: appending, cropping, batch selection and attention
+stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
+was never compiled can hold one without knowing it.
 
-Several handles may share one :class:`Storage`. The storage holds tokens ``[0, length)`` and each handle is a prefix of
-it; an append that would disturb another living handle copies first. Tokens appended eagerly stay ``pending``, exact,
-until the handle is next appended to, which is what the compiled path does with the tokens of a call.
+Several handles may share one :class:`Storage`. The storage holds tokens ``[0, length)`` and each
+handle is a prefix of it; an append that would disturb another living handle copies first. Tokens
+appended eagerly stay ``pending``, exact, until the handle is next appended to, which is what the
+compiled path does with the tokens of a call.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ class Storage:
         """Grow until ``new_tokens`` more fit, whatever leaves the ring."""
         needed = self.extent.after(new_tokens, self.fmt).packed(0, self.fmt)
         for name in self.fmt.packed_names:
-            # Each for itself: memory may have run out between two of them, and the caller tried again.
+            # Each for itself: memory may have run out between two of them, and the caller tried
+            # again.
             if needed > self.capacity_of(name):
                 with torch.inference_mode(False), torch.no_grad():
                     self._replace(name, grown_capacity(self.capacity_of(name), needed), pooled=True)
@@ -129,7 +132,9 @@ class Storage:
         self.length, self.watermark = extent.length, extent.watermark
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
-        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that raises changes nothing."""
+        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that
+        raises changes nothing.
+        """
         new_tokens = new.shape[TOKENS]
         self.reserve(new_tokens)
         positions = torch.tensor([[self.length, self.watermark]], device=new.device)
@@ -181,7 +186,9 @@ class Storage:
             self._arenas[name].copy_(old)
 
     def _replace(self, name: str, capacity: int, pooled: bool) -> None:
-        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if it is ``pooled``."""
+        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if
+        it is ``pooled``.
+        """
         old = self._arenas[name]
         shape = list(old.shape)
         shape[TOKENS] = capacity // self.fmt.tokens_per_slot(name)
@@ -200,7 +207,7 @@ def _give_back(arenas: dict[str, Tensor]) -> None:
 
 
 class QuantizedKV(Tensor):
-    """Packed keys or values ``[batch, num_kv_heads, seq_len, head_dim]`` that look like the dense tensor.
+    """Packed keys or values that look like the dense ``[batch, num_kv_heads, seq_len, head_dim]``.
 
     Made by a rewritten graph, by :meth:`from_dense`, or by operating on another one; never empty.
     Not differentiable, and not to be written in place (``ValueError``).
@@ -216,7 +223,8 @@ class QuantizedKV(Tensor):
     def __new__(cls, storage: Storage, length: int, pending: Tensor | None = None) -> QuantizedKV:
         dense = storage["dense"]
         shape = (dense.shape[0], dense.shape[1], length, dense.shape[3])
-        # An inference tensor is no base of views: autograd would make a crop hold on to the longer handle, and mark it.
+        # An inference tensor is no base of views: autograd would make a crop hold on to the longer
+        # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         with contextlib.nullcontext() if is_fake else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
@@ -238,7 +246,9 @@ class QuantizedKV(Tensor):
     def from_dense(
         cls, x: Tensor, fmt: Format, role: Role, valid: Tensor | None = None
     ) -> QuantizedKV:
-        """Pack ``x`` ``[batch, heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]`` is False for padding."""
+        """Pack ``x`` ``[batch, heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]`` is
+        False for padding.
+        """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
@@ -258,7 +268,7 @@ class QuantizedKV(Tensor):
         storage = Storage.pooled(Arenas(tuple(packed), dense, start), extent, fmt, role, capacity)
         return cls(storage, length)
 
-    # what the handle is ------------------------------------------------------------------------------------------------
+    # what the handle is ---------------------------------------------------------------------------
 
     @property
     def format(self) -> Format:
@@ -276,14 +286,17 @@ class QuantizedKV(Tensor):
         return self._storage.nbytes + (0 if self._pending is None else self._pending.nbytes)
 
     def dequantize(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The dense tensor, ``[batch, heads, seq_len, head_dim]``; zeros where padding was not stored."""
+        """The dense tensor, ``[batch, heads, seq_len, head_dim]``; zeros where padding was not
+        stored.
+        """
         stored = self._storage.dequantize(self._lease.length)
         return stored if self._pending is None else torch.cat([stored, self._pending], TOKENS)
 
     def writable_storage(self) -> Storage:
-        """The storage with this handle as its newest reader and nothing pending, so that an append may go in place.
+        """The storage, with this handle as its newest reader and nothing pending: append in place.
 
-        Copies if another living handle reads tokens that this one does not have; truncates in place if none does.
+        Copies if another living handle reads tokens that this one does not have; truncates in place
+        if none does.
         """
         self._own(self._lease.length)
         if self._pending is not None:
@@ -304,7 +317,7 @@ class QuantizedKV(Tensor):
         """The handle after an append to ``storage`` was committed."""
         return QuantizedKV(storage, storage.length)
 
-    # the traceable wrapper protocol --------------------------------------------------------------------------------------
+    # the traceable wrapper protocol ---------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(self._storage.fmt.arena_names), (self._storage.fmt, self._storage.role)
@@ -337,7 +350,8 @@ class QuantizedKV(Tensor):
             raise ValueError(IN_PLACE_ERROR.format(func))
         kinds = {type(h._storage["dense"]) for h in handles}
         if FakeTensor in kinds:
-            # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is never looked at.
+            # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is
+            # never looked at.
             return _call_dense(func, args, kwargs, lambda h: h._storage["dense"].new_empty(h.shape))
         if kinds - {Tensor, torch.nn.Parameter}:
             raise ValueError(
@@ -357,19 +371,21 @@ class QuantizedKV(Tensor):
     def repeat_interleave(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
     ) -> Tensor:
-        """``Tensor.repeat_interleave``; under autograd torch writes it with ``expand``, which would not stay packed."""
+        """``Tensor.repeat_interleave``; under autograd torch writes it with ``expand``, which would
+        not stay packed.
+        """
         if not _is_dim(dim, 0):
             return super().repeat_interleave(repeats, dim, output_size=output_size)
         rows = torch.arange(self.shape[0], device=self.device)
         return self.index_select(0, rows.repeat_interleave(repeats, output_size=output_size))
 
-    # copies --------------------------------------------------------------------------------------------------------------
+    # copies ---------------------------------------------------------------------------------------
 
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         fmt = self._storage.fmt
         return (
-            f"QuantizedKV({self.role}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"codec={fmt.codec!r}, {self.storage_nbytes} bytes)"
+            f"QuantizedKV({self.role}, shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, codec={fmt.codec!r}, {self.storage_nbytes} bytes)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKV:
@@ -426,7 +442,7 @@ def _is_dim(dim: int | None, which: int) -> bool:
     return dim in (which, which - 4)
 
 
-# operations that stay packed -------------------------------------------------------------------------------------------
+# operations that stay packed ----------------------------------------------------------------------
 # Each takes the op and its arguments, and returns NotImplemented to be dequantized after all.
 
 

@@ -18,8 +18,9 @@ VOCABULARY = 96
 def llama(attention: str) -> PreTrainedModel:
     """Grouped heads, rotary positions."""
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, attn_implementation=attention,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        attn_implementation=attention,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
@@ -27,8 +28,9 @@ def llama(attention: str) -> PreTrainedModel:
 def qwen2_large_key_biases(attention: str) -> PreTrainedModel:
     """Key biases far larger than the keys, on which low-bit caches collapse."""
     config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, attn_implementation=attention,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        attn_implementation=attention,
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config)
     for layer in model.model.layers:
@@ -39,8 +41,8 @@ def qwen2_large_key_biases(attention: str) -> PreTrainedModel:
 def gpt2(attention: str) -> PreTrainedModel:
     """Learned positions, fused projections, no grouped heads."""
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=1024, attn_implementation=attention,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=1024,
+        attn_implementation=attention, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
@@ -48,9 +50,9 @@ def gpt2(attention: str) -> PreTrainedModel:
 def gemma2(attention: str) -> PreTrainedModel:
     """Softcap (eager only), a scale of its own, sliding windows in every other layer."""
     config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24, sliding_window=24, max_position_embeddings=4096,
-        attn_implementation=attention,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24,
+        sliding_window=24, max_position_embeddings=4096, attn_implementation=attention,
     )  # fmt: skip
     return transformers.Gemma2ForCausalLM(config)
 
@@ -58,8 +60,9 @@ def gemma2(attention: str) -> PreTrainedModel:
 def opt(attention: str) -> PreTrainedModel:
     """Positions counted from the mask."""
     config = transformers.OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=64, max_position_embeddings=1024, attn_implementation=attention,
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=96, num_hidden_layers=2,
+        num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=1024,
+        attn_implementation=attention,
     )  # fmt: skip
     return transformers.OPTForCausalLM(config)
 
@@ -74,7 +77,9 @@ FAMILIES: dict[str, Callable[[str], PreTrainedModel]] = {
 
 
 def build(family: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of ``family`` with random weights; Gemma-2 attends eagerly, as its softcap asks for."""
+    """A tiny model of ``family`` with random weights; Gemma-2 attends eagerly, as its softcap asks
+    for.
+    """
     torch.manual_seed(seed)
     model = FAMILIES[family](attention or ("eager" if family == "gemma2" else "sdpa")).eval()
     model.generation_config.pad_token_id = 0

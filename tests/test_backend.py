@@ -56,7 +56,8 @@ def test_inductor_copies_no_arena_and_mutates_them_in_place() -> None:
         model.generate, prompt(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     decode = next(text for text in code if "squat_fx.append_" in text)
-    # Two layers, keys and values: five arenas each go straight from the call's arguments into the op.
+    # Two layers, keys and values: five arenas each go straight from the call's arguments into the
+    # op.
     calls = re.findall(r"squat_fx\.append_\.planes_channel\((.*)\)", decode)
     assert len(calls) == 4
     arenas = [argument for call in calls for argument in call.split(", ")[:5]]

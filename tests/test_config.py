@@ -84,7 +84,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "skip_layers": (
         {"skip_layers": ("last",)},
-        "skip_layers must be layer numbers, got ('last',)",
+        "skip_layers must be a sequence of layer numbers, got ('last',)",
     ),
     "inner": (
         {"inner": "cudagraphs"},

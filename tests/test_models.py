@@ -1,4 +1,6 @@
-"""Whole models, rewritten: the lossless codec must answer token for token as the untouched model does."""
+"""Whole models, rewritten: the lossless codec must answer token for token as the untouched model
+does.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def codec_class(name: str) -> type[Codec]:
 
 
 def codec_spec(codec: Codec) -> str:
-    """``codec`` as one string, the form in which ops carry it: its name and its hyper-parameters as json."""
+    """``codec`` as one string, the form in which ops carry it: its name and its hyper-parameters as
+    json.
+    """
     return f"{codec.name} {json.dumps(dataclasses.asdict(codec), sort_keys=True)}"  # pyright: ignore[reportArgumentType]
 
 

@@ -15,14 +15,18 @@ Layout = Literal["planes/channel", "dense"]
 
 @dataclass(frozen=True)
 class PerChannel:
-    """A scale per channel, shared by ``group_size`` neighbouring tokens: ``[tokens / group_size, head_dim]`` scales."""
+    """A scale per channel, shared by ``group_size`` neighbouring tokens: ``[tokens / group_size,
+    head_dim]`` scales.
+    """
 
     group_size: int
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """A scale per token, shared by ``group_size`` neighbouring channels: ``[tokens, head_dim / group_size]`` scales."""
+    """A scale per token, shared by ``group_size`` neighbouring channels: ``[tokens, head_dim /
+    group_size]`` scales.
+    """
 
     group_size: int
 
@@ -31,10 +35,11 @@ class PerToken:
 class Format:
     """How the keys, or the values, of one layer are stored.
 
-    A row of the batch keeps its first ``sink_length`` valid tokens and its newest tokens exactly, in a dense buffer of
-    ``sink_length + ring_length`` slots; what lies between is packed, ``token_group`` tokens at a time. Tokens leave the
-    ring once ``residual_length + token_group`` of them are there, so between ``residual_length`` and
-    ``residual_length + token_group - 1`` recent tokens are exact.
+    A row of the batch keeps its first ``sink_length`` valid tokens and its newest tokens exactly,
+    in a dense buffer of ``sink_length + ring_length`` slots; what lies between is packed,
+    ``token_group`` tokens at a time. Tokens leave the ring once ``residual_length + token_group``
+    of them are there, so between ``residual_length`` and ``residual_length + token_group - 1``
+    recent tokens are exact.
     """
 
     layout: Layout
@@ -88,14 +93,18 @@ class Format:
         return plane_layout(self.head_dim, self.widths)
 
     def packed_bits_per_element(self, dtype_bits: int = 16) -> float:
-        """Bits per element of a packed token: codes, their padding, and scales and zero points in fp16."""
+        """Bits per element of a packed token: codes, their padding, and scales and zero points in
+        fp16.
+        """
         if self.layout == "dense":
             return float(dtype_bits)
         scales = 32 * self.channel_groups / (self.head_dim * self.token_group)
         return self.planes.bits_per_element + scales
 
     def to_ints(self) -> list[int]:
-        """The flat form in which ops take a format; the layout is the op's overload and the codec its own argument."""
+        """The flat form in which ops take a format; the layout is the op's overload and the codec
+        its own argument.
+        """
         return [
             self.head_dim,
             self.token_group,
@@ -125,8 +134,8 @@ class Format:
 class Codec(Protocol):
     """A quantization method: a frozen dataclass whose fields are its hyper-parameters.
 
-    ``name`` is its row in the table, ``layout`` the stored format of its codes, ``summary`` and ``paper`` what lists say
-    of it. It is torch only and knows neither graphs nor kernels.
+    ``name`` is its row in the table, ``layout`` the stored format of its codes, ``summary`` and
+    ``paper`` what lists say of it. It is torch only and knows neither graphs nor kernels.
     """
 
     name: ClassVar[str]
@@ -144,13 +153,15 @@ class Codec(Protocol):
         """Turn groups of numbers into codes.
 
         Args:
-            groups: fp32 ``[batch, heads, token groups, tokens, channel groups, channels]``; a group is dims 3 and 5.
-            valid: bool, broadcastable to ``groups``; ``False`` marks padding, which must not touch a range.
+            groups: fp32 ``[batch, heads, token groups, tokens, channel groups, channels]``; a group
+                is dims 3 and 5.
+            valid: bool, broadcastable to ``groups``; ``False`` marks padding, which must not touch
+                a range.
             bits: width of a code.
 
         Returns:
-            ``codes`` (uint8, the shape of ``groups``), ``scale`` and ``zero_point`` (fp16, dims 3 and 5 of size 1), so
-            that ``codes * scale + zero_point`` is the reconstruction.
+            ``codes`` (uint8, the shape of ``groups``), ``scale`` and ``zero_point`` (fp16, dims 3
+            and 5 of size 1), so that ``codes * scale + zero_point`` is the reconstruction.
         """
         ...
 
@@ -164,7 +175,9 @@ def make_format(
     residual_length: int,
     sink_length: int,
 ) -> Format:
-    """The stored format of one role under ``codec`` (``spec`` in ops), for heads of ``head_dim`` channels."""
+    """The stored format of one role under ``codec`` (``spec`` in ops), for heads of ``head_dim``
+    channels.
+    """
     granularity = codec.granularity(role)
     per_channel = isinstance(granularity, PerChannel)
     return Format(

@@ -1,10 +1,12 @@
-"""KIVI: keys per channel, values per token, asymmetric min-max rounding (Liu et al., ICML 2024, section 3).
+"""KIVI: keys per channel, values per token, min-max rounding (Liu et al., ICML 2024, section 3).
 
-    scale = (max - min) / (2**bits - 1)      zero_point = min      code = round((x - zero_point) / scale)
+    scale = (max - min) / (2**bits - 1)
+    zero_point = min
+    code = round((x - zero_point) / scale)
 
-Keys carry a few channels with large magnitudes, so a key group runs along tokens inside one channel; values do not, so
-a value group runs along channels inside one token. Scale and zero point are rounded to fp16 *before* the codes are
-computed: what is stored is what was quantized with.
+Keys carry a few channels with large magnitudes, so a key group runs along tokens inside one
+channel; values do not, so a value group runs along channels inside one token. Scale and zero point
+are rounded to fp16 *before* the codes are computed: what is stored is what was quantized with.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class Kivi:
     """Round each group to ``2**bits`` levels between its minimum and its maximum.
 
     Attributes:
-        group_size: tokens of one channel (keys) or channels of one token (values) that share a scale; 32, 64 or 128.
-            Scale and zero point add ``32 / group_size`` bits per element.
+        group_size: tokens of one channel (keys) or channels of one token (values) that share a
+            scale; 32, 64 or 128. Scale and zero point add ``32 / group_size`` bits per element.
     """
 
     name: ClassVar[str] = "kivi"

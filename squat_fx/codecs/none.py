@@ -1,6 +1,7 @@
 """The lossless codec: exact storage under the whole machinery.
 
-It separates plumbing faults from quantization error: a model rewritten with it must answer token for token as before.
+It separates plumbing faults from quantization error: a model rewritten with it must answer token
+for token as before.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Bit planes: where each channel's code lies inside a stored token.
 
-A token's channels are split into *plane groups* of 16. Lane ``l`` of 16 holds channel ``l`` of every plane group, so
-masking one plane out of a word yields 16 contiguous channels and no shuffle is ever needed. A code of ``b`` bits is
-stored as pieces of 8, 4, 2 or 1 bits (3 = 2 + 1, low bits first); pieces are laid into the lane from the widest to the
-narrowest, each class in channel order, so that no piece straddles a byte and nothing is lost between them. The whole
-arithmetic is one formula:
+A token's channels are split into *plane groups* of 16. Lane ``l`` of 16 holds channel ``l`` of
+every plane group, so masking one plane out of a word yields 16 contiguous channels and no shuffle
+is ever needed. A code of ``b`` bits is stored as pieces of 8, 4, 2 or 1 bits (3 = 2 + 1, low bits
+first); pieces are laid into the lane from the widest to the narrowest, each class in channel order,
+so that no piece straddles a byte and nothing is lost between them. The whole arithmetic is one
+formula:
 
-    bytes per lane = ceil(sum of the plane groups' widths / 8)        bytes per token = 16 * bytes per lane
+    bytes per lane = ceil(sum of the plane groups' widths / 8)
+    bytes per token = 16 * bytes per lane
 
 True code bits per element (what is stored, padding included; scales come on top):
 
@@ -21,8 +23,9 @@ True code bits per element (what is stored, padding included; scales come on top
 |      192 |           12 |  1.33 |   2.00 |   3.33 |   4.00 |   8.00 |
 |      256 |           16 |  1.00 |   2.00 |   3.00 |   4.00 |   8.00 |
 
-Bytes ``2w`` and ``2w + 1`` of a lane form the little-endian 16-bit word ``w``; words are stored word-major
-(``[word, lane]``), a last odd byte follows as 16 bytes. Kernels read 16-bit words, the width of a tensor-core operand.
+Bytes ``2w`` and ``2w + 1`` of a lane form the little-endian 16-bit word ``w``; words are stored
+word-major (``[word, lane]``), a last odd byte follows as 16 bytes. Kernels read 16-bit words, the
+width of a tensor-core operand.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ PIECE_WIDTHS = (8, 4, 2, 1)
 
 @dataclass(frozen=True)
 class Piece:
-    """``bits`` bits of plane group ``group``: code bits from ``code_shift`` up, at ``bit_shift`` of lane byte ``byte``."""
+    """``bits`` bits of plane group ``group``: code bits from ``code_shift`` up, at ``bit_shift`` of
+    lane byte ``byte``.
+    """
 
     group: int
     bits: int
@@ -88,7 +93,8 @@ def plane_layout(head_dim: int, widths: tuple[int, ...]) -> PlaneLayout:
     groups = -(-head_dim // LANES)
     if len(widths) != groups:
         raise ValueError(
-            f"head_dim {head_dim} has {groups} plane groups of {LANES} channels, got {len(widths)} widths"
+            f"head_dim {head_dim} has {groups} plane groups of {LANES} channels, "
+            f"got {len(widths)} widths"
         )
     if bad := [w for w in widths if not 1 <= w <= 8]:
         raise ValueError(f"a plane width must be from 1 to 8 bits, got {bad[0]}")
@@ -96,7 +102,8 @@ def plane_layout(head_dim: int, widths: tuple[int, ...]) -> PlaneLayout:
     for bits in PIECE_WIDTHS:
         for group, width in enumerate(widths):
             if width & bits:
-                # Wider pieces hold the low bits of a code, so that 3 bits are 2 low bits and 1 high bit.
+                # Wider pieces hold the low bits of a code, so that 3 bits are 2 low bits and 1 high
+                # bit.
                 code_shift = sum(p for p in PIECE_WIDTHS if p > bits and width & p)
                 pieces.append(Piece(group, bits, code_shift, position // 8, position % 8))
                 position += bits
@@ -143,7 +150,9 @@ def unpack(
 
 
 def _words_from_bytes(lane_bytes: Tensor) -> Tensor:
-    """``[..., byte, lane]`` to stored order: 16-bit words ``[word, lane, low/high]``, then a last odd byte."""
+    """``[..., byte, lane]`` to stored order: 16-bit words ``[word, lane, low/high]``, then a last
+    odd byte.
+    """
     even = lane_bytes.shape[-2] // 2 * 2
     words = lane_bytes[..., :even, :].unflatten(-2, (-1, 2)).transpose(-1, -2).flatten(-3)
     return (
@@ -154,7 +163,7 @@ def _words_from_bytes(lane_bytes: Tensor) -> Tensor:
 
 
 def _lane_byte(qdata: Tensor, byte: int, bytes_per_lane: int) -> Tensor:
-    """Byte ``byte`` of every lane, ``[..., 16]``, as a view: every other byte of its 16-bit word."""
+    """Byte ``byte`` of every lane, ``[..., 16]``, as a view: every other byte of its words."""
     first = byte // 2 * 2 * LANES
     if byte == bytes_per_lane - 1 and bytes_per_lane % 2:
         return qdata[..., first:]

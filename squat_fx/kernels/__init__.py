@@ -1,1 +1,5 @@
-"""How operations run: ``ops`` (schemas, fakes, dispatch), ``reference`` (the specification, in torch), Triton files."""
+"""How operations run.
+
+``ops`` has schemas, fakes and dispatch, ``reference`` is the specification in torch, and the Triton
+files are one operation each.
+"""

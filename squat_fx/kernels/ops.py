@@ -1,10 +1,11 @@
 """The ops: schemas, fakes and dispatch. Needs only torch; ``reference`` says what each op means.
 
-One overload per stored layout, flat tensors and ints. A role's arenas come in the order of ``Format.arena_names``, its
-format as ``Format.to_ints()``; ``positions`` is int64 ``[handles, 2]``, a row ``(length, watermark)`` per handle, written
-by the caller before each call and only read here. Mutation is visible in the schema. ``append_`` takes the outputs of
-what must read the arenas first as ``after``: it does not look at them, but a compiler that reorders functional graphs
-then keeps the reads in front, and need not copy the arenas.
+One overload per stored layout, flat tensors and ints. A role's arenas come in the order of
+``Format.arena_names``, its format as ``Format.to_ints()``; ``positions`` is int64 ``[handles, 2]``,
+a row ``(length, watermark)`` per handle, written by the caller before each call and only read here.
+Mutation is visible in the schema. ``append_`` takes the outputs of what must read the arenas first
+as ``after``: it does not look at them, but a compiler that reorders functional graphs then keeps
+the reads in front, and need not copy the arenas.
 
 | op | what it does |
 |---|---|
@@ -43,7 +44,9 @@ _OVERLOAD: dict[Layout, str] = {"planes/channel": "planes_channel", "dense": "de
 
 
 def overload(op: str, layout: Layout) -> torch._ops.OpOverload:
-    """The overload of ``op`` for ``layout``: ``overload("attend", "dense")`` is ``torch.ops.squat_fx.attend.dense``."""
+    """The overload of ``op`` for ``layout``: ``overload("attend", "dense")`` is
+    ``torch.ops.squat_fx.attend.dense``.
+    """
     return getattr(getattr(torch.ops.squat_fx, op), _OVERLOAD[layout])
 
 
@@ -84,22 +87,25 @@ def _define(layout: Layout) -> None:
         return "(" + ", ".join(["Tensor"] * n) + ")" if n > 1 else "Tensor"
 
     LIBRARY.define(
-        f"quantize.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(len(packed))}"
+        f"quantize.{name}(Tensor x, Tensor? valid, str codec, int[] format) "
+        f"-> {returns(len(packed))}"
     )
     LIBRARY.define(
         f"store.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(count)}"
     )
     LIBRARY.define(
-        f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, int row, "
-        "str codec, int[] format, Tensor[]? after=None) -> ()"
+        f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, "
+        "int row, str codec, int[] format, Tensor[]? after=None) -> ()"
     )
     LIBRARY.define(
-        f"attend.{name}(Tensor query, Tensor? new_key, Tensor? new_value, {declare('key_')}, {declare('value_')}, "
-        "Tensor positions, int key_row, int value_row, Tensor? mask, Tensor? sinks, float scale, int causal, "
-        "float softcap, int[] key_format, int[] value_format) -> Tensor"
+        f"attend.{name}(Tensor query, Tensor? new_key, Tensor? new_value, "
+        f"{declare('key_')}, {declare('value_')}, "
+        "Tensor positions, int key_row, int value_row, Tensor? mask, Tensor? sinks, "
+        "float scale, int causal, float softcap, int[] key_format, int[] value_format) -> Tensor"
     )
     LIBRARY.define(
-        f"dequantize.{name}({declare()}, Tensor positions, int row, SymInt length, int[] format) -> Tensor"
+        f"dequantize.{name}({declare()}, Tensor positions, int row, SymInt length, int[] format) "
+        "-> Tensor"
     )
 
     def quantize(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
@@ -107,7 +113,7 @@ def _define(layout: Layout) -> None:
         out = tuple(
             t.clone() if t is x else t for t in _implementation(x.device).quantize(x, valid, fmt)
         )
-        return out if len(out) > 1 else out[0]
+        return out if len(packed) > 1 else out[0]
 
     def store(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
         fmt = Format.from_ints(layout, codec, format)
@@ -163,7 +169,7 @@ def _define(layout: Layout) -> None:
     def fake_quantize(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
         fmt = Format.from_ints(layout, codec, format)
         out = _fake_packed(x, x.shape[2], fmt)
-        return out if len(out) > 1 else out[0]
+        return out if len(packed) > 1 else out[0]
 
     def fake_store(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
         fmt = Format.from_ints(layout, codec, format)

@@ -1,19 +1,23 @@
 """The specification of every op, in plain torch.
 
-Read this to know what an op means; kernels are held to it. It runs on any device, and is what runs on CPU.
+Read this to know what an op means; kernels are held to it. It runs on any device, and is what runs
+on CPU.
 
 How a cached tensor is stored (one role, keys or values, of one layer):
 
-* Positions ``t`` count from the first token the model fed, padding included. ``start[b]`` is row ``b``'s first valid
-  position; its token ``i`` lies at ``t = start[b] + i``. Tokens before ``start[b]`` are padding and are not stored.
-* ``length`` tokens have been stored, and everything older than position ``watermark`` that fills whole groups is packed:
-  ``packed = token_group * floor(max(watermark - start - sink_length, 0) / token_group)`` tokens.
-* Token ``i`` is in ``dense[i]`` if ``i < sink_length``; else, with ``j = i - sink_length``, it is packed slot ``j`` if
-  ``j < packed``, and ``dense[sink_length + j % ring_length]`` otherwise.
+* Positions ``t`` count from the first token the model fed, padding included. ``start[b]`` is row
+  ``b``'s first valid position; its token ``i`` lies at ``t = start[b] + i``. Tokens before
+  ``start[b]`` are padding and are not stored.
+* ``length`` tokens have been stored, and everything older than position ``watermark`` that fills
+  whole groups is packed: ``packed = token_group * floor(max(watermark - start - sink_length, 0) /
+  token_group)`` tokens.
+* Token ``i`` is in ``dense[i]`` if ``i < sink_length``; else, with ``j = i - sink_length``, it is
+  packed slot ``j`` if ``j < packed``, and ``dense[sink_length + j % ring_length]`` otherwise.
 
-``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions`` tensor. Nothing here
-counts up: an append writes only where a reader of the old ``length`` and ``watermark`` does not look (``append_`` of more
-than one token may reuse ring slots, so its caller hands it a copy of ``dense``).
+``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
+tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
+``watermark`` does not look (``append_`` of more than one token may reuse ring slots, so its caller
+hands it a copy of ``dense``).
 """
 
 from __future__ import annotations
@@ -35,8 +39,9 @@ NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Arenas:
-    """The tensors of one role: ``packed`` in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
+    """The tensors of one role.
 
+    ``packed`` is in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
     ``dense`` is ``[batch, heads, dense_length, head_dim]`` and ``start`` int32 ``[batch]``.
     """
 
@@ -68,11 +73,13 @@ class Extent:
         return max(self.watermark - start - fmt.sink_length, 0) // fmt.token_group * fmt.token_group
 
 
-# quantize and dequantize whole groups ------------------------------------------------------------------------------------
+# quantize and dequantize whole groups -------------------------------------------------------------
 
 
 def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
-    """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``; valid ``[batch, tokens]``."""
+    """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``;
+    valid ``[batch, tokens]``.
+    """
     if fmt.layout == "dense":
         return (x.contiguous(),)
     groups = _grouped(x.float(), fmt)
@@ -100,17 +107,19 @@ def dequantize_groups(packed: tuple[Tensor, ...], fmt: Format, out: Tensor) -> T
 
 
 def _grouped(x: Tensor, fmt: Format) -> Tensor:
-    """``[batch, heads, token groups, tokens, channel groups, channels]``; a ragged last channel group repeats its end."""
+    """``[batch, heads, token groups, tokens, channel groups, channels]``; a ragged last channel
+    group repeats its end.
+    """
     if ragged := fmt.channel_groups * fmt.channel_group - fmt.head_dim:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], ragged)], -1)
     return x.unflatten(-1, (-1, fmt.channel_group)).unflatten(2, (-1, fmt.token_group))
 
 
-# reading and writing arenas ----------------------------------------------------------------------------------------------
+# reading and writing arenas -----------------------------------------------------------------------
 
 
 def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None) -> Tensor:
-    """The stored tokens as numbers, ``[batch, heads, length, head_dim]`` in the dense buffer's dtype.
+    """The stored tokens as numbers, ``[batch, heads, length, head_dim]``, in the cache's dtype.
 
     Zeros where padding was not stored. ``out`` is written if given.
     """
@@ -201,7 +210,9 @@ def _keep_recent(
 
 
 def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None:
-    """Forget the tokens from ``after.length`` on: what is left of a packed group goes back into the ring, as numbers."""
+    """Forget the tokens from ``after.length`` on: what is left of a packed group goes back into the
+    ring, as numbers.
+    """
     starts = arenas.start.tolist()
     arenas.start.clamp_(max=after.length)  # a row of nothing but padding starts with its next token
     for row, start in enumerate(starts):
@@ -218,7 +229,9 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
 
 
 def empty_arenas(like: Tensor, capacity: int, fmt: Format) -> Arenas:
-    """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like`` ``[batch, heads, _, head_dim]``."""
+    """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like``
+    ``[batch, heads, _, head_dim]``.
+    """
     batch, heads = like.shape[:2]
     packed = tuple(
         like.new_zeros(
@@ -256,7 +269,7 @@ def _packed_slots(
     return tuple(slots)
 
 
-# attention ---------------------------------------------------------------------------------------------------------------
+# attention ----------------------------------------------------------------------------------------
 
 
 def attention(
@@ -272,13 +285,14 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with grouped query heads, as one formula.
 
-    ``softmax(softcap(scale * query @ key.T) + mask) @ value``, ``softcap(s) = softcap * tanh(s / softcap)``; a bool mask
-    is True where a query attends. ``causal`` is ``NO_CAUSALITY``, ``TOP_LEFT`` (query ``i`` sees keys up to ``i``; torch's
-    ``is_causal``) or ``BOTTOM_RIGHT`` (up to ``i + kv_len - q_len``). ``sinks`` ``[num_heads]`` are logits that take part
-    in the normalisation and carry no value. A row that may attend nowhere gives zeros.
+    ``softmax(softcap(scale * query @ key.T) + mask) @ value``, ``softcap(s) = softcap * tanh(s /
+    softcap)``; a bool mask is True where a query attends. ``causal`` is ``NO_CAUSALITY``,
+    ``TOP_LEFT`` (query ``i`` sees keys up to ``i``; torch's ``is_causal``) or ``BOTTOM_RIGHT`` (up
+    to ``i + kv_len - q_len``). ``sinks`` ``[num_heads]`` are logits that take part in the
+    normalisation and carry no value. A row that may attend nowhere gives zeros.
 
-    Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads, kv_len, head_dim]``,
-    mask broadcastable to ``[batch, num_heads, q_len, kv_len]``.
+    Shapes: query ``[batch, num_heads, q_len, head_dim]``, key and value ``[batch, num_kv_heads,
+    kv_len, head_dim]``, mask broadcastable to ``[batch, num_heads, q_len, kv_len]``.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     if causal != NO_CAUSALITY:
@@ -391,8 +405,8 @@ _WORKSPACE = _Workspace()
 def valid_tokens(mask: Tensor, new_tokens: int) -> Tensor:
     """Which of the newest tokens any query attends, bool ``[batch, new_tokens]``.
 
-    ``mask`` is ``[batch | 1, heads | 1, q_len | 1, kv_len]``, bool (True = attend) or additive float (padding at or below
-    a quarter of the dtype's smallest number).
+    ``mask`` is ``[batch | 1, heads | 1, q_len | 1, kv_len]``, bool (True = attend) or additive
+    float (padding at or below a quarter of the dtype's smallest number).
     """
     newest = mask[..., -new_tokens:]
     if newest.dtype != torch.bool:

@@ -1,8 +1,8 @@
 """Follow views and know, at each step, which axis is which.
 
-A chain such as ``cat > getitem(None) > expand > reshape > transpose`` is not compared with patterns:
-the axes of its source get names, and each view moves, splits, merges or repeats them. What comes out
-says whether the chain is a ``repeat_kv``, a transpose, both or something else.
+A chain such as ``cat > getitem(None) > expand > reshape > transpose`` is not compared with
+patterns: the axes of its source get names, and each view moves, splits, merges or repeats them.
+What comes out says whether the chain is a ``repeat_kv``, a transpose, both or something else.
 """
 
 from __future__ import annotations

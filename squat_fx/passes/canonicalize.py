@@ -35,6 +35,7 @@ from squat_fx.passes.spelling import (
     kind,
     operand,
     parts_of,
+    reads_size,
     returned_nodes,
     same_size,
     shape_of,
@@ -177,7 +178,7 @@ def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
     node, dropped = softmax, False
     returned = returned_nodes(softmax.graph)
     while True:
-        users = [u for u in node.users if u.op != "output"]
+        users = [u for u in node.users if u.op != "output" and not reads_size(u)]
         if node in returned or len(users) != 1:
             is_attention = any(_reaches_weighted_sum(u, node) for u in users)
             return "the attention weights have another reader" if is_attention else None
@@ -186,7 +187,7 @@ def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
         if step == "matmul" and operand(user) is node:
             return _WeightedSum(user, dropped)
         if step == "dropout":
-            if _dropout_is_active(user):
+            if dropout_is_active(user):
                 return DROPOUT
         elif step in ("getitem", "slice") and _drops_last_column(user) and not dropped:
             dropped = True
@@ -205,7 +206,8 @@ def _reaches_weighted_sum(node: fx.Node, weights: fx.Node, steps: int = 4) -> bo
     return steps > 0 and any(_reaches_weighted_sum(u, node, steps - 1) for u in node.users)
 
 
-def _dropout_is_active(node: fx.Node) -> bool:
+def dropout_is_active(node: fx.Node) -> bool:
+    """Whether a dropout changes anything: it is training, and its probability is not 0."""
     if node.op == "call_module":
         module = submodule_of(node)
         return module.training and getattr(module, "p", 0.0) > 0
@@ -258,13 +260,15 @@ class _Scores:
             if isinstance(found, str):
                 return found
             node, self.sinks = found
-        while kind(node) != "matmul":
+        while True:
             self.passed.add(node)
+            if in_place := [w for w in writers(node) if w not in self.passed]:
+                return f"the scores are changed in place by {describe(in_place[0])}"
+            if kind(node) == "matmul":
+                break
             above = self._step(node)
             if isinstance(above, str):
                 return above
-            if in_place := [w for w in writers(above) if w not in self.passed]:
-                return f"the scores are changed in place by {describe(in_place[0])}"
             node = above
         self.product = operand(node), operand(node, 1)
         return self

@@ -96,7 +96,7 @@ def _site(
     followed: list[Followed] = []
     for role, node in (("key", attention.key), ("value", attention.value)):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned))
-        reason = found if isinstance(found, str) else _cat_reason(found.source, returned)
+        reason = found if isinstance(found, str) else _source_reason(found.source, returned)
         if isinstance(found, str) or reason is not None:
             return f"{role} {reason}"
         if reason := _axes_reason(found, role, attention):
@@ -125,10 +125,12 @@ def _is_cache_candidate(node: fx.Node, returned: dict[fx.Node, Any]) -> bool:
     return node in returned or kind(node) == "cat" or node.op == "placeholder"
 
 
-def _cat_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
-    """Why ``source`` is a concatenation, but not of past and new, or is not returned as it is."""
+def _source_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
+    """Why ``source`` is no growing cache: an input, another concatenation, not returned as it is."""
     if found := writers(source):
         return f"is changed in place by {describe(found[0])} after it was made"
+    if source.op == "placeholder":
+        return "is read from a graph input to which nothing is appended"
     if kind(source) != "cat":
         return None
     parts, dim = parts_of(source), argument(source, 1, "dim", 0)
@@ -189,8 +191,6 @@ def _edge(
     role: Role, source: fx.Node, fmt: Format, attention: Attention, rewriting: Rewriting
 ) -> CacheEdge | str:
     """The cache edge that ends in ``source``, or why there is none."""
-    if source.op == "placeholder":
-        return "is read from a graph input to which nothing is appended"
     past, new = parts_of(source) if kind(source) == "cat" else (None, source)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
@@ -212,6 +212,6 @@ def _find_lone_edges(rewriting: Rewriting, returned: dict[fx.Node, Any]) -> None
             if fmt is None or user in known or user not in returned or kind(user) != "cat":
                 continue
             parts = parts_of(user)
-            if _cat_reason(user, returned) is None and parts[0] is carrier:
+            if _source_reason(user, returned) is None and parts[0] is carrier:
                 role = value_of(carrier).role
                 rewriting.lone_edges.append(CacheEdge(role, "decode", user, parts[1], carrier, fmt))

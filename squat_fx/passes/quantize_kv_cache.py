@@ -29,8 +29,19 @@ from torch import fx
 
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.canonicalize import dropout_is_active
 from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
-from squat_fx.passes.spelling import flat_outputs, shape_of, sizes_of, value_of
+from squat_fx.passes.spelling import (
+    describe,
+    flat_outputs,
+    kind,
+    memory_of,
+    reads_size,
+    shape_of,
+    sizes_of,
+    value_of,
+    written_by,
+)
 
 
 class QuantizeKVCache(GraphPass):
@@ -43,6 +54,7 @@ class QuantizeKVCache(GraphPass):
         edges = rewriting.edges()
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
+        self._appends: dict[fx.Node, fx.Node] = {}  # the last append after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
             if site.kind == "decode":
@@ -59,7 +71,7 @@ class QuantizeKVCache(GraphPass):
             else:
                 stored[edge.stored] = self._store(edge, mask, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored)
-        rewriting.graph.eliminate_dead_code(_is_impure)
+        _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
 
@@ -128,8 +140,9 @@ class QuantizeKVCache(GraphPass):
         valid = self._valid_tokens(mask, edge.new, readers)
         row = rewriting.handles.index(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
-        with graph.inserting_after(_latest(*readers, edge.new, valid)):
-            graph.call_function(
+        place = _latest(*readers, edge.new, valid)
+        with graph.inserting_after(self._appends.get(place, place)):
+            self._appends[place] = graph.call_function(
                 ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
             )
 
@@ -180,9 +193,49 @@ def _token_major(node: fx.Node, graph: fx.Graph) -> fx.Node:
     return graph.call_function(torch.transpose, (graph.call_method("contiguous", (swapped,)), 1, 2))
 
 
-def _is_impure(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.is_impure() or bool(schema and schema.is_mutable)
+def _drop_dead(graph: fx.Graph) -> None:
+    """Erase what nothing needs; an in-place write is needed where its memory is.
+
+    ``Graph.eliminate_dead_code`` drops a ``mask.masked_fill_(...)`` whose result nobody names, and
+    keeps what is left of an attention, which counts as random.
+    """
+    live: set[fx.Node] = set()
+    stack = [node for node in graph.nodes if _is_root(node)]
+    followers = [(node, of) for node in graph.nodes if (of := _follows(node))]
+    while stack:
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack.extend(node.all_input_nodes)
+        stack = [n for n, of in followers if n not in live and not live.isdisjoint(of)]
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _is_root(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if _follows(node) or kind(node) == "sdpa_lowered":
+        return False
+    if kind(node) == "dropout" and not dropout_is_active(node):
+        return False
+    return is_append(node) or node.is_impure()
+
+
+def _follows(node: fx.Node) -> list[fx.Node]:
+    """What must be live for a node without readers to be: the memory it writes to or asks about."""
+    if is_append(node):
+        return []
+    if reads_size(node):
+        return [memory_of(n) for n in node.all_input_nodes]
+    return [memory_of(written) for written in written_by(node)]
+
+
+def is_append(node: fx.Node) -> bool:
+    """Whether a node is our op ``append_``."""
+    return describe(node) == "append_" and getattr(node.target, "namespace", "") == "squat_fx"
 
 
 def _latest(*nodes: fx.Node | None) -> fx.Node:
@@ -252,12 +305,5 @@ def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -
         ):
             rewriting.graph.erase_node(node)
         else:
-            is_dense = node in rewriting.carriers and not all(_reads_shape(u) for u in node.users)
+            is_dense = node in rewriting.carriers and not all(reads_size(u) for u in node.users)
             rewriting.inputs.append(InnerInput("dense" if is_dense else "argument", indices[node]))
-
-
-def _reads_shape(node: fx.Node) -> bool:
-    """Whether a reader of a carrier only asks for its size, which a handle answers."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    return node.target in (torch.ops.aten.sym_size.int, getattr)

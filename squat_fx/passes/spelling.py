@@ -71,8 +71,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     ),
     "arange": (torch.arange, aten.arange.default, aten.arange.start, aten.arange.start_step),
     "sdpa": (
-        F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention,
-        aten.scaled_dot_product_attention.default,
+        F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default,
     ),
     "sdpa_lowered": (
         aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -180,6 +179,14 @@ def is_plain(node: fx.Node) -> bool:
     }
 
 
+def reads_size(node: fx.Node) -> bool:
+    """Whether a node only asks for its operand's size or type."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    names = ("size", "dim", "numel", "sym_size", "sym_numel", "sym_stride")
+    return describe(node) in (*names, "_assert_tensor_metadata")
+
+
 def writers(node: fx.Node) -> list[fx.Node]:
     """Operations that write to the node's memory in place, through its views too."""
     found: list[fx.Node] = []
@@ -187,7 +194,7 @@ def writers(node: fx.Node) -> list[fx.Node]:
     while stack:
         current = stack.pop()
         for user in current.users:
-            is_writer = _writes_to(user, current)
+            is_writer = current in written_by(user)
             if is_writer and user not in found:
                 found.append(user)
             if user not in seen and (is_writer or _may_alias(user)):
@@ -197,20 +204,35 @@ def writers(node: fx.Node) -> list[fx.Node]:
 
 
 def _may_alias(node: fx.Node) -> bool:
-    return kind(node) in _MAY_ALIAS or describe(node) in _OTHER_VIEWS
+    name = describe(node)
+    return (kind(node) in _MAY_ALIAS and name != "clone") or name in _OTHER_VIEWS
 
 
-def _writes_to(node: fx.Node, tensor: fx.Node) -> bool:
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node writes to in place."""
+    if node.op not in ("call_function", "call_method"):
+        return []
     if isinstance(node.target, torch._ops.OpOverload):
-        arguments = node.target._schema.arguments
-        written = [a for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        return any(argument(node, arguments.index(a), a.name) is tensor for a in written)
-    if operand(node) is not tensor:
-        return node.kwargs.get("out") is tensor
-    if node.target in _INPLACE_OPERATORS:
-        return True
-    name = describe(node) if node.op in ("call_method", "call_function") else ""
-    return name.endswith("_") and not name.endswith("__")
+        arguments = enumerate(node.target._schema.arguments)
+        written = [
+            argument(node, i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write
+        ]
+    else:
+        name = describe(node)
+        in_place = name.endswith("_") and not name.endswith("__")
+        in_place |= node.op == "call_function" and node.target in _INPLACE_OPERATORS
+        written = [operand(node) if in_place else None, node.kwargs.get("out")]
+    return [x for x in written if isinstance(x, fx.Node)]
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory ``node`` may be a view of."""
+    while _may_alias(node) or written_by(node):
+        source = operand(node)
+        if not isinstance(source, fx.Node):
+            break
+        node = source
+    return node
 
 
 def value_of(node: fx.Node) -> Any:

@@ -61,11 +61,11 @@ class Verify(GraphPass):
             if changes and fed.kind != "arena" and not only_asked_for_size:
                 changing.append(_readable(node))
         if changing:
-            rewriting.notes.append(
-                "the decode graph is dynamic, because sizes of its inputs change: "
-                f"{', '.join(changing)}; an attention mask grows with the cache, so leave out one "
-                "that is all ones"
-            )
+            note = "the decode graph is dynamic, because sizes of its inputs change: "
+            note += ", ".join(changing)
+            if any(site.attention.mask is not None for site in rewriting.sites):
+                note += "; an attention mask grows with the cache, so leave out one that is all ones"
+            rewriting.notes.append(note)
 
 
 def _readable(node: fx.Node) -> str:

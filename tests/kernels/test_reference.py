@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi
+from squat_fx.codecs import Format, Kivi, Role
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -243,6 +243,21 @@ def test_a_write_is_invisible_to_a_reader_of_the_old_extent(
     assert torch.equal(
         dense_past(written, extent.after(new_tokens, fmt), fmt), dense_past(*stored(prompt), fmt)
     )
+
+
+@pytest.mark.parametrize("role", ["key", "value"])
+@pytest.mark.parametrize("residual_length", [0, 5])
+def test_no_single_token_is_visible_to_a_reader_of_the_old_extent(
+    role: Role, residual_length: int
+) -> None:
+    """In every state of the ring, the full one included, one slot is spare."""
+    fmt = stored_format(role=role, residual_length=residual_length)
+    x, extent = randn(1, HEADS, 40, 16), NOTHING
+    arenas = poisoned_arenas(x, fmt)
+    for i in range(40):
+        write(arenas, x[:, :, i : i + 1], None, extent, fmt)
+        assert torch.equal(dense_past(arenas, extent, fmt), x[:, :, :i])
+        extent = extent.after(1, fmt)
 
 
 def test_several_tokens_may_reuse_ring_slots() -> None:

@@ -1,0 +1,282 @@
+"""Every spelling of attention becomes one record; what is not understood keeps its reason."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+
+from squat_fx.passes import Attention, Canonicalize
+from tests.passes.capture import Attend, Cached, analysed, examples, left_alone, randn
+from tests.passes.spellings import gemma2, gpt_oss, interleaved, repeat_kv, sdpa_masked
+
+MASK = torch.zeros(1, 1, 3, 10)
+
+
+def record(module: Cached, *more: Any) -> str:
+    """The only attention of ``module``, a field a line."""
+    (attention,) = analysed(module, examples(module, *more), Canonicalize).attentions
+    return format_record(attention)
+
+
+def format_record(attention: Attention) -> str:
+    return "\n".join(f"{f.name}: {getattr(attention, f.name)}" for f in fields(attention))
+
+
+def reason(attend: Attend, mask: Any = None) -> str:
+    """Why an attention is left alone, its graph being as it was."""
+    module = Cached(attend)
+    (skipped,) = left_alone(module, *examples(module, mask))
+    return skipped.reason
+
+
+def test_record_of_sdpa() -> None:
+    assert_expected_inline(record(Cached(sdpa_masked), MASK), """\
+output: scaled_dot_product_attention
+query: transpose
+key: cat
+value: cat_1
+scale: 0.3535533905932738
+mask: mask
+causal: 0
+softcap: 0.0
+sinks: None
+spelling: sdpa""")
+
+
+def test_record_of_gemma2() -> None:
+    assert_expected_inline(record(Cached(gemma2), MASK), """\
+output: matmul_1
+query: transpose
+key: transpose_3
+value: reshape_1
+scale: 0.5
+mask: mask
+causal: 0
+softcap: 3.0
+sinks: None
+spelling: eager""")
+
+
+def test_record_of_gpt_oss() -> None:
+    assert_expected_inline(record(Cached(gpt_oss), MASK), """\
+output: matmul_1
+query: transpose
+key: transpose_3
+value: reshape_2
+scale: 0.25
+mask: mask
+causal: 0
+softcap: 0.0
+sinks: sinks
+spelling: eager""")
+
+
+def test_a_second_run_finds_the_same_and_changes_no_node() -> None:
+    module = Cached(gemma2)
+    rewriting = analysed(module, examples(module, MASK), Canonicalize)
+    nodes = list(rewriting.graph.nodes)
+    first = rewriting.attentions.pop()
+    canonicalize = Canonicalize()
+    canonicalize(rewriting)
+    assert canonicalize.matched_count == 1
+    assert rewriting.attentions == [first]
+    assert list(rewriting.graph.nodes) == nodes
+
+
+# Near misses of scaled_dot_product_attention
+
+
+def test_active_dropout() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.1, enable_gqa=True)
+
+    assert reason(attend) == "dropout is active; call model.eval()"
+
+
+def test_dropout_module_while_training() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        weights = module.softmax(query @ interleaved(key).transpose(2, 3))
+        return module.dropout(weights) @ interleaved(value)
+
+    module = Cached(attend).train()
+    (skipped,) = left_alone(module, *examples(module))
+    assert skipped.reason == "dropout is active; call model.eval()"
+
+
+def test_mask_of_int_dtype() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).transpose(2, 3) + mask
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    expected = "the mask is torch.int64, neither bool nor floating point"
+    assert reason(attend, torch.zeros(3, 10, dtype=torch.int64)) == expected
+
+
+def test_mask_that_is_a_number() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(query @ interleaved(key).mT + 1.0, -1) @ interleaved(value)
+
+    assert reason(attend) == "a number is added to the scores"
+
+
+# Near misses of eager attention
+
+
+def test_scale_computed_in_the_graph() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT * module.sinks.mean()
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend) == "the scale is computed in the graph"
+
+
+def test_attention_weights_that_are_returned() -> None:
+    class Weighing(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            query = self.heads(self.query, x)
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            value = torch.cat([past_value, self.heads(self.value, x)], -2)
+            weights = F.softmax(query @ interleaved(key).mT, -1)
+            return weights @ interleaved(value), weights, key, value
+
+    (skipped,) = left_alone(Weighing(), *examples(Weighing()))
+    assert skipped.reason == "the attention weights have another reader"
+
+
+def test_attention_weights_with_a_second_reader() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        weights = F.softmax(query @ interleaved(key).mT, -1)
+        return weights @ interleaved(value) + weights.sum(-1, keepdim=True)
+
+    assert reason(attend) == "the attention weights have another reader"
+
+
+def test_attention_weights_that_are_changed() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        weights = F.softmax(query @ interleaved(key).mT, -1).clamp(min=0.01)
+        return weights @ interleaved(value)
+
+    expected = "the attention weights pass through clamp, which is not understood"
+    assert reason(attend) == expected
+
+
+def test_mask_added_before_scaling() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT + mask) * 0.25
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    expected = "a term is added to the scores before they are scaled or capped"
+    assert reason(attend, MASK) == expected
+
+
+def test_two_masks() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT + mask + mask
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend, MASK) == "more than one term is added to the scores"
+
+
+def test_bool_mask_that_is_added() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(query @ interleaved(key).mT + mask, -1) @ interleaved(value)
+
+    assert reason(attend, MASK.bool()) == "a bool mask is added to the scores"
+
+
+def test_mask_times_alpha() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = torch.add(query @ interleaved(key).mT, mask, alpha=2)
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend, MASK) == "the scores pass through add, which is not understood"
+
+
+def test_division_that_rounds() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = torch.div(query @ interleaved(key).mT, 2.0, rounding_mode="floor")
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend) == "the scores pass through div, which is not understood"
+
+
+def test_mask_filled_in() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT).masked_fill(mask, -torch.inf)
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    expected = "the scores pass through masked_fill, which is not understood"
+    assert reason(attend, MASK.bool()) == expected
+
+
+def test_mask_written_into_the_scores() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        scores.masked_fill_(mask, -torch.inf)
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend, MASK.bool()) == "the scores are changed in place by masked_fill_"
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(3.0, 2.0), (3.0, None), (None, 3.0)])
+def test_tanh_that_is_no_softcap(inner: float | None, outer: float | None) -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        scores = torch.tanh(scores if inner is None else scores / inner)
+        scores = scores if outer is None else scores * outer
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    expected = "tanh is applied to the scores, but not as softcap * tanh(scores / softcap)"
+    assert reason(attend) == expected
+
+
+def test_dropped_column_that_is_no_sink() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        weights = F.softmax(query @ interleaved(key).mT, -1)[..., :-1]
+        return weights @ interleaved(value)[:, :, :-1]
+
+    expected = "a column is dropped after the softmax, but no sink column was added before it"
+    assert reason(attend) == expected
+
+
+def test_sink_column_that_is_no_logit_per_head() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        logits = torch.cat([query @ interleaved(key).mT, query.sum(-1, keepdim=True)], -1)
+        return F.softmax(logits, -1)[..., :-1] @ interleaved(value)
+
+    assert reason(attend) == "the sink column is not one logit per head"
+
+
+def test_sinks_with_something_else_subtracted() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.size(0), -1, query.size(2), -1)
+        logits = torch.cat([query @ interleaved(key).mT, sinks], -1)
+        return F.softmax(logits - logits.abs(), -1)[..., :-1] @ interleaved(value)
+
+    expected = "something else than its maximum is subtracted from the scores"
+    assert reason(attend) == expected
+
+
+# No attention at all: no reason either
+
+
+def test_softmax_of_a_router_is_no_attention() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(query @ module.router, -1).topk(2, -1).values
+
+    module = Cached(attend)
+    module.register_buffer("router", randn(8, 5))
+    assert left_alone(module, *examples(module)) == []
+
+
+def test_softmax_over_another_dim_is_no_attention() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(query @ repeat_kv(key).mT, -2) @ repeat_kv(value)
+
+    module = Cached(attend)
+    assert left_alone(module, *examples(module)) == []

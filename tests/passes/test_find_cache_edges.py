@@ -1,0 +1,377 @@
+"""Where keys and values come from the cache and go back to it; the things beside a cache that stay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, fx
+
+import squat_fx
+from squat_fx.passes import AttentionSite, Canonicalize, FindCacheEdges
+from squat_fx.passes.find_cache_edges import layer_of
+from tests.passes.capture import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LOSSLESS,
+    Attend,
+    Cached,
+    Prefill,
+    analysed,
+    examples,
+    left_alone,
+    past,
+    randn,
+    sdpa,
+    tokens,
+)
+from tests.passes.spellings import interleaved, llama, repeat_kv
+
+
+def format_site(site: AttentionSite) -> str:
+    lines = [f"{site.kind} of layer {site.layer}, {site.num_queries_per_kv} queries per kv head"]
+    for edge in (site.key, site.value):
+        lines.append(f"{edge.role}: {edge.stored} = past {edge.past} + new {edge.new}")
+    return "\n".join(lines)
+
+
+def found(module: Any, *inputs: Any) -> str:
+    rewriting = analysed(module, inputs, Canonicalize, FindCacheEdges)
+    (site,) = rewriting.sites
+    return format_site(site)
+
+
+def reasons(module: Any, *inputs: Any) -> list[str]:
+    return [skipped.reason for skipped in left_alone(module, *inputs)]
+
+
+def reason(attend: Attend) -> str:
+    """Why ``attend`` over the usual cache is left alone."""
+    module = Cached(attend)
+    (text,) = reasons(module, *examples(module))
+    return text
+
+
+def test_site_of_a_decode() -> None:
+    assert_expected_inline(found(Cached(llama), *examples(Cached())), """\
+decode of layer 0, 2 queries per kv head
+key: cat = past past_key + new transpose_1
+value: cat_1 = past past_value + new transpose_2""")
+
+
+def test_site_of_a_prefill() -> None:
+    assert_expected_inline(found(Prefill(llama), tokens(3)), """\
+prefill of layer 0, 2 queries per kv head
+key: transpose_1 = past None + new transpose_1
+value: transpose_2 = past None + new transpose_2""")
+
+
+def test_layer_is_read_from_the_module_path() -> None:
+    node = fx.Graph().placeholder("x")
+    assert layer_of(node, 3) == 3
+    node.meta["nn_module_stack"] = {"a": ("model", None), "b": ("model.layers.7.attention", None)}
+    assert layer_of(node, 3) == 7
+    node.meta["nn_module_stack"] = {"a": ("L['self'].blocks[11]", None)}
+    assert layer_of(node, 3) == 11
+
+
+# Near misses: the cache
+
+
+class Variant(Cached):
+    """A cache that differs in ``update``, which gives what is attended to and what is returned."""
+
+    def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+        query, key, value = (self.heads(p, x) for p in (self.query, self.key, self.value))
+        key, stored_key = self.update(past_key, key)
+        value, stored_value = self.update(past_value, value)
+        return self.attend(self, query, key, value, None), stored_key, stored_value
+
+
+def test_sliding_window_that_returns_a_slice() -> None:
+    class Sliding(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key], -2)
+            return full, full[:, :, -6:, :]
+
+    assert reasons(Sliding(), *examples(Sliding())) == [
+        "key is a past + new concatenation that is not returned; "
+        "only a slice of it is, as in a sliding window"
+    ]
+
+
+def test_cache_that_is_not_returned() -> None:
+    class Forgetful(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            return torch.cat([past_key, key], -2), key
+
+    assert reasons(Forgetful(), *examples(Forgetful())) == [
+        "key is a past + new concatenation that is not returned; so the caller never gets it back"
+    ]
+
+
+def test_three_way_cat() -> None:
+    class ThreeWay(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key[:, :, :1], key[:, :, 1:]], -2)
+            return full, full
+
+    expected = "key is a concatenation of 3 tensors, not of past and new"
+    assert reasons(ThreeWay(), *examples(ThreeWay())) == [expected]
+
+
+def test_static_cache() -> None:
+    class Static(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = past_key.index_copy(2, torch.arange(3), key)
+            return full, full
+
+    expected = "key is returned but does not grow with the query, as in cross attention"
+    assert reasons(Static(), *examples(Static())) == [expected]
+
+
+def test_static_cache_written_in_place() -> None:
+    class Static(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            past_key.index_copy_(2, torch.arange(3), key)
+            return past_key, past_key
+
+    expected = "key is changed in place by index_copy_ after it was made"
+    assert reasons(Static(), *examples(Static())) == [expected]
+
+
+def test_cache_on_dim_1() -> None:
+    class TokenMajor(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key.transpose(1, 2)], 1)
+            return full.transpose(1, 2), full
+
+    inputs = [tokens(3), *(x.transpose(1, 2).contiguous() for x in past())]
+    assert reasons(TokenMajor(), *inputs) == ["key is concatenated on dim 1, not on dim -2"]
+
+
+def test_cache_on_dim_3() -> None:
+    class ChannelMajor(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key.transpose(2, 3)], 3)
+            return full.transpose(2, 3), full
+
+    inputs = [tokens(3), *(x.transpose(2, 3).contiguous() for x in past())]
+    assert reasons(ChannelMajor(), *inputs) == ["key is concatenated on dim 3, not on dim -2"]
+
+
+def test_cache_written_in_place_after_the_append() -> None:
+    class Scaling(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key], -2)
+            full[:, :, 1:].mul_(0.5)
+            return full, full
+
+    assert reasons(Scaling(), *examples(Scaling())) == [
+        "key is changed in place by mul_ after it was made"
+    ]
+
+
+def test_conv_state() -> None:
+    def forward(x: Tensor, state: Tensor) -> Any:
+        state = torch.cat([state, x], -1)
+        return F.conv1d(state, randn(8, 8, 3)), state
+
+    assert left_alone(forward, randn(2, 8, 1), randn(2, 8, 4)) == []
+
+
+def test_value_that_is_not_cached() -> None:
+    class KeysOnly(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            query = self.heads(self.query, x)
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            value = F.pad(self.heads(self.value, x), (0, 0, 7, 0))
+            return self.attend(self, query, key, value, None), key
+
+    (text,) = reasons(KeysOnly(), *examples(KeysOnly()))
+    assert text == (
+        "value comes from pad, not from a past + new concatenation on dim -2 that is returned"
+    )
+
+
+def test_layer_that_is_skipped_by_the_config() -> None:
+    graph_module = fx.symbolic_trace(Cached())
+    config = replace(LOSSLESS, skip_layers=(0,))
+    _, report = squat_fx.rewrite(graph_module, examples(Cached()), config)
+    assert [s.reason for s in report.skipped] == ["the layer is in skip_layers"]
+
+
+# Near misses: other concatenations and other attentions
+
+
+def test_rotary_cat() -> None:
+    class Rotary(Cached):
+        def forward(self, x: Any) -> Any:
+            query, key, value = (self.heads(p, x) for p in (self.query, self.key, self.value))
+            half = HEAD_DIM // 2
+            key = torch.cat([-key[..., half:], key[..., :half]], -1)
+            return self.attend(self, query, key, value, None), key, value
+
+    # What is returned is the rotated key, which grows with the query: a prefill, and no cat of ours.
+    rewriting = analysed(Rotary(), (tokens(3),), Canonicalize, FindCacheEdges)
+    (skipped,) = rewriting.skipped
+    assert skipped.reason == "key is concatenated on dim -1, not on dim -2"
+
+
+def test_cross_attention_whose_encoder_keys_are_returned() -> None:
+    class Cross(Cached):
+        def forward(self, x: Any, encoded: Any) -> Any:
+            query = self.heads(self.query, x)
+            key, value = self.heads(self.key, encoded), self.heads(self.value, encoded)
+            return self.attend(self, query, key, value, None), key, value
+
+    expected = "key is returned but does not grow with the query, as in cross attention"
+    assert reasons(Cross(), tokens(3), tokens(9)) == [expected]
+
+
+def test_cross_attention_whose_encoder_keys_go_through_an_empty_cat() -> None:
+    class Cross(Cached):
+        def forward(self, x: Any, encoded: Any) -> Any:
+            query, nothing = self.heads(self.query, x), torch.tensor([])
+            key = torch.cat([nothing, self.heads(self.key, encoded)], -2)
+            value = torch.cat([nothing, self.heads(self.value, encoded)], -2)
+            return self.attend(self, query, key, value, None), key, value
+
+    expected = "key is returned but does not grow with the query, as in cross attention"
+    assert reasons(Cross(), tokens(3), tokens(9)) == [expected]
+
+
+def test_cross_attention_that_reads_its_keys_from_an_input() -> None:
+    class Cross(Cached):
+        def forward(self, x: Any, key: Any, value: Any) -> Any:
+            return self.attend(self, self.heads(self.query, x), key, value, None)
+
+    expected = "key is read from a graph input to which nothing is appended"
+    assert reasons(Cross(), *examples(Cross())) == [expected]
+
+
+def test_attention_without_a_cache() -> None:
+    class Encoder(Cached):
+        def forward(self, x: Any) -> Any:
+            query, key, value = (self.heads(p, x) for p in (self.query, self.key, self.value))
+            return self.attend(self, query, key, value, None)
+
+    (text,) = reasons(Encoder(), tokens(3))
+    assert text == (
+        "key comes from Linear, not from a past + new concatenation on dim -2 that is returned"
+    )
+
+
+# Near misses: heads
+
+
+def test_heads_in_tile_order() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.scaled_dot_product_attention(
+            query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
+        )
+
+    assert reason(attend) == (
+        "key comes from repeat, not from a past + new concatenation on dim -2 that is returned"
+    )
+
+
+def test_keys_and_values_that_are_repeated_differently() -> None:
+    class Uneven(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            query = self.heads(self.query, x)
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            value = torch.cat([past_value, self.heads(self.query, x)], -2)
+            return F.softmax(query @ repeat_kv(key).mT, -1) @ value, key, value
+
+    inputs = (tokens(3), past()[0], past(HEADS)[1])
+    expected = "keys and values are repeated a different number of times"
+    assert reasons(Uneven(), *inputs) == [expected]
+
+
+def test_keys_and_values_with_different_numbers_of_heads() -> None:
+    class Uneven(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            query = self.heads(self.query, x)
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            value = torch.cat([past_value, self.heads(self.query, x)], -2)
+            return sdpa(self, query, key, value, None), key, value
+
+    inputs = (tokens(3), past()[0], past(HEADS)[1])
+    expected = "keys and values have different numbers of heads"
+    assert reasons(Uneven(), *inputs) == [expected]
+
+
+def test_query_heads_that_are_no_multiple_of_the_key_heads() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(query @ key.mT, -1) @ value  # one query head, broadcast
+
+    module = Cached(attend, heads=1)
+    (text,) = reasons(module, *examples(module))
+    assert text == "the attention's output has other leading dims than its query"
+
+
+def test_heads_in_the_place_of_tokens() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2))
+
+    class TokensAsHeads(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            value = torch.cat([past_value, self.heads(self.value, x)], -2)
+            query = F.pad(self.heads(self.query, x), (0, 0, 7, 0)).transpose(1, 2)
+            return attend(self, query, key, value, None), key, value
+
+    assert reasons(TokensAsHeads(), *examples(TokensAsHeads())) == [
+        "key reaches the attention with its axes in another order than "
+        "[batch, heads, tokens, channels]"
+    ]
+
+
+def test_keys_that_are_also_the_values() -> None:
+    class Latent(Cached):
+        def forward(self, x: Any, past_key: Any) -> Any:
+            key = torch.cat([past_key, self.heads(self.key, x)], -2)
+            return sdpa(self, self.heads(self.query, x), key, key, None), key
+
+    assert reasons(Latent(), tokens(3), past()[0]) == ["keys and values are the same tensor"]
+
+
+def test_number_of_heads_that_is_symbolic() -> None:
+    def forward(query: Any, key: Any, value: Any) -> Any:
+        return F.softmax(query @ key.mT, -1) @ value, key, value
+
+    shape = (2, KV_HEADS, 3, HEAD_DIM)
+    skipped = left_alone(forward, *(randn(*shape, seed=s) for s in range(3)))
+    assert [s.reason for s in skipped] == [
+        "the number of key heads is symbolic; capture the graph with a fixed number of heads"
+    ]
+
+
+def test_two_attentions_over_one_cache_are_both_rewritten() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        first = sdpa(None, query, key, value, None)
+        return sdpa(None, first, key, value, None)
+
+    rewriting = analysed(Cached(attend), examples(Cached()), Canonicalize, FindCacheEdges)
+    assert len(rewriting.sites) == 2
+    assert len(rewriting.edges()) == 2
+
+
+def test_attentions_that_would_store_one_cache_differently() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        first = sdpa(None, query, key, value, None)
+        return sdpa(None, first, interleaved(value), interleaved(key), None)
+
+    rewriting = analysed(Cached(attend), examples(Cached()), Canonicalize, FindCacheEdges)
+    assert len(rewriting.sites) == 1
+    assert [s.reason for s in rewriting.skipped] == [
+        "shares its cache with a layer that stores it differently"
+    ]
