@@ -26,8 +26,8 @@ from squat_fx.state import TOKENS, QuantizedKV, Storage
 class Size:
     """A size in terms of a call's arguments: a number, or an expression over their shapes."""
 
-    def __init__(self, expression: Any, examples: Sequence[Any]) -> None:
-        expression: Any = sympy.sympify(expression)
+    def __init__(self, size: Any, examples: Sequence[Any]) -> None:
+        expression: Any = sympy.sympify(size)
         self._number = int(expression) if expression.is_number else None
         self._terms: list[tuple[Any, int, int | None]] = []
         self._expression = expression

@@ -102,9 +102,9 @@ class Config:
 
     def widths(self, layer: int) -> tuple[int, int]:
         """Bits of a key code and of a value code in ``layer``."""
-        for number, widths in self.layer_bits:
-            if number == layer:
-                return widths
+        chosen = dict(_widths_by_layer(self.layer_bits)).get(layer)
+        if chosen is not None:
+            return chosen
         return self.key_bits or self.bits, self.value_bits or self.bits
 
     def formats(

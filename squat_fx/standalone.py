@@ -47,7 +47,7 @@ class RewrittenModule(nn.Module):
         return self.module.graph
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the rewritten graph.
+        """Run the rewritten graph, without gradients.
 
         Raises:
             ValueError: an input does not have the shape the graph was captured for.
@@ -55,7 +55,8 @@ class RewrittenModule(nn.Module):
         is_pytree = isinstance(self._codegen, _PyTreeCodeGen)
         flat = _flat_inputs(self._codegen, self._placeholders, args, kwargs)
         self._check(flat)
-        out = self._boundary(*flat)
+        with torch.no_grad():  # a packed cache is not differentiable
+            out = self._boundary(*flat)
         if is_pytree:
             return self._codegen.process_outputs(out)
         return out if self._spec is None else pytree.tree_unflatten(list(out), self._spec)
@@ -71,9 +72,10 @@ class RewrittenModule(nn.Module):
                 for want, have in zip(shape, x.shape, strict=True)
             )
             if not fits:
+                wanted = ", ".join(str(s) if isinstance(s, int) else "?" for s in shape)
                 raise ValueError(
                     f"input {name!r} has shape {tuple(x.shape)}, but the graph was captured for "
-                    f"{list(shape)}; capture it with dynamic shapes, or with example inputs of "
+                    f"[{wanted}]; capture it with dynamic shapes, or with example inputs of "
                     "more than one token"
                 )
 

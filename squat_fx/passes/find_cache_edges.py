@@ -126,7 +126,7 @@ def _is_cache_candidate(node: fx.Node, returned: dict[fx.Node, Any]) -> bool:
 
 
 def _source_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
-    """Why ``source`` is no growing cache: an input, another concatenation, not returned as it is."""
+    """Why ``source`` is no cache: an input, another concatenation, not returned as it is."""
     if found := writers(source):
         return f"is changed in place by {describe(found[0])} after it was made"
     if source.op == "placeholder":

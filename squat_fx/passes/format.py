@@ -91,7 +91,8 @@ def _value(value: Any) -> str:
         text = _joined(value)
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        text = f"{value:.6g}"
+        return text if re.search(r"[.en]", text) else f"{text}.0"
     if isinstance(value, (torch.dtype, torch.layout)):
         return str(value).removeprefix("torch.")
     return str(value) if isinstance(value, torch.device) else repr(value)

@@ -54,7 +54,7 @@ class QuantizeKVCache(GraphPass):
         edges = rewriting.edges()
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
-        self._appends: dict[fx.Node, fx.Node] = {}  # the last append after a node
+        self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
             if site.kind == "decode":
@@ -141,8 +141,8 @@ class QuantizeKVCache(GraphPass):
         row = rewriting.handles.index(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
         place = _latest(*readers, edge.new, valid)
-        with graph.inserting_after(self._appends.get(place, place)):
-            self._appends[place] = graph.call_function(
+        with graph.inserting_after(self._placed.get(place, place)):
+            self._placed[place] = graph.call_function(
                 ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
             )
 
@@ -152,12 +152,14 @@ class QuantizeKVCache(GraphPass):
         graph = rewriting.graph
         valid = self._valid_tokens(mask, edge.stored, readers)
         arguments = (edge.stored, valid, edge.fmt.codec, edge.fmt.to_ints())
-        with graph.inserting_after(_latest(edge.stored, valid)):
+        place = _latest(edge.stored, valid)
+        with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
         for index in range(len(edge.fmt.arena_names)):
             with graph.inserting_after(_latest(store, *out)):
                 out.append(graph.call_function(operator.getitem, (store, index)))
+        self._placed[place] = out[-1]
         return out
 
     def _valid_tokens(
@@ -228,8 +230,10 @@ def _follows(node: fx.Node) -> list[fx.Node]:
     """What must be live for a node without readers to be: the memory it writes to or asks about."""
     if is_append(node):
         return []
-    if reads_size(node):
-        return [memory_of(n) for n in node.all_input_nodes]
+    if describe(node) == "_assert_tensor_metadata":
+        return [
+            memory for n in node.all_input_nodes if (memory := memory_of(n)).op != "placeholder"
+        ]
     return [memory_of(written) for written in written_by(node)]
 
 

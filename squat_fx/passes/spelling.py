@@ -215,7 +215,9 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = enumerate(node.target._schema.arguments)
         written = [
-            argument(node, i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write
+            argument(node, i, a.name)
+            for i, a in arguments
+            if a.alias_info and a.alias_info.is_write
         ]
     else:
         name = describe(node)

@@ -17,7 +17,7 @@ from torch import fx
 
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.records import Rewriting
-from squat_fx.passes.spelling import describe, shape_of, value_of
+from squat_fx.passes.spelling import describe, flat_outputs, shape_of, value_of
 
 
 class Verify(GraphPass):
@@ -27,6 +27,9 @@ class Verify(GraphPass):
 
     def run(self, rewriting: Rewriting) -> int:
         """See the module's docstring."""
+        placeholders = rewriting.graph.find_nodes(op="placeholder")
+        assert len(placeholders) == len(rewriting.inputs), "a placeholder is not fed"
+        self._check_outputs(rewriting)
         checks = 0
         appended: set[fx.Node] = set()
         for node in rewriting.graph.nodes:
@@ -43,11 +46,20 @@ class Verify(GraphPass):
                     f"{node} reads after an append"
                 )
                 checks += 1
-        placeholders = rewriting.graph.find_nodes(op="placeholder")
-        assert len(placeholders) == len(rewriting.inputs), "a placeholder is not fed"
         if rewriting.handles:
             self._note_symbols(rewriting)
-        return checks + 1
+        return checks + 2
+
+    def _check_outputs(self, rewriting: Rewriting) -> None:
+        """Every output of the inner graph is part of what the caller gets."""
+        used = {
+            made.first + i
+            for made in rewriting.outputs
+            if made.kind != "appended"
+            for i in range(made.count if made.kind == "stored" else 1)
+        }
+        count = len(flat_outputs(rewriting.graph))
+        assert used == set(range(count)), f"{count} outputs, but the caller is given {sorted(used)}"
 
     def _note_symbols(self, rewriting: Rewriting) -> None:
         """Name the inputs whose sizes keep a decode graph from being static."""
@@ -64,7 +76,9 @@ class Verify(GraphPass):
             note = "the decode graph is dynamic, because sizes of its inputs change: "
             note += ", ".join(changing)
             if any(site.attention.mask is not None for site in rewriting.sites):
-                note += "; an attention mask grows with the cache, so leave out one that is all ones"
+                note += (
+                    "; an attention mask grows with the cache, so leave out one that is all ones"
+                )
             rewriting.notes.append(note)
 
 

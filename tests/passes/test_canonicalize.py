@@ -35,7 +35,9 @@ def reason(attend: Attend, mask: Any = None) -> str:
 
 
 def test_record_of_sdpa() -> None:
-    assert_expected_inline(record(Cached(sdpa_masked), MASK), """\
+    assert_expected_inline(
+        record(Cached(sdpa_masked), MASK),
+        """\
 output: scaled_dot_product_attention
 query: transpose
 key: cat
@@ -45,11 +47,14 @@ mask: mask
 causal: 0
 softcap: 0.0
 sinks: None
-spelling: sdpa""")
+spelling: sdpa""",
+    )
 
 
 def test_record_of_gemma2() -> None:
-    assert_expected_inline(record(Cached(gemma2), MASK), """\
+    assert_expected_inline(
+        record(Cached(gemma2), MASK),
+        """\
 output: matmul_1
 query: transpose
 key: transpose_3
@@ -59,11 +64,14 @@ mask: mask
 causal: 0
 softcap: 3.0
 sinks: None
-spelling: eager""")
+spelling: eager""",
+    )
 
 
 def test_record_of_gpt_oss() -> None:
-    assert_expected_inline(record(Cached(gpt_oss), MASK), """\
+    assert_expected_inline(
+        record(Cached(gpt_oss), MASK),
+        """\
 output: matmul_1
 query: transpose
 key: transpose_3
@@ -73,7 +81,8 @@ mask: mask
 causal: 0
 softcap: 0.0
 sinks: sinks
-spelling: eager""")
+spelling: eager""",
+    )
 
 
 def test_a_second_run_finds_the_same_and_changes_no_node() -> None:

@@ -1,4 +1,4 @@
-"""Where keys and values come from the cache and go back to it; the things beside a cache that stay."""
+"""Where keys and values come from the cache and go back to it, and what beside it must stay."""
 
 from __future__ import annotations
 
@@ -57,17 +57,23 @@ def reason(attend: Attend) -> str:
 
 
 def test_site_of_a_decode() -> None:
-    assert_expected_inline(found(Cached(llama), *examples(Cached())), """\
+    assert_expected_inline(
+        found(Cached(llama), *examples(Cached())),
+        """\
 decode of layer 0, 2 queries per kv head
 key: cat = past past_key + new transpose_1
-value: cat_1 = past past_value + new transpose_2""")
+value: cat_1 = past past_value + new transpose_2""",
+    )
 
 
 def test_site_of_a_prefill() -> None:
-    assert_expected_inline(found(Prefill(llama), tokens(3)), """\
+    assert_expected_inline(
+        found(Prefill(llama), tokens(3)),
+        """\
 prefill of layer 0, 2 queries per kv head
 key: transpose_1 = past None + new transpose_1
-value: transpose_2 = past None + new transpose_2""")
+value: transpose_2 = past None + new transpose_2""",
+    )
 
 
 def test_layer_is_read_from_the_module_path() -> None:
@@ -219,7 +225,7 @@ def test_rotary_cat() -> None:
             key = torch.cat([-key[..., half:], key[..., :half]], -1)
             return self.attend(self, query, key, value, None), key, value
 
-    # What is returned is the rotated key, which grows with the query: a prefill, and no cat of ours.
+    # The key that is returned grows with the query, but its cat is rotary.
     rewriting = analysed(Rotary(), (tokens(3),), Canonicalize, FindCacheEdges)
     (skipped,) = rewriting.skipped
     assert skipped.reason == "key is concatenated on dim -1, not on dim -2"
@@ -346,6 +352,7 @@ def test_keys_that_are_also_the_values() -> None:
 
 def test_number_of_heads_that_is_symbolic() -> None:
     def forward(query: Any, key: Any, value: Any) -> Any:
+        key, value = key * 2, value * 2
         return F.softmax(query @ key.mT, -1) @ value, key, value
 
     shape = (2, KV_HEADS, 3, HEAD_DIM)

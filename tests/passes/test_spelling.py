@@ -37,7 +37,9 @@ def causal(query_len: int, kv_len: int) -> Tensor:
 def additive(query_len: int, kv_len: int) -> Tensor:
     """The same as numbers, ``[1, 1, q_len, kv_len]``."""
     shape = (1, 1, query_len, kv_len)
-    return torch.zeros(shape).masked_fill(~causal(query_len, kv_len), torch.finfo(torch.float32).min)
+    return torch.zeros(shape).masked_fill(
+        ~causal(query_len, kv_len), torch.finfo(torch.float32).min
+    )
 
 
 def bias_per_head(query_len: int, kv_len: int) -> Tensor:
@@ -85,11 +87,10 @@ def is_causal(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     )
 
 
-@CAPTURES
 @pytest.mark.parametrize("attend", [is_causal, *PLAIN.values()])
-def test_prefill(attend: Attend, capture: Callable[..., fx.GraphModule]) -> None:
+def test_prefill(attend: Attend) -> None:
     module = Prefill(attend)
-    rewritten, report = rewrite(module, tokens(5), capture=capture)
+    rewritten, report = rewrite(module, tokens(5))
     assert [graph.kind for graph in report.graphs] == ["prefill"], str(report)
     with torch.no_grad():
         out, key, value = rewritten(tokens(21))

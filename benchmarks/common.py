@@ -1,0 +1,131 @@
+"""What the benchmarks share: the model, the text, a decoding loop, and how a result is written.
+
+A result is one small json: the command, the versions, what was measured. File names in it are bare
+names, so that two machines write the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import squat_fx
+from squat_fx.cli import late_progress, stay_offline
+from squat_fx.demo import smollm2_folder
+
+PACKAGES = ("torch", "transformers", "optimum-quanto")
+
+
+def model_folder(chosen: Path | None) -> Path:
+    """The folder the user chose, else SmolLM2-135M-Instruct, downloaded the first time."""
+    stay_offline()
+    if chosen is None:
+        return smollm2_folder(late_progress)
+    if not chosen.is_dir():
+        raise typer.BadParameter(f"there is no folder {chosen}; give a Hugging Face model folder")
+    return chosen
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Any:
+    """A fresh causal language model on the CPU, untouched."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+    )
+    return model.eval()
+
+
+def text_tokens(folder: Path, text: Path) -> Tensor:
+    """The whole text as the model's tokens, int64 ``[tokens]``, without special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    content = text.read_text(encoding="utf-8")
+    encoded = tokenizer(content, add_special_tokens=False, return_tensors="pt", verbose=False)
+    return encoded.input_ids[0]
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """The cache that ``generate()`` would make."""
+    return DynamicCache(config=model.config)
+
+
+def prefill(model: Any, prompt: Tensor, cache: Any) -> Any:
+    """Feed ``prompt`` ``[1, tokens]`` in one call; returns the cache the model hands back."""
+    return model(prompt, past_key_values=cache, logits_to_keep=1).past_key_values
+
+
+def decode(model: Any, tokens: Tensor, cache: Any) -> Iterator[Tensor]:
+    """Feed ``tokens`` ``[1, tokens]`` one by one; yields the logits ``[vocabulary]`` after each."""
+    for token in tokens.split(1, dim=1):
+        yield model(token, past_key_values=cache).logits[0, -1]
+
+
+def stored_bytes(cache: Any) -> squat_fx.CacheBytes:
+    """:func:`squat_fx.cache_bytes`, looking also into tensors that other libraries wrap.
+
+    To torch a wrapped tensor has the size of what it stands for; what counts is what it holds.
+    """
+    total = squat_fx.CacheBytes(0, 0)
+    for layer in cache.layers:
+        for tensor in (x for x in vars(layer).values() if isinstance(x, Tensor)):
+            found = squat_fx.cache_bytes(tensor)
+            if not isinstance(tensor, squat_fx.QuantizedKV):
+                stored = sum(inner.nbytes for inner in innermost(tensor))
+                found = squat_fx.CacheBytes(stored, found.dense)
+            total = total + found
+    return total
+
+
+def innermost(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a traceable wrapper is made of; a plain tensor is made of itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from innermost(getattr(tensor, name))
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    found = {"python": platform.python_version(), "squat_fx": squat_fx.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def text_record(text: Path) -> dict[str, str]:
+    """Which text it was."""
+    return {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
+
+
+def command(script: str, model: Path | None, out: Path | None, **options: Any) -> str:
+    """The command line that repeats a run."""
+    parts = ["python", f"benchmarks/{script}"]
+    if model is not None:
+        parts += ["--model", model.name]
+    for name, value in options.items():
+        shown = value.name if isinstance(value, Path) else value
+        parts += [f"--{name.replace('_', '-')}", str(shown)]
+    if out is not None:
+        parts += ["--out", f"benchmarks/results/{out.name}"]
+    return " ".join(parts)
+
+
+def write_result(out: Path | None, result: dict[str, Any]) -> None:
+    """Write ``result`` as json, if a file was asked for."""
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    typer.echo(f"wrote {out}", err=True)

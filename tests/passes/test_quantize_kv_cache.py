@@ -1,0 +1,209 @@
+# ruff: noqa: E501 - a golden shows one node a line
+"""Rewritten graphs, read as text; who else reads a cache gets the numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, fx
+
+import squat_fx
+from squat_fx import Config
+from squat_fx.passes.format import format_graph
+from tests.passes.capture import (
+    LOSSLESS,
+    Cached,
+    Prefill,
+    assert_same_over_steps,
+    dense,
+    examples,
+    past,
+    rewrite,
+    tokens,
+)
+from tests.passes.spellings import gemma2, llama_masked, merged_heads, sdpa_masked
+
+MASK = torch.zeros(1, 1, 3, 10)
+
+
+def text(module: Any, *inputs: Any) -> str:
+    """The rewritten graph from the attention on, under the default 2-bit codec."""
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), inputs, Config(bits=2))
+    lines = format_graph(rewritten.graph).split("\n")
+    return "\n".join(
+        [lines[0], *(line for line in lines if "squat_fx" in line or "return" in line)]
+    )
+
+
+def test_prefill() -> None:
+    module = Prefill(sdpa_masked)
+    assert_expected_inline(
+        text(module, tokens(3), torch.zeros(3, 3)),
+        """\
+inputs: x, mask
+valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
+store_planes_channel = squat_fx.store.planes_channel(transpose_1, valid_tokens_default, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2])
+store_planes_channel_1 = squat_fx.store.planes_channel(transpose_2, valid_tokens_default, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2])
+return scaled_dot_product_attention, *store_planes_channel, *store_planes_channel_1""",
+    )
+
+
+def test_decode() -> None:
+    assert_expected_inline(
+        text(Cached(), *examples(Cached())),
+        """\
+inputs: positions, x, *past_key, *past_value, mask
+attend_planes_channel = squat_fx.attend.planes_channel(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 32, 1, 32, 4, 2], [8, 1, 8, 32, 4, 2])
+squat_fx.append_.planes_channel(*past_key, transpose_1, None, positions, 0, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2], [attend_planes_channel])
+squat_fx.append_.planes_channel(*past_value, transpose_2, None, positions, 1, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2], [attend_planes_channel])
+return transpose_4""",
+    )
+
+
+def test_decode_with_mask_softcap_and_repeated_heads() -> None:
+    assert_expected_inline(
+        text(Cached(gemma2), *examples(Cached(), MASK)),
+        """\
+inputs: positions, x, *past_key, *past_value, mask
+valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
+attend_planes_channel = squat_fx.attend.planes_channel(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, mask, None, 0.5, 0, 3.0, [8, 32, 1, 32, 4, 2], [8, 1, 8, 32, 4, 2])
+squat_fx.append_.planes_channel(*past_key, transpose_1, valid_tokens_default, positions, 0, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2], [attend_planes_channel])
+squat_fx.append_.planes_channel(*past_value, transpose_2, valid_tokens_default, positions, 1, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2], [attend_planes_channel])
+return attend_planes_channel""",
+    )
+
+
+def test_decode_of_merged_heads() -> None:
+    rewritten, _ = rewrite(Cached(merged_heads), *examples(Cached()))
+    lines = format_graph(rewritten.graph).split("\n")
+    assert_expected_inline(
+        "\n".join(lines[-7:]),
+        """\
+unflatten_4 = unflatten(mul_2, 0, (-1, 4))
+attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2], [8, 1, 4, 4, 2])
+squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2], [attend_dense])
+squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2], [attend_dense])
+flatten_3 = flatten(attend_dense, 0, 1)
+unflatten_3 = unflatten(flatten_3, 0, (-1, 4))
+return unflatten_3""",
+    )
+
+
+def test_nothing_of_the_attention_is_left() -> None:
+    rewritten, _ = rewrite(Cached(llama_masked), *examples(Cached(), MASK))
+    calls = {str(node.target) for node in rewritten.graph.nodes if node.op != "placeholder"}
+    assert not {"matmul", "softmax", "cat", "expand", "dropout"} & calls
+    assert not any("softmax" in call or "matmul" in call for call in calls)
+
+
+def test_metadata_of_the_output_is_kept() -> None:
+    module = fx.symbolic_trace(Cached())
+    rewritten, report = squat_fx.rewrite(module, examples(Cached()), LOSSLESS)
+    (attend,) = (n for n in rewritten.graph.nodes if "attend" in str(n.target))
+    assert attend.meta["squat_layer"] == report.graphs[0].sites[0].layer
+    output = rewritten.graph.output_node().args[0][0]
+    assert output.meta["val"].shape[1:] == (4, output.meta["val"].shape[2], 8)
+
+
+def test_key_with_a_second_reader_gets_the_numbers_and_the_cache_still_grows_packed() -> None:
+    class Curious(Cached):
+        def forward(self, x: Any, past_key: Any, past_value: Any) -> Any:
+            out, key, value = super().forward(x, past_key, past_value)
+            return out + key.mean(), key, value
+
+    module = Curious()
+    rewritten, report = rewrite(module, *examples(module))
+    assert report.rewritten == 1
+    lines = format_graph(rewritten.graph).split("\n")
+    assert_expected_inline(
+        "\n".join(x for x in lines if "cat" in x or "past" in x),
+        """\
+inputs: positions, x, past_key, *past_key, *past_value
+cat = cat([past_key, transpose_1], -2)
+attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2], [8, 1, 4, 4, 2])
+squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2], [attend_dense])
+squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2], [attend_dense])
+mean = mean(cat)""",
+    )
+    assert_same_over_steps(module, rewritten)
+
+
+def test_attention_that_is_left_alone_reads_the_numbers_of_a_cache_that_grows_packed() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        first = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        scores = (first @ key.repeat(1, 2, 1, 1).mT).abs()
+        return torch.softmax(scores, -1) @ value.repeat(1, 2, 1, 1)
+
+    module = Cached(attend)
+    rewritten, report = rewrite(module, *examples(module))
+    assert report.rewritten == 1
+    assert [s.reason for s in report.skipped] == [
+        "the scores pass through abs, which is not understood"
+    ]
+    assert_same_over_steps(module, rewritten)
+
+
+def test_writes_that_nobody_names_survive() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        grown = mask.clone()
+        grown.masked_fill_(grown > 0, -torch.inf)
+        return F.scaled_dot_product_attention(query, key, value, grown, enable_gqa=True)
+
+    def last_row_hides_the_first_key(query_len: int, kv_len: int) -> Tensor:
+        mask = torch.zeros(2, 1, query_len, kv_len)
+        mask[1, :, :, 0] = 1
+        return mask
+
+    module = Cached(attend)
+    inputs = examples(module, last_row_hides_the_first_key(3, 10))
+    rewritten, report = rewrite(module, *inputs)
+    assert report.rewritten == 1
+    assert "masked_fill_" in format_graph(rewritten.graph)
+    assert_same_over_steps(module, rewritten, last_row_hides_the_first_key)
+
+
+def test_mask_that_is_filled_in_place_is_asked_for_padding_only_then() -> None:
+    def filled(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        full = torch.full_like(mask, torch.finfo(torch.float32).min)
+        value = value.contiguous()
+        full.mul_(0.0)
+        return F.scaled_dot_product_attention(query, key, value, full, enable_gqa=True)
+
+    module = Prefill(filled)
+    rewritten, _ = rewrite(module, tokens(3), torch.zeros(3, 3))
+    _, key, _ = rewritten(tokens(3), torch.zeros(3, 3))
+    torch.testing.assert_close(dense(key), module(tokens(3), torch.zeros(3, 3))[1])
+
+
+def test_one_node_of_padding_serves_keys_and_values() -> None:
+    rewritten, _ = rewrite(Cached(sdpa_masked), *examples(Cached(), MASK))
+    assert format_graph(rewritten.graph).count("= squat_fx.valid_tokens") == 1
+
+
+def test_rewriting_twice_changes_nothing_more() -> None:
+    graph_module = fx.symbolic_trace(Cached())
+    code = graph_module.code
+    first, _ = squat_fx.rewrite(graph_module, examples(Cached()), LOSSLESS)
+    second, _ = squat_fx.rewrite(graph_module, examples(Cached()), LOSSLESS)
+    assert graph_module.code == code
+    assert format_graph(first.graph) == format_graph(second.graph)
+
+
+def test_formats_of_a_layer_follow_the_config() -> None:
+    config = replace(LOSSLESS, codec=None, layer_bits={0: (4, 3)})
+    _, report = squat_fx.rewrite(fx.symbolic_trace(Cached()), examples(Cached()), config)
+    (site,) = report.graphs[0].sites
+    assert (site.key.fmt.widths, site.value.fmt.widths) == ((4,), (3,))
+
+
+def test_two_pasts_of_different_lengths() -> None:
+    module = Cached()
+    rewritten, _ = rewrite(module, *examples(module))
+    key, value = past(tokens=5)
+    out = rewritten(tokens(1), key, value)
+    torch.testing.assert_close(out[0], module(tokens(1), key, value)[0])
+    assert out[1].shape[2] == out[2].shape[2] == 6
