@@ -4,6 +4,7 @@ around it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import warnings
@@ -20,6 +21,7 @@ from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
+from squat_fx.passes.spelling import value_of
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
 
@@ -91,17 +93,22 @@ def _compile_rewritten(
         if isinstance(example, QuantizedKV):
             rewriting.carriers[node] = example._storage.fmt
     spec = rewrite_graph(rewriting)
-    positions = _fake_positions(rewriting, examples)
-    inner_examples = [_inner_example(fed, examples, positions) for fed in rewriting.inputs]
+    # Dynamo hands over real tensors; the fake ones, with their symbolic sizes, are in the metadata.
+    fakes = [
+        e if value_of(n) is None else value_of(n)
+        for n, e in zip(placeholders, examples, strict=True)
+    ]
+    positions = _fake_positions(rewriting, fakes)
+    inner_examples = [_inner_example(fed, examples, fakes, positions) for fed in rewriting.inputs]
     if config.strict and rewriting.skipped:
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
-    static = is_static(inner_examples, rewriting.inputs)
+    static = is_static(fakes, rewriting.inputs)
     inner_name = _available_inner(config, inner_examples)
     compiler = _inner_compiler(config, inner_examples, static and bool(rewriting.handles))
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
     inner = compiler(rewriting.module, inner_examples)
     handles = [placeholders.index(node) for node in rewriting.handles]
-    boundary = Boundary(inner, rewriting.inputs, rewriting.outputs, handles, examples, report)
+    boundary = Boundary(inner, rewriting.inputs, rewriting.outputs, handles, fakes, report)
     return boundary if spec is None else _with_spec(boundary, spec)
 
 
@@ -193,27 +200,29 @@ def _needs_gradients(examples: Sequence[Any]) -> bool:
     )
 
 
-def _fake_positions(rewriting: Rewriting, examples: Sequence[Any]) -> Any:
-    """An example of the positions tensor, fake where the other examples are."""
-    handles = [examples[rewriting.placeholders.index(node)] for node in rewriting.handles]
+def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
+    """An example of the positions tensor: fake, or AOT would give a real one symbolic sizes."""
+    handles = [fakes[rewriting.placeholders.index(node)] for node in rewriting.handles]
     if not handles:
         return None
-    like = handles[0]._storage["start"] if isinstance(handles[0], QuantizedKV) else handles[0]
-    if isinstance(like, FakeTensor):
-        with like.fake_mode:
-            return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
-    return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+    like = handles[0]._storage["start"]
+    with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
+        return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
 
 
-def _inner_example(fed: InnerInput, examples: Sequence[Any], positions: Any) -> Any:
+def _inner_example(
+    fed: InnerInput, examples: Sequence[Any], fakes: Sequence[Any], positions: Any
+) -> Any:
     if fed.kind == "positions":
         return positions
-    example = examples[fed.index]
     if fed.kind == "arena":
-        return example._storage[fed.name]
-    if fed.kind == "dense" and isinstance(example, QuantizedKV):
-        return example._storage["dense"].new_empty(example.shape)
-    return example
+        return examples[fed.index]._storage[fed.name]
+    fake = fakes[fed.index]
+    if fed.kind == "dense" and isinstance(fake, QuantizedKV):
+        dense: Any = fake._storage["dense"]
+        with dense.fake_mode:
+            return dense.new_empty(fake.shape)
+    return examples[fed.index]
 
 
 @lru_cache(maxsize=1)

@@ -79,7 +79,7 @@ class GraphReport:
         sites, skipped, notes: see :class:`squat_fx.passes.records.Rewriting`.
         inner: what compiled the rewritten graph.
         static: whether no size symbol is among the inner graph's inputs, arena capacities aside.
-        text: the rewritten graph, as ``print_tabular``-free code.
+        text: the rewritten graph, as Python code.
     """
 
     kind: str
@@ -221,11 +221,14 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def is_static(examples: list[Any], inputs: list[Any]) -> bool:
-    """Whether the inner graph's example inputs hold no symbolic size, arena capacities aside."""
-    for example, fed in zip(examples, inputs, strict=True):
+    """Whether what feeds the inner graph holds no symbolic size, arena capacities aside."""
+    for fed in inputs:
+        if fed.kind in ("arena", "positions"):
+            continue
+        example = examples[fed.index]
         if isinstance(example, torch.SymInt):
             return False
-        sizes = example.shape if isinstance(example, Tensor) and fed.kind != "arena" else ()
+        sizes = example.shape if isinstance(example, Tensor) else ()
         if any(isinstance(size, torch.SymInt) for size in sizes):
             return False
     return True
