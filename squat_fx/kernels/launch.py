@@ -241,8 +241,8 @@ def _pack_in_torch(
 
 def num_shares(programs: int, tokens: int, device: torch.device) -> int:
     """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device), programs)
-    most = triton.cdiv(tokens, TILES_PER_SHARE * triton_attend.BLOCK_N)
+    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs)
+    most = -(-tokens // (TILES_PER_SHARE * triton_attend.BLOCK_N))
     return max(1, min(wanted, most, MOST_SHARES))
 
 
