@@ -7,7 +7,7 @@ or
     out = matmul(softmax(scores, -1), repeat_kv(value))
 After:
     the same graph, and one ``Attention`` record per attention: scale, mask, causality, softcap and
-    sinks as numbers and nodes.
+    sinks as numbers and nodes. A mask that only spells causality becomes causality.
 
 Leaves alone: every node. What is not understood (dropout while training, a scale computed in the
 graph, weights that are returned, scores written in place) is recorded as skipped with its reason,
@@ -26,6 +26,7 @@ from torch import fx
 
 from squat_fx.kernels.reference import NO_CAUSALITY, TOP_LEFT
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.causal_masks import read_causal_mask
 from squat_fx.passes.records import Attention, Rewriting, Skipped
 from squat_fx.passes.spelling import (
     argument,
@@ -61,7 +62,7 @@ class Canonicalize(GraphPass):
             recognize = SPELLINGS.get(kind(node) or "")
             found = recognize(node) if recognize else None
             if isinstance(found, Attention):
-                rewriting.attentions.append(found)
+                rewriting.attentions.append(read_causal_mask(found))
             elif isinstance(found, Skipped):
                 rewriting.skipped.append(found)
         return len(rewriting.attentions)
