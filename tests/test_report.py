@@ -207,9 +207,11 @@ def symbolic(*sizes: int) -> torch.Tensor:
 
 
 def test_only_a_capacity_may_be_symbolic_in_a_static_graph() -> None:
-    x, growing = torch.zeros(2, 3), symbolic(5, 6)
-    argument, arena = InnerInput("argument", 0), InnerInput("arena", 0, "qdata")
-    assert is_static([x, 7], [argument, argument])
-    assert is_static([x, growing], [argument, arena])
-    assert not is_static([x, growing], [arena, argument])
-    assert not is_static([growing.shape[0]], [argument])
+    growing = symbolic(5, 6)
+    arguments = [torch.zeros(2, 3), growing, 7, growing.shape[0]]
+    plain, dynamic, number, size = (InnerInput("argument", i) for i in range(4))
+    assert is_static(arguments, [plain, number, InnerInput("positions")])
+    assert is_static(arguments, [plain, InnerInput("arena", 1, "qdata")])
+    assert not is_static(arguments, [plain, dynamic])
+    assert not is_static(arguments, [InnerInput("dense", 1)])
+    assert not is_static(arguments, [size])
