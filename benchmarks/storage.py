@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import squat_fx
 from squat_fx import QuantizedKV
 from squat_fx.cli import late_progress
-from squat_fx.state import Storage
+from squat_fx.storage import Storage
 
 PARTS = {
     "qdata": "codes",

@@ -20,7 +20,8 @@ from torch import Tensor
 from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
 from squat_fx.passes.spelling import size_of
 from squat_fx.report import Report
-from squat_fx.state import TOKENS, QuantizedKV, Storage
+from squat_fx.state import QuantizedKV
+from squat_fx.storage import TOKENS, Storage
 
 
 class Size:

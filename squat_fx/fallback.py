@@ -15,7 +15,8 @@ from torch import Tensor
 
 from squat_fx.config import Config
 from squat_fx.report import Report
-from squat_fx.state import TOKENS, QuantizedKV
+from squat_fx.state import QuantizedKV
+from squat_fx.storage import TOKENS
 
 
 def pack_dense_caches(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from squat_fx.codecs import Format
 from squat_fx.passes.records import AttentionSite, Rewriting, Skipped
-from squat_fx.state import QuantizedKV, Storage
+from squat_fx.state import QuantizedKV
+from squat_fx.storage import Storage
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,16 @@ A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``s
 stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
 was never compiled can hold one without knowing it.
 
-Several handles may share one :class:`Storage`. The storage holds tokens ``[0, length)`` and each
-handle is a prefix of it; an append that would disturb another living handle copies first. Tokens
-appended eagerly stay ``pending``, exact, until the handle is next appended to, which is what the
-compiled path does with the tokens of a call.
+Several handles may share one :class:`~squat_fx.storage.Storage`: each is a prefix of it, and an
+append that would disturb another living handle copies first. Tokens appended eagerly stay
+``pending``, exact, until the handle is next appended to, which is what the compiled path does with
+the tokens of a call.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,183 +26,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from squat_fx.codecs import Format, Role
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
-from squat_fx.pool import POOL, grown_capacity
+from squat_fx.pool import grown_capacity
+from squat_fx.storage import TOKENS, Lease, Storage
 
 aten = torch.ops.aten
-TOKENS = 2  # the dim that grows
 IN_PLACE_ERROR = (
     "a QuantizedKV cannot be written in place ({}); build a new tensor from its dequantize()"
 )
-
-
-class _Lease:
-    """That a living handle reads the first ``length`` stored tokens of a storage."""
-
-    __slots__ = ("__weakref__", "length")
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-
-class Storage:
-    """The arenas of one role of one layer, and how much of them is written.
-
-    Attributes:
-        fmt: the stored format.
-        role: ``"key"`` or ``"value"``.
-        length, watermark: see :mod:`squat_fx.kernels.reference`.
-    """
-
-    def __init__(self, arenas: Arenas, extent: Extent, fmt: Format, role: Role) -> None:
-        self.fmt = fmt
-        self.role: Role = role
-        self.length = extent.length
-        self.watermark = extent.watermark
-        self._arenas = dict(
-            zip(fmt.arena_names, (*arenas.packed, arenas.dense, arenas.start), strict=True)
-        )
-        self._leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
-
-    @classmethod
-    def pooled(
-        cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int
-    ) -> Storage:
-        """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
-        storage = cls(arenas, extent, fmt, role)
-        storage._move_to_pool(capacity)
-        weakref.finalize(storage, _give_back, storage._arenas).atexit = False
-        return storage
-
-    @property
-    def arenas(self) -> Arenas:
-        """The tensors, as ops take them."""
-        *packed, dense, start = self._arenas.values()
-        return Arenas(tuple(packed), dense, start)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The arenas in the order of ``Format.arena_names``."""
-        return tuple(self._arenas.values())
-
-    @property
-    def extent(self) -> Extent:
-        """What is written."""
-        return Extent(self.length, self.watermark)
-
-    @property
-    def capacity(self) -> int:
-        """Packed tokens that fit."""
-        return self._arenas["qdata"].shape[TOKENS]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arenas, spare capacity included."""
-        return sum(arena.nbytes for arena in self._arenas.values())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._arenas[name]
-
-    def lease(self, length: int) -> _Lease:
-        """Note a living reader of the first ``length`` tokens."""
-        lease = _Lease(length)
-        self._leases.add(lease)
-        return lease
-
-    def longest_reader(self, besides: _Lease) -> int:
-        """Tokens that the other living handles read."""
-        return max((lease.length for lease in self._leases if lease is not besides), default=0)
-
-    def reserve(self, new_tokens: int) -> None:
-        """Grow until ``new_tokens`` more fit, whatever leaves the ring."""
-        needed = self.extent.after(new_tokens, self.fmt).packed(0, self.fmt)
-        for name in self.fmt.packed_names:
-            # Each for itself: memory may have run out between two of them, and the caller tried
-            # again.
-            if needed > self.capacity_of(name):
-                with torch.inference_mode(False), torch.no_grad():
-                    self._replace(name, grown_capacity(self.capacity_of(name), needed), pooled=True)
-
-    def capacity_of(self, name: str) -> int:
-        """Tokens that fit into the packed arena ``name``."""
-        return self._arenas[name].shape[TOKENS] * self.fmt.tokens_per_slot(name)
-
-    def commit(self, extent: Extent) -> None:
-        """Make ``extent`` what is written; the append itself has happened."""
-        self.length, self.watermark = extent.length, extent.watermark
-
-    def append(self, new: Tensor, valid: Tensor | None = None) -> None:
-        """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that
-        raises changes nothing.
-        """
-        new_tokens = new.shape[TOKENS]
-        self.reserve(new_tokens)
-        positions = torch.tensor([[self.length, self.watermark]], device=new.device)
-        with torch.inference_mode(False), torch.no_grad():
-            *packed, dense, start = self.tensors
-            written = (
-                dense if new_tokens == 1 else dense.clone()
-            )  # several tokens may reuse ring slots
-            ops.overload("append_", self.fmt.layout)(
-                *packed,
-                written,
-                start,
-                new,
-                valid,
-                positions,
-                0,
-                self.fmt.codec,
-                self.fmt.to_ints(),
-            )
-            if written is not dense:
-                dense.copy_(written)
-        self.commit(self.extent.after(new_tokens, self.fmt))
-
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from ``length`` on, in place."""
-        after = Extent(length, min(self.watermark, length))
-        reference.truncate(self.arenas, self.extent, after, self.fmt)
-        self.commit(after)
-
-    def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
-        """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
-        with torch.inference_mode(False), torch.no_grad():
-            *packed, dense, start = (batch(arena) for arena in self.tensors)
-            arenas = Arenas(tuple(packed), dense, start)
-            return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
-
-    def dequantize(self, length: int) -> Tensor:
-        """The first ``length`` tokens as numbers."""
-        positions = torch.tensor([[self.length, self.watermark]], device=self["start"].device)
-        op = ops.overload("dequantize", self.fmt.layout)
-        return op(*self.tensors, positions, 0, length, self.fmt.to_ints())
-
-    def _move_to_pool(self, capacity: int) -> None:
-        for name in self.fmt.packed_names:
-            self._replace(name, capacity, pooled=False)
-        for name in ("dense", "start"):
-            old = self._arenas[name]
-            self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
-            self._arenas[name].copy_(old)
-
-    def _replace(self, name: str, capacity: int, pooled: bool) -> None:
-        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if
-        it is ``pooled``.
-        """
-        old = self._arenas[name]
-        shape = list(old.shape)
-        shape[TOKENS] = capacity // self.fmt.tokens_per_slot(name)
-        new = POOL.take(tuple(shape), old.dtype, old.device)
-        kept = min(old.shape[TOKENS], shape[TOKENS])
-        new[:, :, :kept].copy_(old[:, :, :kept])
-        torch._dynamo.maybe_mark_dynamic(new, TOKENS)
-        self._arenas[name] = new
-        if pooled:
-            POOL.give(old)
-
-
-def _give_back(arenas: dict[str, Tensor]) -> None:
-    for arena in arenas.values():
-        POOL.give(arena)
 
 
 class QuantizedKV(Tensor):
@@ -215,7 +44,7 @@ class QuantizedKV(Tensor):
 
     _storage: Storage
     _pending: Tensor | None
-    _lease: _Lease
+    _lease: Lease
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 

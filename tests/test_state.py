@@ -21,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from squat_fx.codecs import Format, Kivi
 from squat_fx.kernels import reference
 from squat_fx.pool import POOL
-from squat_fx.state import QuantizedKV, Storage
+from squat_fx.state import QuantizedKV
+from squat_fx.storage import Storage
 from tests.conftest import left_padding, randn, stored_format
 
 SHAPE = (3, 2, 30, 16)

@@ -98,7 +98,8 @@ class Handles(RuleBasedStateMachine):
         self.seed = 0
         self.setting = ExitStack()
         self.setting.enter_context(torch.no_grad())
-        self.setting.enter_context(patch("squat_fx.state.grown_capacity", tight_capacity))
+        for module in ("state", "storage"):
+            self.setting.enter_context(patch(f"squat_fx.{module}.grown_capacity", tight_capacity))
 
     def teardown(self) -> None:
         self.setting.close()
