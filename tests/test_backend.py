@@ -284,3 +284,43 @@ def test_explain_runs_a_copy_of_nothing_and_names_every_layer() -> None:
     assert {graph.kind for graph in report.graphs} == {"prefill", "decode"}
     assert "layers 0, 2" in str(report)
     assert "layers 1, 3" in str(report) or "sliding" in str(report)
+
+
+def _by_squat_fx(model: Any) -> Any:
+    return squat_fx.compile(model, bits=2, **OPTIONS)
+
+
+def _by_model_compile(model: Any) -> Any:
+    model.compile(backend="squat", options={"inner": "eager"})
+    return model
+
+
+def _by_forward(model: Any) -> Any:
+    model.forward = torch.compile(model.forward, backend="squat", options={"inner": "eager"})
+    return model
+
+
+def _by_torch_compile(model: Any) -> Any:
+    return torch.compile(model, backend="squat", options={"inner": "eager"})
+
+
+@pytest.mark.parametrize(
+    ("compiled", "reached"),
+    [
+        (_by_squat_fx, True),
+        (_by_model_compile, True),
+        (_by_forward, True),
+        (_by_torch_compile, False),
+    ],
+)
+def test_which_calls_of_generate_reach_the_backend(compiled: Any, reached: bool) -> None:
+    out = compiled(build("llama")).generate(
+        prompt(1, 12), max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    assert isinstance(out.past_key_values.layers[0].keys, QuantizedKV) == reached
+
+
+def test_calling_what_torch_compile_returned_reaches_the_backend() -> None:
+    with torch.no_grad():
+        out = _by_torch_compile(build("llama"))(prompt(1, 12), use_cache=True)
+    assert isinstance(out.past_key_values.layers[0].keys, QuantizedKV)
