@@ -14,7 +14,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
@@ -201,14 +200,3 @@ class Boundary:
                     stored[made.first] = self._report.track(handle)
                 out.append(stored[made.first])
         return tuple(out)
-
-
-def unflatten_output(
-    run: Callable[..., tuple[Any, ...]], spec: pytree.TreeSpec
-) -> Callable[..., Any]:
-    """``run`` with its flat outputs in the original structure."""
-
-    def call(*args: Any) -> Any:
-        return pytree.tree_unflatten(list(run(*args)), spec)
-
-    return call

@@ -102,7 +102,7 @@ class Config:
 
     def widths(self, layer: int) -> tuple[int, int]:
         """Bits of a key code and of a value code in ``layer``."""
-        chosen = dict(_widths_by_layer(self.layer_bits)).get(layer)
+        chosen: Any = dict(self.layer_bits).get(layer)  # pairs, since __post_init__
         if chosen is not None:
             return chosen
         return self.key_bits or self.bits, self.value_bits or self.bits

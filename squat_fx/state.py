@@ -142,10 +142,6 @@ class QuantizedKV(Tensor):
             self._lease = storage.lease(length)
         storage.truncate(length)
 
-    def appended(self, storage: Storage) -> QuantizedKV:
-        """The handle after an append to ``storage`` was committed."""
-        return QuantizedKV(storage, storage.length)
-
     # the traceable wrapper protocol ---------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
