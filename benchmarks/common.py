@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,18 @@ def text_record(text: Path) -> dict[str, str]:
     return {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
 
 
-def command(script: str, model: Path | None, out: Path | None, **options: Any) -> str:
-    """The command line that repeats a run."""
+def command(
+    script: str, model: Path | None, out: Path | None, texts: Sequence[Path] = (), **options: Any
+) -> str:
+    """The command line that repeats a run; options that are None are left out."""
     parts = ["python", f"benchmarks/{script}"]
     if model is not None:
         parts += ["--model", model.name]
+    for text in texts:
+        parts += ["--text", text.name]
     for name, value in options.items():
+        if value is None:
+            continue
         shown = value.name if isinstance(value, Path) else value
         parts += [f"--{name.replace('_', '-')}", str(shown)]
     if out is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from squat_fx.api import compile, explain, report, rewrite
 from squat_fx.backend import NotRewritten
+from squat_fx.calibrate import calibrate
+from squat_fx.calibration import Calibration
 from squat_fx.codecs import list_codecs
 from squat_fx.config import Config
 from squat_fx.report import CacheBytes, GraphReport, Report, cache_bytes
@@ -13,12 +15,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CacheBytes",
+    "Calibration",
     "Config",
     "GraphReport",
     "NotRewritten",
     "QuantizedKV",
     "Report",
     "cache_bytes",
+    "calibrate",
     "compile",
     "explain",
     "list_codecs",

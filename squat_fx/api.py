@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from squat_fx.backend import compile_graph, copy_graph
+from squat_fx.calibration import Calibration
 from squat_fx.codecs import Codec
 from squat_fx.config import Config, Inner
 from squat_fx.fallback import pack_dense_caches
@@ -72,16 +73,16 @@ class _Mark:
 
 def compile(
     model_or_fn: Target,
-    bits: int = 2,
+    bits: float = 2,
     *,
     codec: str | Codec | None = None,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
     residual_length: int = 32,
     sink_length: int = 4,
     skip_layers: Sequence[int] = (),
-    layer_bits: Mapping[int, int | tuple[int, int]] | None = None,
-    calibration: Any = None,
+    layer_bits: Mapping[int, float | tuple[float, float]] | None = None,
+    calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
     strict: bool = False,
@@ -93,7 +94,8 @@ def compile(
     :class:`squat_fx.Config` for the options.
 
     Raises:
-        ValueError: an option is out of range; nothing has been changed.
+        ValueError: an option is out of range, or the calibration belongs to another model; nothing
+            has been changed.
         TypeError: ``model_or_fn`` is neither a module nor callable.
     """
     config = Config(
@@ -111,6 +113,8 @@ def compile(
         strict=strict,
     )
     if isinstance(model_or_fn, nn.Module):
+        if config.calibration is not None:
+            config.calibration.check(model_or_fn)
         compiled = Compiled(model_or_fn._call_impl, config)
         model_or_fn._compiled_call_impl = compiled
         object.__setattr__(model_or_fn, _ATTRIBUTE, _Mark(compiled))
@@ -158,7 +162,7 @@ def report(model: Any) -> Report:
 
 
 def explain(
-    model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: int = 2, **options: Any
+    model: Any, example_inputs: Mapping[str, Any] | Sequence[Any], bits: float = 2, **options: Any
 ) -> Report:
     """What :func:`compile` would rewrite, found by running ``model`` once.
 

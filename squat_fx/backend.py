@@ -210,11 +210,20 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
 
 
+def _fake_constant(tensor: Tensor, fakes: Sequence[Any]) -> Tensor:
+    """An example of ``tensor`` in the mode of the other examples, with sizes that are numbers."""
+    modes = (f.fake_mode for f in fakes if isinstance(f, FakeTensor))
+    with next(modes, contextlib.nullcontext()):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def _inner_example(
     fed: InnerInput, examples: Sequence[Any], fakes: Sequence[Any], positions: Any
 ) -> Any:
     if fed.kind == "positions":
         return positions
+    if fed.tensor is not None:
+        return _fake_constant(fed.tensor, fakes)
     if fed.kind == "arena":
         return examples[fed.index]._storage[fed.name]
     fake = fakes[fed.index]

@@ -109,7 +109,10 @@ class Boundary:
         for carrier in self._carriers:
             x = out[carrier.index]
             if not isinstance(x, QuantizedKV) and carrier.edge is not None:
-                out[carrier.index] = QuantizedKV.from_dense(x, carrier.edge.fmt, carrier.edge.role)
+                edge = carrier.edge
+                out[carrier.index] = QuantizedKV.from_dense(
+                    x, edge.fmt, edge.role, basis=edge.basis
+                )
         return tuple(out)
 
     def _stage(self, args: tuple[Any, ...]) -> dict[int, tuple[Storage, int]]:
@@ -149,6 +152,8 @@ class Boundary:
                 storage = staged[fed.index][0]
                 copied = dense.get(fed.index) if fed.name == "dense" else None
                 gathered.append(storage[fed.name] if copied is None else copied)
+            elif fed.kind == "constant":
+                gathered.append(fed.tensor)
             elif fed.kind == "dense":
                 x = args[fed.index]
                 gathered.append(x.dequantize() if isinstance(x, QuantizedKV) else x)
@@ -196,7 +201,9 @@ class Boundary:
                     arenas = results[made.first : made.first + made.count]
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._stored_tokens[position](args)
-                    handle = QuantizedKV.from_arenas(arenas, length, made.edge.fmt, made.edge.role)
+                    handle = QuantizedKV.from_arenas(
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis
+                    )
                     stored[made.first] = self._report.track(handle)
                 out.append(stored[made.first])
         return tuple(out)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from squat_fx.codecs import Codec, Format, codec_class, codec_spec, make_format
+import torch
+from torch import Tensor
+
+from squat_fx.calibration import Calibration
+from squat_fx.codecs import CODECS, Codec, Format, codec_class, codec_spec, make_format
 
 Inner = Literal["inductor", "aot_eager", "eager"]
-WIDTHS = (1, 2, 3, 4, 8)
-DEFAULT_CODEC = "kivi"
+SMALLEST_WIDTH, LARGEST_WIDTH = 1, 8
+DEFAULT_CODEC = "squat"
 LARGEST_HEAD_DIM = 256
-LayerBits = Mapping[int, int | tuple[int, int]] | tuple[tuple[int, tuple[int, int]], ...]
+Width = float
+LayerBits = Mapping[int, Width | tuple[Width, Width]] | tuple[tuple[int, tuple[Width, Width]], ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,9 @@ class Config:
     """Options of :func:`squat_fx.compile`, frozen and validated.
 
     Attributes:
-        bits: width of a code, for keys and values; 1, 2, 3, 4 or 8.
+        bits: width of a code, for keys and values, from 1 to 8. A fraction is an average over the
+            plane groups of 16 channels, where the codec allows it (``squat`` does) and the head has
+            enough of them: 2.5 at head_dim 64 is 2, 2, 3 and 3 bits.
         codec: a name from :func:`squat_fx.list_codecs`, a codec instance, or None for the default.
         key_bits, value_bits: widths for one role; None takes ``bits``.
         residual_length: newest tokens kept exactly, at least.
@@ -31,7 +39,7 @@ class Config:
             attention of the graph.
         layer_bits: other widths for some layers, ``{layer: bits}`` or
             ``{layer: (key_bits, value_bits)}``; kept as sorted pairs.
-        calibration: for codecs that take one; none does yet.
+        calibration: from :func:`squat_fx.calibrate`, for codecs that take one (``squat`` does).
         inner: what compiles the rewritten graph.
         cuda_graphs: let Inductor replay static decode graphs as CUDA graphs.
         strict: raise where an attention is left alone or a graph cannot be compiled, instead of
@@ -41,15 +49,15 @@ class Config:
         ValueError: a value is outside what is allowed; the message says what is.
     """
 
-    bits: int = 2
+    bits: Width = 2
     codec: str | Codec | None = None
-    key_bits: int | None = None
-    value_bits: int | None = None
+    key_bits: Width | None = None
+    value_bits: Width | None = None
     residual_length: int = 32
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
     layer_bits: LayerBits = ()
-    calibration: Any = None
+    calibration: Calibration | None = None
     inner: Inner = "inductor"
     cuda_graphs: bool = False
     strict: bool = False
@@ -67,12 +75,34 @@ class Config:
             raise ValueError(
                 f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}"
             )
-        if self.calibration is not None:
-            raise ValueError("no codec takes a calibration yet; leave calibration=None")
         if isinstance(self.codec, str):
             codec_class(self.codec)
         elif self.codec is not None and not isinstance(self.codec, Codec):
             raise ValueError(f"codec must be a name or a codec instance, got {self.codec!r}")
+        self._check_against_codec()
+
+    def _check_against_codec(self) -> None:
+        codec = self.resolved_codec
+        widths = [self.bits, self.key_bits, self.value_bits]
+        widths += [width for _, pair in self.layer_bits for width in pair]  # pyright: ignore
+        for width in widths:
+            if codec.layout != "planes/token" and width is not None and width != int(width):
+                raise ValueError(
+                    f"codec {codec.name!r} takes whole bits, got {width}; "
+                    f"the nearest are {math.floor(width)} and {math.ceil(width)}"
+                )
+        if self.calibration is None:
+            return
+        if not isinstance(self.calibration, Calibration):
+            raise ValueError(
+                "calibration must come from squat_fx.calibrate() or Calibration.load(), "
+                f"got {type(self.calibration).__name__}"
+            )
+        if not codec.takes_calibration:
+            takers = ", ".join(name for name, c in CODECS.items() if c.takes_calibration)
+            raise ValueError(
+                f"codec {codec.name!r} takes no calibration; leave it out or choose {takers}"
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Config:
@@ -100,7 +130,7 @@ class Config:
         """Whether ``layer`` of ``layers`` stays as it is."""
         return layer in self.skip_layers or layer - layers in self.skip_layers
 
-    def widths(self, layer: int) -> tuple[int, int]:
+    def widths(self, layer: int) -> tuple[Width, Width]:
         """Bits of a key code and of a value code in ``layer``."""
         chosen: Any = dict(self.layer_bits).get(layer)  # pairs, since __post_init__
         if chosen is not None:
@@ -108,7 +138,7 @@ class Config:
         return self.key_bits or self.bits, self.value_bits or self.bits
 
     def formats(
-        self, layer: int, layers: int, key_dim: Any, value_dim: Any
+        self, layer: int, layers: int, heads: Any, key_dim: Any, value_dim: Any
     ) -> tuple[Format, Format] | str:
         """The stored formats of a layer's keys and values, or why the layer is left alone."""
         if self.skips(layer, layers):
@@ -118,22 +148,37 @@ class Config:
                 return f"head_dim {dim} is outside 1..{LARGEST_HEAD_DIM}"
         codec, (key_bits, value_bits) = self.resolved_codec, self.widths(layer)
         spec, exact = codec_spec(codec), (self.residual_length, self.sink_length)
-        return (
-            make_format(codec, spec, "key", key_dim, key_bits, *exact),
-            make_format(codec, spec, "value", value_dim, value_bits, *exact),
-        )
+        calibrated = self.calibration.layers.get(layer) if self.calibration else None
+        if calibrated and (misfit := calibrated.misfit(heads, key_dim)):
+            return misfit
+        try:
+            key_widths = calibrated.widths(key_bits) if calibrated else key_bits
+            return (
+                make_format(codec, spec, "key", key_dim, key_widths, *exact, bool(calibrated)),
+                make_format(codec, spec, "value", value_dim, value_bits, *exact),
+            )
+        except ValueError as error:
+            return str(error)
+
+    def basis(self, layer: int, fmt: Format, device: torch.device) -> Tensor | None:
+        """The calibrated basis of a role of ``layer``, on ``device``, if its format is latent."""
+        if not fmt.latent or self.calibration is None:
+            return None
+        return self.calibration.layers[layer].basis(device)
 
 
 def _check_width(name: str, value: Any, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if type(value) is int and value in WIDTHS:
-        return
     nearest = ""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        nearest = f"; the nearest is {min(WIDTHS, key=lambda width: abs(width - value))}"
-    allowed = ", ".join(map(str, WIDTHS))
-    raise ValueError(f"{name} must be one of {allowed}, got {value!r}{nearest}")
+        if SMALLEST_WIDTH <= value <= LARGEST_WIDTH:
+            return
+        nearest = f"; the nearest is {SMALLEST_WIDTH if value < SMALLEST_WIDTH else LARGEST_WIDTH}"
+    raise ValueError(
+        f"{name} must be a number of bits from {SMALLEST_WIDTH} to {LARGEST_WIDTH}, "
+        f"got {value!r}{nearest}"
+    )
 
 
 def _layer_numbers(layers: Any) -> tuple[int, ...]:
@@ -144,7 +189,7 @@ def _layer_numbers(layers: Any) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def _widths_by_layer(layer_bits: Any) -> tuple[tuple[int, tuple[int, int]], ...]:
+def _widths_by_layer(layer_bits: Any) -> tuple[tuple[int, tuple[Width, Width]], ...]:
     """``{layer: bits or (key_bits, value_bits)}`` as sorted pairs, which hash and pickle."""
     chosen = {}
     for layer, widths in dict(layer_bits).items():

@@ -72,14 +72,16 @@ def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report
     keys, values = layer.keys, layer.values
     if keys.requires_grad or values.requires_grad:
         return False
-    formats = config.formats(index, layers, keys.shape[3], values.shape[3])
+    formats = config.formats(index, layers, keys.shape[1], keys.shape[3], values.shape[3])
     if isinstance(formats, str):
         return False
     valid = None
     if isinstance(mask, Tensor) and mask.shape == (keys.shape[0], keys.shape[TOKENS]):
         valid = mask.bool()
         valid = None if bool(valid.all()) else valid
+    basis = config.basis(index, formats[0], keys.device)
     with torch.inference_mode(False), torch.no_grad():
-        layer.keys = report.track(QuantizedKV.from_dense(keys, formats[0], "key", valid))
+        packed = QuantizedKV.from_dense(keys, formats[0], "key", valid, basis=basis)
+        layer.keys = report.track(packed)
         layer.values = report.track(QuantizedKV.from_dense(values, formats[1], "value", valid))
     return True

@@ -202,9 +202,13 @@ def _describe(fmt: Format) -> str:
     if fmt.layout == "dense":
         return "exact"
     name = fmt.codec.split(" ")[0]
+    if fmt.latent:
+        name += " calibrated"
     group = f"{fmt.token_group} tokens" if fmt.token_group > 1 else f"{fmt.channel_group} channels"
+    if fmt.layout == "planes/token":
+        group = "token"
     return (
-        f"{name} {fmt.widths[0]} bits per {group} "
+        f"{name} {fmt.bits:g} bits per {group} "
         f"({fmt.packed_bits_per_element():.2f} stored bits, "
         f"{fmt.residual_length} newest and {fmt.sink_length} first tokens exact)"
     )
@@ -224,7 +228,7 @@ def _ranges(numbers: list[int]) -> str:
 def is_static(examples: list[Any], inputs: list[Any]) -> bool:
     """Whether what feeds the inner graph holds no symbolic size, arena capacities aside."""
     for fed in inputs:
-        if fed.kind in ("arena", "positions"):
+        if fed.kind in ("arena", "positions", "constant"):
             continue
         example = examples[fed.index]
         if isinstance(example, torch.SymInt):

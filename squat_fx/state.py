@@ -73,29 +73,50 @@ class QuantizedKV(Tensor):
 
     @classmethod
     def from_dense(
-        cls, x: Tensor, fmt: Format, role: Role, valid: Tensor | None = None
+        cls,
+        x: Tensor,
+        fmt: Format,
+        role: Role,
+        valid: Tensor | None = None,
+        query: Tensor | None = None,
+        basis: Tensor | None = None,
     ) -> QuantizedKV:
-        """Pack ``x`` ``[batch, heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]`` is
-        False for padding.
+        """Pack ``x`` ``[batch, heads, tokens, head_dim]``.
+
+        Args:
+            x, fmt, role: what to store, and how.
+            valid: bool ``[batch, tokens]``, False for padding.
+            query: ``[batch, num_heads, tokens, head_dim]``, for codecs that look at the queries of
+                a prompt.
+            basis: fp32 ``[2, heads, head_dim, head_dim]`` if ``fmt.latent``: the calibrated basis
+                and its inverse.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            arenas = ops.overload("store", fmt.layout)(x, valid, fmt.codec, fmt.to_ints())
-            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role)
+            arenas = ops.overload("store", fmt.layout)(
+                x, valid, query, basis, role, fmt.codec, fmt.to_ints()
+            )
+            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, basis)
 
     @classmethod
     def from_arenas(
-        cls, arenas: Sequence[Tensor], length: int, fmt: Format, role: Role
+        cls,
+        arenas: Sequence[Tensor],
+        length: int,
+        fmt: Format,
+        role: Role,
+        basis: Tensor | None = None,
     ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens."""
-        *packed, dense, start = arenas
+        made = dict(zip(fmt.stored_names, arenas, strict=True))
+        made["basis"] = reference.no_basis(made["dense"]) if basis is None else basis
         extent = Extent(0, 0).after(length, fmt)
         capacity = grown_capacity(length, 0)
-        storage = Storage.pooled(Arenas(tuple(packed), dense, start), extent, fmt, role, capacity)
-        return cls(storage, length)
+        stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
+        return cls(Storage.pooled(stored, extent, fmt, role, capacity), length)
 
     # what the handle is ---------------------------------------------------------------------------
 
@@ -152,8 +173,8 @@ class QuantizedKV(Tensor):
         inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> QuantizedKV:
         fmt, role = context
-        *packed, dense, start = (inner[name] for name in fmt.arena_names)
-        storage = Storage(Arenas(tuple(packed), dense, start), Extent(size[TOKENS], 0), fmt, role)
+        arenas = Arenas.of(fmt, tuple(inner[name] for name in fmt.arena_names))
+        storage = Storage(arenas, Extent(size[TOKENS], 0), fmt, role)
         return QuantizedKV(storage, size[TOKENS])
 
     def __getattr__(self, name: str) -> Tensor:
@@ -233,9 +254,8 @@ class QuantizedKV(Tensor):
 def _rebuild(
     tensors: tuple[Tensor, ...], length: int, watermark: int, fmt: Format, role: Role
 ) -> QuantizedKV:
-    *packed, dense, start = tensors
-    capacity = packed[0].shape[TOKENS]
-    arenas = Arenas(tuple(packed), dense, start)
+    capacity = tensors[0].shape[TOKENS]
+    arenas = Arenas.of(fmt, tensors)
     return QuantizedKV(
         Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length
     )

@@ -43,9 +43,7 @@ class Storage:
         self.role: Role = role
         self.length = extent.length
         self.watermark = extent.watermark
-        self._arenas = dict(
-            zip(fmt.arena_names, (*arenas.packed, arenas.dense, arenas.start), strict=True)
-        )
+        self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 
     @classmethod
@@ -61,8 +59,7 @@ class Storage:
     @property
     def arenas(self) -> Arenas:
         """The tensors, as ops take them."""
-        *packed, dense, start = self._arenas.values()
-        return Arenas(tuple(packed), dense, start)
+        return Arenas.of(self.fmt, self.tensors)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -123,14 +120,11 @@ class Storage:
         self.reserve(new_tokens)
         positions = torch.tensor([[self.length, self.watermark]], device=new.device)
         with torch.inference_mode(False), torch.no_grad():
-            *packed, dense, start = self.tensors
-            written = (
-                dense if new_tokens == 1 else dense.clone()
-            )  # several tokens may reuse ring slots
+            dense = written = self["dense"]
+            if new_tokens > 1:  # several tokens may reuse ring slots
+                written = dense.clone()
             ops.overload("append_", self.fmt.layout)(
-                *packed,
-                written,
-                start,
+                *(self._arenas | {"dense": written}).values(),
                 new,
                 valid,
                 positions,
@@ -151,8 +145,10 @@ class Storage:
     def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
         """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
         with torch.inference_mode(False), torch.no_grad():
-            *packed, dense, start = (batch(arena) for arena in self.tensors)
-            arenas = Arenas(tuple(packed), dense, start)
+            selected = {n: a if n == "basis" else batch(a) for n, a in self._arenas.items()}
+            if "basis" in selected:  # all rows share it
+                selected["basis"] = selected["basis"].to(selected["dense"].device)
+            arenas = Arenas.of(self.fmt, tuple(selected.values()))
             return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
 
     def dequantize(self, length: int) -> Tensor:
@@ -164,7 +160,7 @@ class Storage:
     def _move_to_pool(self, capacity: int) -> None:
         for name in self.fmt.packed_names:
             self._replace(name, capacity, pooled=False)
-        for name in ("dense", "start"):
+        for name in self.fmt.stored_names[len(self.fmt.packed_names) :]:
             old = self._arenas[name]
             self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
             self._arenas[name].copy_(old)
@@ -186,5 +182,6 @@ class Storage:
 
 
 def _give_back(arenas: dict[str, Tensor]) -> None:
-    for arena in arenas.values():
-        POOL.give(arena)
+    for name, arena in arenas.items():
+        if name != "basis":
+            POOL.give(arena)

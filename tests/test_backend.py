@@ -56,13 +56,13 @@ def test_inductor_copies_no_arena_and_mutates_them_in_place() -> None:
         model.generate, prompt(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     decode = next(text for text in code if "squat_fx.append_" in text)
-    # Two layers, keys and values: five arenas each go straight from the call's arguments into the
+    # Two layers, keys and values: six arenas each go straight from the call's arguments into the
     # op.
-    calls = re.findall(r"squat_fx\.append_\.planes_channel\((.*)\)", decode)
+    calls = re.findall(r"squat_fx\.append_\.planes_token\((.*)\)", decode)
     assert len(calls) == 4
-    arenas = [argument for call in calls for argument in call.split(", ")[:5]]
+    arenas = [argument for call in calls for argument in call.split(", ")[:6]]
     assert all(re.fullmatch(r"arg\d+_1", argument) for argument in arenas), arenas
-    assert len(set(arenas)) == 20
+    assert len(set(arenas)) == 24
     assert "clone" not in decode.split("def call(")[1]
     assert "copy_(" not in decode.split("def call(")[1]
 

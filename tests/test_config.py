@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squat_fx.codecs import Kivi, Lossless, codec_spec
-from squat_fx.config import WIDTHS, Config
+from squat_fx.codecs import Kivi, Lossless, Squat, codec_spec
+from squat_fx.config import Config
 
 OPTIONS = (
     "bits, codec, key_bits, value_bits, residual_length, sink_length, skip_layers, layer_bits, "
@@ -21,7 +21,7 @@ OPTIONS = (
 
 def test_the_defaults_are_valid() -> None:
     config = Config()
-    assert config.resolved_codec == Kivi()
+    assert config.resolved_codec == Squat()
     assert config.widths(0) == (2, 2)
 
 
@@ -44,27 +44,34 @@ def test_the_callers_dict_is_not_shared() -> None:
 # errors -----------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bits 5": ({"bits": 5}, "bits must be one of 1, 2, 3, 4, 8, got 5; the nearest is 4"),
-    "bits 16": ({"bits": 16}, "bits must be one of 1, 2, 3, 4, 8, got 16; the nearest is 8"),
-    "bits 0": ({"bits": 0}, "bits must be one of 1, 2, 3, 4, 8, got 0; the nearest is 1"),
-    "bits 2.5": ({"bits": 2.5}, "bits must be one of 1, 2, 3, 4, 8, got 2.5; the nearest is 2"),
-    "bits as text": ({"bits": "2"}, "bits must be one of 1, 2, 3, 4, 8, got '2'"),
-    "no bits": ({"bits": None}, "bits must be one of 1, 2, 3, 4, 8, got None"),
+    "bits 9": ({"bits": 9}, "bits must be a number of bits from 1 to 8, got 9; the nearest is 8"),
+    "bits 16": (
+        {"bits": 16},
+        "bits must be a number of bits from 1 to 8, got 16; the nearest is 8",
+    ),
+    "bits 0": ({"bits": 0}, "bits must be a number of bits from 1 to 8, got 0; the nearest is 1"),
+    "bits 0.5": (
+        {"bits": 0.5},
+        "bits must be a number of bits from 1 to 8, got 0.5; the nearest is 1",
+    ),
+    "bits as text": ({"bits": "2"}, "bits must be a number of bits from 1 to 8, got '2'"),
+    "bits as truth": ({"bits": True}, "bits must be a number of bits from 1 to 8, got True"),
+    "no bits": ({"bits": None}, "bits must be a number of bits from 1 to 8, got None"),
     "key_bits": (
-        {"key_bits": 6},
-        "key_bits must be one of 1, 2, 3, 4, 8, got 6; the nearest is 4",
+        {"key_bits": -2},
+        "key_bits must be a number of bits from 1 to 8, got -2; the nearest is 1",
     ),
     "value_bits": (
-        {"value_bits": 7},
-        "value_bits must be one of 1, 2, 3, 4, 8, got 7; the nearest is 8",
+        {"value_bits": 8.5},
+        "value_bits must be a number of bits from 1 to 8, got 8.5; the nearest is 8",
     ),
     "layer_bits": (
         {"layer_bits": {3: 9}},
-        "layer_bits[3] must be one of 1, 2, 3, 4, 8, got 9; the nearest is 8",
+        "layer_bits[3] must be a number of bits from 1 to 8, got 9; the nearest is 8",
     ),
     "layer_bits of one role": (
-        {"layer_bits": {3: (2, 5)}},
-        "layer_bits[3] must be one of 1, 2, 3, 4, 8, got 5; the nearest is 4",
+        {"layer_bits": {3: (2, 0)}},
+        "layer_bits[3] must be a number of bits from 1 to 8, got 0; the nearest is 1",
     ),
     "layer_bits by name": (
         {"layer_bits": {"first": 2}},
@@ -91,12 +98,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "inner must be one of inductor, aot_eager, eager, got 'cudagraphs'",
     ),
     "calibration": (
-        {"calibration": object},
-        "no codec takes a calibration yet; leave calibration=None",
+        {"calibration": object()},
+        "calibration must come from squat_fx.calibrate() or Calibration.load(), got object",
+    ),
+    "fraction of a codec that has none": (
+        {"codec": "kivi", "key_bits": 2.5},
+        "codec 'kivi' takes whole bits, got 2.5; the nearest are 2 and 3",
+    ),
+    "fraction by layer": (
+        {"codec": "none", "layer_bits": {3: (2, 1.5)}},
+        "codec 'none' takes whole bits, got 1.5; the nearest are 1 and 2",
     ),
     "codec by name": (
         {"codec": "kiwi"},
-        "unknown codec 'kiwi', choose one of kivi, none; did you mean 'kivi'?",
+        "unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; did you mean 'kivi'?",
     ),
     "codec as a number": ({"codec": 2}, "codec must be a name or a codec instance, got 2"),
 }
@@ -142,13 +157,16 @@ def test_options_are_the_fields() -> None:
 # which layer gets what --------------------------------------------------------------------------
 
 
+WIDTHS = (1, 2, 2.5, 3, 4, 5.75, 8)
+
+
 @given(
     bits=st.sampled_from(WIDTHS),
     key_bits=st.none() | st.sampled_from(WIDTHS),
     value_bits=st.none() | st.sampled_from(WIDTHS),
 )
 def test_a_role_takes_its_own_width_or_the_common_one(
-    bits: int, key_bits: int | None, value_bits: int | None
+    bits: float, key_bits: float | None, value_bits: float | None
 ) -> None:
     config = Config(bits=bits, key_bits=key_bits, value_bits=value_bits)
     assert config.widths(7) == (key_bits or bits, value_bits or bits)
@@ -168,7 +186,7 @@ def test_skipped_layers_count_from_both_ends() -> None:
 
 def test_the_formats_of_a_layer() -> None:
     config = Config(bits=2, value_bits=4, residual_length=16, sink_length=1, codec=Kivi(64))
-    formats = config.formats(0, 2, 128, 64)
+    formats = config.formats(0, 2, 4, 128, 64)
     assert not isinstance(formats, str)
     key, value = formats
     assert (key.head_dim, key.widths, key.token_group) == (128, (2,) * 8, 64)
@@ -183,9 +201,9 @@ def test_a_codec_by_name_has_its_defaults() -> None:
 
 
 def test_a_skipped_layer_says_why() -> None:
-    assert Config(skip_layers=(1,)).formats(1, 2, 64, 64) == "the layer is in skip_layers"
+    assert Config(skip_layers=(1,)).formats(1, 2, 4, 64, 64) == "the layer is in skip_layers"
 
 
 @pytest.mark.parametrize("dim", [0, 257, "s0"])
 def test_a_head_that_no_layout_takes_says_why(dim: Any) -> None:
-    assert Config().formats(0, 1, 64, dim) == f"head_dim {dim} is outside 1..256"
+    assert Config().formats(0, 1, 4, 64, dim) == f"head_dim {dim} is outside 1..256"

@@ -13,12 +13,14 @@ import squat_fx
 def test_public_names() -> None:
     assert squat_fx.__all__ == [
         "CacheBytes",
+        "Calibration",
         "Config",
         "GraphReport",
         "NotRewritten",
         "QuantizedKV",
         "Report",
         "cache_bytes",
+        "calibrate",
         "compile",
         "explain",
         "list_codecs",

@@ -7,18 +7,36 @@ import difflib
 import json
 from functools import lru_cache
 
-from squat_fx.codecs.base import Codec, Format, Layout, PerChannel, PerToken, Role, make_format
+from squat_fx.codecs.base import (
+    FIXED_ARENAS,
+    PACKED_ARENAS,
+    Codec,
+    Fit,
+    Format,
+    Layout,
+    PerChannel,
+    PerToken,
+    Role,
+    make_format,
+)
 from squat_fx.codecs.kivi import Kivi
 from squat_fx.codecs.none import Lossless
+from squat_fx.codecs.squat import Squat
+from squat_fx.codecs.squat_paper import SquatPaper
 
 CODECS: dict[str, type[Codec]] = {
+    Squat.name: Squat,
+    SquatPaper.name: SquatPaper,
     Kivi.name: Kivi,
     Lossless.name: Lossless,
 }
 
 __all__ = [
     "CODECS",
+    "FIXED_ARENAS",
+    "PACKED_ARENAS",
     "Codec",
+    "Fit",
     "Format",
     "Kivi",
     "Layout",
@@ -26,6 +44,8 @@ __all__ = [
     "PerChannel",
     "PerToken",
     "Role",
+    "Squat",
+    "SquatPaper",
     "codec_class",
     "codec_from_spec",
     "codec_spec",

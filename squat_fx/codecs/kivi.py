@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from squat_fx.codecs.base import Layout, PerChannel, PerToken, Role
+from squat_fx.codecs.base import Codec, Layout, PerChannel, PerToken, Role
 
 GROUP_DIMS = (3, 5)
 SMALLEST_SCALE = 1e-6  # a constant group gets this step, and code 0
@@ -25,7 +25,7 @@ LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
-class Kivi:
+class Kivi(Codec):
     """Round each group to ``2**bits`` levels between its minimum and its maximum.
 
     Attributes:

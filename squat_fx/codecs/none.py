@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from squat_fx.codecs.base import Layout, PerChannel, PerToken, Role
+from squat_fx.codecs.base import Codec, Layout, PerChannel, PerToken, Role
 
 
 @dataclass(frozen=True)
-class Lossless:
+class Lossless(Codec):
     """Keep every number as it is, in groups that move like a quantized cache's.
 
     Attributes:

@@ -196,12 +196,23 @@ def attend_launches(
 
 
 def write_launches(
-    shape: Shape, role: Role, new_len: int, valid: Tensor | None = None
+    shape: Shape,
+    role: Role,
+    new_len: int,
+    valid: Tensor | None = None,
+    with_feedback: bool = False,
 ) -> list[Launch]:
     """``new_len`` tokens into the storage of ``role``."""
+    arenas, new = shape.arenas(role), shape.tokens(new_len)
+    feedback = new.new_zeros((*new.shape[:2], shape.head_dim, shape.head_dim), dtype=torch.float32)
     with recorded() as launches:
         launch.write(
-            shape.arenas(role), shape.tokens(new_len), valid, (POSITIONS, 0), shape.format(role)
+            arenas,
+            new,
+            valid,
+            (POSITIONS, 0),
+            shape.format(role),
+            feedback if with_feedback else None,
         )
     return launches
 

@@ -19,10 +19,17 @@ import torch
 import triton
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, codec_from_spec
+from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
+from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.codecs.planes import LANES
-from squat_fx.kernels import reference, triton_append, triton_attend, triton_dequantize
-from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.kernels import (
+    reference,
+    triton_append,
+    triton_attend,
+    triton_attend_token,
+    triton_dequantize,
+)
+from squat_fx.kernels.reference import NO_FIT, Arenas, Extent
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
 
 logger = logging.getLogger(__name__)
@@ -62,76 +69,138 @@ def attend(
     queries_per_kv = num_heads // num_kv_heads
     new_len = 0 if new_key is None else new_key.shape[2]
     rows = q_len * queries_per_kv
-    block_m, num_warps = triton_attend.tile(rows, max(head_dim, key_format.head_dim))
+    per_token = key_constant.per_token
+    kernels = triton_attend_token if per_token else triton_attend
+    if per_token:
+        _check_packed_in_step(key_format, value_format)
+    block_m, num_warps = kernels.tile(rows, max(head_dim, key_format.head_dim))
     blocks = triton.cdiv(rows, block_m)
     most_tokens = key_arenas.packed[0].shape[2] + key_format.dense_length + new_len
     if new_key is not None and new_value is not None:
         new_key, new_value = like_dense(new_key, key_arenas), like_dense(new_value, value_arenas)
-    shares = num_shares(batch * num_kv_heads * blocks, most_tokens, query.device)
-    partial = query.new_empty((batch * num_heads * q_len, shares, head_dim), dtype=torch.float32)
+    shares = num_shares(batch * num_kv_heads * blocks, most_tokens, kernels.BLOCK_N, query.device)
+    # In the layout planes/token a share leaves what it read packed, and what it read exact.
+    left = 2 * shares if per_token else shares
+    partial = query.new_empty((batch * num_heads * q_len, left, head_dim), dtype=torch.float32)
     partial_max, partial_sum = partial.new_empty((2, *partial.shape[:2]))
     output = query.new_empty((batch, num_heads, q_len, head_dim))
     mask, mask_strides = _mask_and_strides(mask)
+    key_tensors = stored(key_arenas, key_constant)
+    value_tensors = stored(value_arenas, value_constant)
+    block_d = kernels.MERGE_BLOCK_D
+    merge_grid = (partial.shape[0], triton.cdiv(head_dim, block_d))
+    merged = (partial, partial_max, partial_sum, sinks)
+    block_s = triton.next_power_of_2(shares)
+    rotated = ()
     with _on(query.device):
-        triton_attend.attend_kernel[(batch * num_kv_heads, blocks, shares)](
-            query, new_key, new_value,
-            _stored(key_arenas, key_constant), _stored(value_arenas, value_constant),
-            positions, key_row, value_row, mask, partial, partial_max, partial_sum,
+        if per_token:
+            rotated = _rotate(query, key_tensors, key_constant, num_kv_heads)
+        kernels.attend_kernel[(batch * num_kv_heads, blocks, shares)](
+            query, new_key, new_value, key_tensors, value_tensors,
+            positions, key_row, value_row, mask, *rotated, partial, partial_max, partial_sum,
             num_kv_heads, q_len, new_len, scale,
             query.stride()[:3], _strides(new_key), _strides(new_value), mask_strides,
             key_constant, value_constant, queries_per_kv, causal, softcap,
-            BLOCK_M=block_m, BLOCK_N=triton_attend.BLOCK_N,
-            num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
+            BLOCK_M=block_m, BLOCK_N=kernels.BLOCK_N,
+            num_warps=num_warps, num_stages=kernels.NUM_STAGES,
         )  # fmt: skip
-        block_d = triton_attend.MERGE_BLOCK_D
-        triton_attend.merge_kernel[(partial.shape[0], triton.cdiv(head_dim, block_d))](
-            partial, partial_max, partial_sum, sinks, output, num_heads, q_len, shares,
-            HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
-        )  # fmt: skip
+        if per_token:
+            triton_attend_token.merge_kernel[merge_grid](
+                *merged, value_tensors, output, num_heads, q_len, shares,
+                value_constant, queries_per_kv, PADDED_D=max(16, triton.next_power_of_2(head_dim)),
+                BLOCK_S=block_s, BLOCK_D=block_d,
+            )  # fmt: skip
+        else:
+            triton_attend.merge_kernel[merge_grid](
+                *merged, output, num_heads, q_len, shares,
+                HEAD_DIM=head_dim, BLOCK_S=block_s, BLOCK_D=block_d,
+            )  # fmt: skip
     return output
 
 
-def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
+def _rotate(
+    query: Tensor, key: Stored, constant: StoredFormat, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The query in the latent frame of the keys, the size of its rows, and ``query @ center``."""
+    batch, num_heads, q_len = query.shape[:3]
+    rows = num_heads // num_kv_heads * q_len
+    latent = query.new_empty(
+        (batch * num_kv_heads * rows, LANES * constant.num_planes), dtype=torch.float32
+    )
+    size, offset = latent.new_empty((2, latent.shape[0]))
+    block_m = triton_attend_token.ROTATE_BLOCK_M
+    triton_attend_token.rotate_kernel[(batch * num_kv_heads, triton.cdiv(rows, block_m))](
+        query, key, latent, size, offset, num_kv_heads, q_len, query.stride()[:3],
+        constant, num_heads // num_kv_heads, BLOCK_M=block_m,
+        PADDED_D=max(16, triton.next_power_of_2(constant.head_dim)),
+    )  # fmt: skip
+    return latent, size, offset
+
+
+def _check_packed_in_step(key: Format, value: Format) -> None:
+    """The same tokens of keys and values are packed.
+
+    Raises:
+        ValueError: the formats would pack different ones.
+    """
+    for name in ("residual_length", "sink_length", "token_group"):
+        if getattr(key, name) != getattr(value, name):
+            raise ValueError(
+                f"keys and values in the layout planes/token must have the same {name}, "
+                f"got {getattr(key, name)} and {getattr(value, name)}"
+            )
+
+
+def quantize(
+    x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit = NO_FIT, basis: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """See :func:`squat_fx.kernels.reference.quantize`; one launch."""
-    if fmt.layout == "dense" or not rounds_in_kernel(fmt):
-        return reference.quantize(x, valid, fmt)
+    if fmt.layout == "dense" or not rounds_in_kernel(fmt, fit.feedback is not None):
+        return reference.quantize(x, valid, fmt, fit, basis)
     # A prompt of whole groups, of which nothing stays exact.
-    fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0)
-    arenas = reference.empty_arenas(x, x.shape[2], fmt)
-    _pack(arenas, contiguous_channels(x), valid, _on_device(Extent(0, 0), x), fmt)
+    centered = fit.mean is not None and fit.mean.numel() > 0
+    fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0, centered=centered)
+    arenas = reference.empty_arenas(x, x.shape[2], fmt, basis)
+    if fit.mean is not None and centered:
+        arenas = dataclasses.replace(arenas, center=fit.mean.contiguous())
+    extent = _on_device(Extent(0, 0), x)
+    _pack(arenas, contiguous_channels(x), valid, extent, fmt, fit.feedback)
     return arenas.packed
 
 
 def write(
-    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent | DeviceExtent, fmt: Format
+    arenas: Arenas,
+    new: Tensor,
+    valid: Tensor | None,
+    extent: Extent | DeviceExtent,
+    fmt: Format,
+    feedback: Tensor | None = None,
 ) -> None:
     """See :func:`squat_fx.kernels.reference.write`; one launch for one token, else two or three."""
     positions, row = _on_device(extent, new)
     new = like_dense(new, arenas)
     batch, heads, new_len = new.shape[:3]
-    in_kernel = rounds_in_kernel(fmt)
+    in_kernel = rounds_in_kernel(fmt, feedback is not None)
     constant = stored_format(fmt)
-    stored = _stored(arenas, constant)
+    tensors = stored(arenas, constant)
     valid, valid_strides = _valid_and_strides(valid, batch)
     common = (positions, row, heads)
     block_t = triton_append.BLOCK_T
     with _on(new.device):
-        if new_len == 1 and in_kernel:
+        if new_len == 1 and in_kernel and feedback is None:
             triton_append.append_kernel[(batch * heads,)](
-                stored, new, _strides(new), valid, valid_strides, *common, constant,
-                BLOCK_T=1, PADDED_T=triton.next_power_of_2(fmt.token_group),
+                tensors, new, _strides(new), valid, valid_strides, *common, constant,
+                PADDED_T=triton.next_power_of_2(fmt.token_group),
             )  # fmt: skip
             return
         if valid is not None:
             triton_append.start_kernel[(batch,)](
                 arenas.start, valid, valid_strides, positions, row, new_len, BLOCK_T=1024
             )
-        if in_kernel:
-            _pack(arenas, new, valid, (positions, row), fmt)
-        else:
-            _pack_in_torch(arenas, new, valid, (positions, row), fmt)
+        pack = _pack if in_kernel else _pack_in_torch
+        pack(arenas, new, valid, (positions, row), fmt, feedback)
         triton_append.ring_kernel[(batch * heads, triton.cdiv(new_len, block_t))](
-            stored, new, _strides(new), *common, new_len, constant, BLOCK_T=block_t
+            tensors, new, _strides(new), *common, new_len, constant, BLOCK_T=block_t
         )
 
 
@@ -139,21 +208,21 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
     """See :func:`squat_fx.kernels.reference.dense_past`; one launch."""
     batch, heads = arenas.dense.shape[:2]
     output = arenas.dense.new_empty((batch, heads, extent.length, fmt.head_dim))
-    block_t = triton_dequantize.BLOCK_T
+    if not output.numel():
+        return output
     constant = stored_format(fmt)
-    if output.numel():
-        with _on(output.device):
-            triton_dequantize.dequantize_kernel[
-                (batch * heads, triton.cdiv(extent.length, block_t))
-            ](
-                _stored(arenas, constant),
-                output,
-                extent.watermark,
-                heads,
-                extent.length,
-                constant,
-                BLOCK_T=block_t,
+    numbers = (stored(arenas, constant), output, extent.watermark, heads, extent.length, constant)
+    with _on(output.device):
+        if constant.per_token:
+            block_t = triton_dequantize.TOKEN_BLOCK_T
+            grid = (batch * heads, triton.cdiv(extent.length, block_t), constant.num_tiles)
+            triton_dequantize.dequantize_token_kernel[grid](
+                *numbers, BLOCK_T=block_t, num_warps=block_t // 16
             )
+        else:
+            block_t = triton_dequantize.BLOCK_T
+            grid = (batch * heads, triton.cdiv(extent.length, block_t))
+            triton_dequantize.dequantize_kernel[grid](*numbers, BLOCK_T=block_t)
     return output
 
 
@@ -161,17 +230,19 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def rounds_in_kernel(fmt: Format) -> bool:
+def rounds_in_kernel(fmt: Format, with_feedback: bool = False) -> bool:
     """Whether the kernels know how ``fmt`` rounds; one warning that says why if not."""
-    if fmt.layout == "dense":
-        return True
+    if fmt.layout != "planes/channel":
+        return True  # exact, or rounded as the layout says
     codec = codec_from_spec(fmt.codec)
-    if type(codec) is not Kivi:
+    if type(codec) not in (Kivi, SquatPaper):
         reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
     elif fmt.channel_group not in (1, fmt.head_dim) and fmt.channel_group % LANES:
         reason = (
             f"a channel group of {fmt.channel_group} is not whole plane groups of {LANES} channels"
         )
+    elif with_feedback and fmt.channel_group > 1:
+        reason = f"error feedback takes a scale per channel, not per {fmt.channel_group} channels"
     else:
         return True
     _warn_once(reason)
@@ -184,23 +255,39 @@ def _warn_once(reason: str) -> None:
 
 
 def _pack(
-    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format
+    arenas: Arenas,
+    new: Tensor,
+    valid: Tensor | None,
+    extent: DeviceExtent,
+    fmt: Format,
+    feedback: Tensor | None,
 ) -> None:
     """Pack what leaves the ring when ``new`` comes in."""
     batch, heads, new_len = new.shape[:3]
-    per_program = fmt.token_group if fmt.token_group > 1 else triton_append.BLOCK_T
     constant = stored_format(fmt)
+    block_t = triton_append.TOKEN_BLOCK_T if constant.per_token else triton_append.BLOCK_T
+    per_program = fmt.token_group if fmt.token_group > 1 else block_t
+    padded_t = triton.next_power_of_2(per_program)
+    # A warp of a tile that takes part in dots has 16 tokens, and all their channels.
+    with_dots = constant.per_token or feedback is not None
     valid, valid_strides = _valid_and_strides(valid, batch)
+    if feedback is not None:
+        feedback = feedback.contiguous()
     with _on(new.device):
         triton_append.pack_kernel[(batch * heads, triton.cdiv(new_len, per_program))](
-            _stored(arenas, constant), new, _strides(new), valid, valid_strides, *extent,
-            heads, new_len, constant,
-            BLOCK_T=triton_append.BLOCK_T, PADDED_T=triton.next_power_of_2(per_program),
+            stored(arenas, constant), new, _strides(new), valid, valid_strides, feedback, *extent,
+            heads, new_len, constant, BLOCK_T=block_t, PADDED_T=padded_t,
+            num_warps=padded_t // 16 if with_dots else 4,
         )  # fmt: skip
 
 
 def _pack_in_torch(
-    arenas: Arenas, new: Tensor, valid: Tensor | None, extent: DeviceExtent, fmt: Format
+    arenas: Arenas,
+    new: Tensor,
+    valid: Tensor | None,
+    extent: DeviceExtent,
+    fmt: Format,
+    feedback: Tensor | None,
 ) -> None:
     """The same in torch, for any codec.
 
@@ -229,9 +316,9 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    for name, arena, codes in zip(
-        fmt.packed_names, arenas.packed, reference.quantize(leaving, valid, fmt), strict=True
-    ):
+    fit = Fit(arenas.center, feedback)
+    found = reference.quantize(leaving, valid, fmt, fit, arenas.basis)
+    for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
         # Wrapped around, slots that are not there stay distinct, so that each is written once.
         where = (slot[:, ::step] // step % arena.shape[2])[:, None, :, None].expand_as(codes)
@@ -239,10 +326,10 @@ def _pack_in_torch(
         arena.scatter_(2, where, torch.where(keep, codes, arena.gather(2, where)))
 
 
-def num_shares(programs: int, tokens: int, device: torch.device) -> int:
+def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -> int:
     """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
     wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs)
-    most = -(-tokens // (TILES_PER_SHARE * triton_attend.BLOCK_N))
+    most = -(-tokens // (TILES_PER_SHARE * block_n))
     return max(1, min(wanted, most, MOST_SHARES))
 
 
@@ -305,7 +392,7 @@ def _mask_and_strides(mask: Tensor | None) -> tuple[Tensor | None, Strides]:
     return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), strides
 
 
-def _stored(arenas: Arenas, constant: StoredFormat) -> Stored:
+def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     """The kernel's view of ``arenas``.
 
     Raises:
@@ -317,16 +404,28 @@ def _stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         raise ValueError(
             f"the Triton kernels take {names}, got {arenas.dense.dtype}; cast the model"
         )
-    tensors = (*arenas.packed, arenas.dense, arenas.start)
-    if not all(t.is_contiguous() for t in tensors):
+    tensors = (*arenas.packed, arenas.dense, arenas.start, arenas.center, arenas.basis)
+    if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError(
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
-    qdata, *parameters = arenas.packed
+    qdata, scale, zero_point = (*arenas.packed, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
         raise ValueError(
             f"a head of {capacity} tokens does not fit 32-bit offsets; split the sequence"
         )
-    scale, zero_point = parameters or (None, None)
-    return Stored(qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
+    layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
+    if not constant.per_token:
+        return Stored(*layout)
+    basis = arenas.basis
+    if basis is None or not basis.numel():
+        basis = rotation_pair(constant.head_dim, qdata.device)
+    heads, matrix = basis.shape[1], constant.head_dim**2
+    return Stored(
+        *layout,
+        center=arenas.center if constant.centered else None,
+        basis=basis,
+        basis_stride=matrix if heads > 1 else 0,
+        inverse=heads * matrix,
+    )

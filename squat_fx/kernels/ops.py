@@ -10,7 +10,7 @@ the reads in front, and need not copy the arenas.
 | op | what it does |
 |---|---|
 | ``quantize`` | whole token groups to packed codes and parameters |
-| ``store`` | a whole prompt to fresh arenas, just large enough |
+| ``store`` | a whole prompt to fresh arenas, just large enough; the codec learns from it |
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
 | ``attend`` | attention over the packed past and exact new tokens |
 | ``dequantize`` | the stored tokens as numbers |
@@ -28,7 +28,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from squat_fx.codecs import Format, Layout
+from squat_fx.codecs import FIXED_ARENAS, PACKED_ARENAS, Fit, Format, Layout, Role
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import Arenas, Extent
 
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 LIBRARY = torch.library.Library("squat_fx", "DEF")  # kept alive: it owns the registrations
 
-_PACKED: dict[Layout, tuple[str, ...]] = {
-    "planes/channel": ("qdata", "scale", "zero_point"),
-    "dense": ("qdata",),
+_OVERLOAD: dict[Layout, str] = {
+    "planes/channel": "planes_channel",
+    "dense": "dense",
+    "planes/token": "planes_token",
 }
-_OVERLOAD: dict[Layout, str] = {"planes/channel": "planes_channel", "dense": "dense"}
 
 
 def overload(op: str, layout: Layout) -> torch._ops.OpOverload:
@@ -68,30 +68,29 @@ def _implementation(device: torch.device) -> ModuleType:
     return (_triton() or reference) if device.type == "cuda" else reference
 
 
-def _arenas(tensors: tuple[Tensor, ...]) -> Arenas:
-    return Arenas(tensors[:-2], tensors[-2], tensors[-1])
-
-
 def _define(layout: Layout) -> None:
     """Register the five ops of one layout."""
     name = _OVERLOAD[layout]
-    packed = _PACKED[layout]
-    count = len(packed) + 2
+    packed, fixed = PACKED_ARENAS[layout], FIXED_ARENAS[layout]
+    names = (*packed, *fixed, "dense", "start")
+    count = len(names)
 
     def declare(prefix: str = "", mutable: bool = False) -> str:
-        names = (*packed, "dense", "start")
-        alias = [f"({chr(ord('a') + i)}!)" if mutable else "" for i in range(count)]
-        return ", ".join(f"Tensor{a} {prefix}{n}" for a, n in zip(alias, names, strict=True))
+        written = [n for n in names if mutable and n not in fixed]
+        alias = {n: f"({chr(ord('a') + i)}!)" for i, n in enumerate(written)}
+        return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
 
     def returns(n: int) -> str:
         return "(" + ", ".join(["Tensor"] * n) + ")" if n > 1 else "Tensor"
 
+    learned = "".join(f"Tensor {n}, " for n in fixed)
     LIBRARY.define(
-        f"quantize.{name}(Tensor x, Tensor? valid, str codec, int[] format) "
+        f"quantize.{name}(Tensor x, Tensor? valid, {learned}str codec, int[] format) "
         f"-> {returns(len(packed))}"
     )
     LIBRARY.define(
-        f"store.{name}(Tensor x, Tensor? valid, str codec, int[] format) -> {returns(count)}"
+        f"store.{name}(Tensor x, Tensor? valid, Tensor? query, Tensor? basis, str role, "
+        f"str codec, int[] format) -> {returns(count - ('basis' in fixed))}"
     )
     LIBRARY.define(
         f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, "
@@ -108,25 +107,36 @@ def _define(layout: Layout) -> None:
         "-> Tensor"
     )
 
-    def quantize(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
+    def quantize(x: Tensor, valid: Tensor | None, *args):
+        *learned, codec, format = args
         fmt = Format.from_ints(layout, codec, format)
-        out = tuple(
-            t.clone() if t is x else t for t in _implementation(x.device).quantize(x, valid, fmt)
-        )
+        mean, basis = learned or (None, None)
+        found = _implementation(x.device).quantize(x, valid, fmt, Fit(mean), basis)
+        out = tuple(t.clone() if t is x else t for t in found)
         return out if len(packed) > 1 else out[0]
 
-    def store(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
+    def store(
+        x: Tensor,
+        valid: Tensor | None,
+        query: Tensor | None,
+        basis: Tensor | None,
+        role: Role,
+        codec: str,
+        format: list[int],
+    ):
         fmt = Format.from_ints(layout, codec, format)
-        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt)
-        _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt)
-        return (*arenas.packed, arenas.dense, arenas.start)
+        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, basis)
+        fit = reference.learn(arenas, x, valid, query, fmt, role)
+        _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
+        by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
+        return tuple(by_name[n] for n in fmt.stored_names)
 
     def append_(*args) -> None:
         tensors, (new, valid, positions, row, codec, format) = args[:count], args[count : count + 6]
         fmt = Format.from_ints(layout, codec, format)
         implementation = _implementation(new.device)
         extent = Extent.at(positions, row) if implementation is reference else (positions, row)
-        implementation.write(_arenas(tensors), new, valid, extent, fmt)
+        implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
 
     def attend(query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args) -> Tensor:
         key, value, rest = args[:count], args[count : 2 * count], args[2 * count :]
@@ -146,7 +156,8 @@ def _define(layout: Layout) -> None:
         sides = []
         for tensors, row, ints in ((key, key_row, key_format), (value, value_row, value_format)):
             extent = Extent.at(positions, row) if implementation is reference else (positions, row)
-            sides.append((_arenas(tensors), extent, Format.from_ints(layout, "", ints)))
+            fmt = Format.from_ints(layout, "", ints)
+            sides.append((Arenas.of(fmt, tensors), extent, fmt))
         return implementation.attend(
             query,
             new_key,
@@ -163,20 +174,26 @@ def _define(layout: Layout) -> None:
         tensors, (positions, row, length, format) = args[:count], args[count:]
         fmt = Format.from_ints(layout, "", format)
         extent = Extent.at(positions, row)
-        dense = _implementation(tensors[0].device).dense_past(_arenas(tensors), extent, fmt)
+        dense = _implementation(tensors[0].device).dense_past(Arenas.of(fmt, tensors), extent, fmt)
         return dense[:, :, :length].contiguous()
 
-    def fake_quantize(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
-        fmt = Format.from_ints(layout, codec, format)
-        out = _fake_packed(x, x.shape[2], fmt)
+    def fake_quantize(x: Tensor, valid: Tensor | None, *args):
+        *_, codec, format = args
+        out = _fake_packed(x, x.shape[2], Format.from_ints(layout, codec, format))
         return out if len(packed) > 1 else out[0]
 
-    def fake_store(x: Tensor, valid: Tensor | None, codec: str, format: list[int]):
+    def fake_store(x: Tensor, valid: Tensor | None, *args):
+        *_, codec, format = args
         fmt = Format.from_ints(layout, codec, format)
         batch, heads = x.shape[:2]
-        dense = x.new_empty((batch, heads, fmt.dense_length, fmt.head_dim))
-        start = x.new_empty((batch,), dtype=torch.int32)
-        return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), dense, start)
+        center_shape = (batch, heads, int(fmt.centered), fmt.head_dim)
+        made = {
+            "center": x.new_empty(center_shape, dtype=torch.float16),
+            "dense": x.new_empty((batch, heads, fmt.dense_length, fmt.head_dim)),
+            "start": x.new_empty((batch,), dtype=torch.int32),
+        }
+        rest = (made[n] for n in fmt.stored_names[len(packed) :])
+        return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), *rest)
 
     def fake_append_(*args) -> None:
         return None
@@ -218,7 +235,7 @@ def _fake_packed(x: Tensor, capacity: int, fmt: Format) -> tuple[Tensor, ...]:
     )
 
 
-for _layout in _PACKED:
+for _layout in _OVERLOAD:
     _define(_layout)
 
 LIBRARY.define("valid_tokens(Tensor mask, Tensor new) -> Tensor")

@@ -14,6 +14,9 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 * Token ``i`` is in ``dense[i]`` if ``i < sink_length``; else, with ``j = i - sink_length``, it is
   packed slot ``j`` if ``j < packed``, and ``dense[sink_length + j % ring_length]`` otherwise.
 
+What a codec learns from a prompt (a mean, error feedback) it learns in ``store``, from the valid
+tokens after the sinks; tokens that are appended later are rounded with what was learned and stored.
+
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
 ``watermark`` does not look (``append_`` of more than one token may reuse ring slots, so its caller
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,10 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squat_fx.codecs import Format, codec_from_spec
-from squat_fx.codecs.planes import pack, unpack
+from squat_fx.codecs import Fit, Format, Role, codec_from_spec
+from squat_fx.codecs.hadamard import rotation_pair
+from squat_fx.codecs.planes import LANES, pack, unpack
+from squat_fx.codecs.symmetric import dequantize_tokens, quantize_tokens, step_and_zero
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
+NO_FIT = Fit()
+FEW_QUERIES = 16
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,27 @@ class Arenas:
 
     ``packed`` is in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
     ``dense`` is ``[batch, heads, dense_length, head_dim]`` and ``start`` int32 ``[batch]``.
+    ``center`` and ``basis`` exist in the layout ``planes/token``: the mean that is removed from
+    packed tokens, fp16 ``[batch, heads, 1 or 0, head_dim]``, and fp32 ``[2, heads, head_dim, head_dim]``, a matrix that packed tokens are
+    multiplied with and its inverse (``[2, heads, 0, 0]``: the fixed rotation).
     """
 
     packed: tuple[Tensor, ...]
     dense: Tensor
     start: Tensor
+    center: Tensor | None = None
+    basis: Tensor | None = None
+
+    @classmethod
+    def of(cls, fmt: Format, tensors: Sequence[Tensor]) -> Arenas:
+        """Arenas from tensors in the order of ``Format.arena_names``."""
+        count = len(fmt.packed_names)
+        fixed = dict(zip(fmt.arena_names[count:], tensors[count:], strict=True))
+        return cls(tuple(tensors[:count]), **fixed)
+
+    def tensors(self, fmt: Format) -> tuple[Tensor, ...]:
+        """Undo :meth:`of`."""
+        return (*self.packed, *(getattr(self, n) for n in fmt.arena_names[len(self.packed) :]))
 
 
 @dataclass(frozen=True)
@@ -76,24 +100,58 @@ class Extent:
 # quantize and dequantize whole groups -------------------------------------------------------------
 
 
-def quantize(x: Tensor, valid: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
+def quantize(
+    x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit = NO_FIT, basis: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``;
     valid ``[batch, tokens]``.
     """
     if fmt.layout == "dense":
         return (x.contiguous(),)
-    groups = _grouped(x.float(), fmt)
+    if fmt.layout == "planes/token":
+        codes, scale = quantize_tokens(to_latent(x, fit.mean, basis), fmt.widths, fit.feedback)
+        return pack(codes, fmt.widths), scale
     if valid is not None:
         valid = valid.unflatten(1, (-1, fmt.token_group))[:, None, :, :, None, None]
-    codes, scale, zero_point = codec_from_spec(fmt.codec).quantize(groups, valid, fmt.widths[0])
-    codes = codes.flatten(-2)[..., : fmt.head_dim].flatten(2, 3)
+    codec, x = codec_from_spec(fmt.codec), x.float()
+    if fit.feedback is None:
+        codes, scale, zero_point = codec.quantize(_grouped(x, fmt), valid, fmt.widths[0])
+        codes = codes.flatten(-2)[..., : fmt.head_dim].flatten(2, 3)
+    else:
+        codes, scale, zero_point = _quantize_with_feedback(x, valid, fmt, fit.feedback)
     return pack(codes, fmt.widths), scale.squeeze(5).squeeze(3), zero_point.squeeze(5).squeeze(3)
 
 
-def dequantize_groups(packed: tuple[Tensor, ...], fmt: Format, out: Tensor) -> Tensor:
+def _quantize_with_feedback(
+    x: Tensor, valid: Tensor | None, fmt: Format, feedback: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plane group by plane group; each error goes into the channels after it."""
+    codec, x = codec_from_spec(fmt.codec), x.clone()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for first in range(0, fmt.head_dim, LANES):
+        block, later = slice(first, first + LANES), slice(first + LANES, fmt.head_dim)
+        found = codec.quantize(_grouped(x[..., block], fmt), valid, fmt.widths[0])
+        parts.append(found)
+        codes, scale, zero_point = found
+        rounded = (codes.float() * scale.float() + zero_point.float()).flatten(-2).flatten(2, 3)
+        x[..., later] += (rounded - x[..., block]) @ feedback[..., block, later]
+    codes, scale, zero_point = (torch.cat(part, 4) for part in zip(*parts, strict=True))
+    return codes.flatten(-2).flatten(2, 3), scale, zero_point
+
+
+def dequantize_groups(
+    packed: tuple[Tensor, ...],
+    fmt: Format,
+    out: Tensor,
+    mean: Tensor | None = None,
+    basis: Tensor | None = None,
+) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
     if fmt.layout == "dense":
         return out.copy_(packed[0])
+    if fmt.layout == "planes/token":
+        codes = unpack(packed[0], fmt.head_dim, fmt.widths)
+        return out.copy_(from_latent(dequantize_tokens(codes, packed[1], fmt.widths), mean, basis))
     qdata, scale, zero_point = packed
     # [batch, heads, token groups, channel groups] against
     # [batch, heads, token groups, tokens, channel groups, channels]
@@ -104,6 +162,29 @@ def dequantize_groups(packed: tuple[Tensor, ...], fmt: Format, out: Tensor) -> T
     codes = unpack(qdata, fmt.head_dim, fmt.widths).float()
     numbers = _grouped(codes, fmt).mul(scale).add_(zero_point)
     return out.copy_(numbers.flatten(-2)[..., : fmt.head_dim].flatten(2, 3))
+
+
+def basis_pair(basis: Tensor | None, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrix that takes tokens into the latent frame and its inverse, ``[heads or 1, head_dim,
+    head_dim]``; the fixed rotation unless there is a basis.
+    """
+    if basis is None or not basis.numel():
+        basis = rotation_pair(head_dim, device)
+    return basis[0], basis[1]
+
+
+def to_latent(x: Tensor, mean: Tensor | None, basis: Tensor | None) -> Tensor:
+    """``(x - mean) @ basis``, fp32: the frame in which tokens of ``planes/token`` are rounded."""
+    x = x.float()
+    if mean is not None and mean.numel():
+        x = x - mean.float()
+    return x @ basis_pair(basis, x.shape[-1], x.device)[0]
+
+
+def from_latent(y: Tensor, mean: Tensor | None, basis: Tensor | None) -> Tensor:
+    """Undo :func:`to_latent`."""
+    x = y @ basis_pair(basis, y.shape[-1], y.device)[1]
+    return x + mean.float() if mean is not None and mean.numel() else x
 
 
 def _grouped(x: Tensor, fmt: Format) -> Tensor:
@@ -135,17 +216,45 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
         row_tokens[:, :, :sinks] = dense[rows, :, :sinks]
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
-            dequantize_groups(packed, fmt, out=row_tokens[:, :, sinks : sinks + count])
+            mean = None if arenas.center is None else arenas.center[rows]
+            target = row_tokens[:, :, sinks : sinks + count]
+            dequantize_groups(packed, fmt, target, mean, arenas.basis)
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
     return out
 
 
-def write(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent, fmt: Format) -> None:
+def learn(
+    arenas: Arenas, new: Tensor, valid: Tensor | None, query: Tensor | None, fmt: Format, role: Role
+) -> Fit:
+    """What the codec learns from the prompt ``new``; the mean goes into ``arenas``.
+
+    ``query`` is ``[batch, num_heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]``.
+    """
+    token = torch.arange(new.shape[2], device=new.device)[None]
+    if valid is None:
+        keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
+    else:
+        valid = valid.view(torch.bool).expand(new.shape[0], -1)
+        keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
+    fit = codec_from_spec(fmt.codec).fit(role, new, query, keep)
+    if fit.mean is not None and arenas.center is not None and arenas.center.numel():
+        arenas.center.copy_(fit.mean)
+    return fit
+
+
+def write(
+    arenas: Arenas,
+    new: Tensor,
+    valid: Tensor | None,
+    extent: Extent,
+    fmt: Format,
+    feedback: Tensor | None = None,
+) -> None:
     """Append ``new`` ``[batch, heads, tokens, head_dim]``: into the ring, packing what leaves it.
 
     ``valid`` is bool ``[batch, tokens]``. Rows that hold no token yet start at their first valid
-    new one.
+    new one. ``feedback`` is that of :class:`squat_fx.codecs.Fit`, for the tokens of a prompt.
     """
     after = extent.after(new.shape[2], fmt)
     if valid is not None:
@@ -155,7 +264,9 @@ def write(arenas: Arenas, new: Tensor, valid: Tensor | None, extent: Extent, fmt
         arenas.start.copy_(torch.where(empty, extent.length + leading, arenas.start))
     for rows, start in _runs(arenas.start):
         row_valid = None if valid is None else valid[rows]
-        _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt)
+        mean = None if arenas.center is None else arenas.center[rows]
+        fit = Fit(mean, None if feedback is None else feedback[rows])
+        _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt, fit)
         _keep_recent(arenas.dense[rows], new[rows], start, extent, after, fmt)
 
 
@@ -175,6 +286,7 @@ def _pack_leaving(
     before: Extent,
     after: Extent,
     fmt: Format,
+    fit: Fit,
 ) -> None:
     """Pack the tokens that are packed after an append and were not before it."""
     first, end = before.packed(start, fmt), after.packed(start, fmt)
@@ -190,7 +302,7 @@ def _pack_leaving(
         known = valid.new_ones((valid.shape[0], in_ring - first))
         valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
     slots = _packed_slots(arenas, rows, first, end, fmt)
-    for slot, packed in zip(slots, quantize(leaving, valid, fmt), strict=True):
+    for slot, packed in zip(slots, quantize(leaving, valid, fmt, fit, arenas.basis), strict=True):
         slot.copy_(packed)
 
 
@@ -228,7 +340,7 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         )
 
 
-def empty_arenas(like: Tensor, capacity: int, fmt: Format) -> Arenas:
+def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None = None) -> Arenas:
     """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like``
     ``[batch, heads, _, head_dim]``.
     """
@@ -241,13 +353,24 @@ def empty_arenas(like: Tensor, capacity: int, fmt: Format) -> Arenas:
         for name in fmt.packed_names
     )
     dense = like.new_zeros((batch, heads, fmt.dense_length, fmt.head_dim))
-    return Arenas(packed, dense, like.new_zeros((batch,), dtype=torch.int32))
+    start = like.new_zeros((batch,), dtype=torch.int32)
+    if fmt.layout != "planes/token":
+        return Arenas(packed, dense, start)
+    center = like.new_zeros((batch, heads, int(fmt.centered), fmt.head_dim), dtype=torch.float16)
+    return Arenas(packed, dense, start, center, no_basis(like) if basis is None else basis)
+
+
+def no_basis(like: Tensor) -> Tensor:
+    """The basis of a head that has none but the fixed rotation."""
+    return like.new_empty((2, like.shape[1], 0, 0), dtype=torch.float32)
 
 
 def arena_dtype(name: str, fmt: Format, dtype: torch.dtype) -> torch.dtype:
     """The dtype of arena ``name`` for a cache of ``dtype``."""
     if name == "start":
         return torch.int32
+    if name == "basis":
+        return torch.float32
     if name == "dense" or fmt.layout == "dense":
         return dtype
     return torch.uint8 if name == "qdata" else torch.float16
@@ -295,10 +418,7 @@ def attention(
     kv_len, head_dim]``, mask broadcastable to ``[batch, num_heads, q_len, kv_len]``.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
-    if causal != NO_CAUSALITY:
-        offset = kv_len - q_len if causal == BOTTOM_RIGHT else 0
-        visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(offset)
-        mask = visible if mask is None else _both(mask, visible)
+    mask = _with_causality(mask, causal, q_len, kv_len, query.device)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
         if mask is not None and mask.dtype != torch.bool:
@@ -310,17 +430,36 @@ def attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
+    return (_probabilities(scores, mask, sinks, softcap) @ value.to(wide)).to(query.dtype)
+
+
+def _probabilities(
+    scores: Tensor, mask: Tensor | None, sinks: Tensor | None, softcap: float
+) -> Tensor:
+    """Softmax of scaled scores ``[batch, num_heads, q_len, kv_len]``; zeros where all is masked."""
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -torch.inf)
     elif mask is not None:
-        scores = scores + mask.to(wide)
+        scores = scores + mask.to(scores.dtype)
     if sinks is not None:
-        column = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], -1)
-    probs = torch.softmax(scores, -1).nan_to_num(0.0)[..., :kv_len]
-    return (probs @ value.to(wide)).to(query.dtype)
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        probs = torch.softmax(scores, -1)
+    return probs.nan_to_num(0.0)
+
+
+def _with_causality(
+    mask: Tensor | None, causal: int, q_len: int, kv_len: int, device: torch.device
+) -> Tensor | None:
+    """``mask`` and what ``causal`` says, as one mask."""
+    if causal == NO_CAUSALITY:
+        return mask
+    offset = kv_len - q_len if causal == BOTTOM_RIGHT else 0
+    visible = torch.ones(q_len, kv_len, dtype=torch.bool, device=device).tril(offset)
+    return visible if mask is None else _both(mask, visible)
 
 
 def _both(mask: Tensor, visible: Tensor) -> Tensor:
@@ -341,6 +480,19 @@ def attend(
     softcap: float,
 ) -> Tensor:
     """Attention over the stored tokens and, beside them, the exact new ones."""
+    if key[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
+        return _attend_latent(
+            query,
+            new_key,
+            new_value,
+            key,
+            value,
+            mask=mask,
+            sinks=sinks,
+            scale=scale,
+            causal=causal,
+            softcap=softcap,
+        )
     full_key, full_value = (
         _past_and_new("key", *key, new_key),
         _past_and_new("value", *value, new_value),
@@ -360,6 +512,128 @@ def attend(
         causal=causal,
         softcap=softcap,
     )
+
+
+def _attend_latent(
+    query: Tensor,
+    new_key: Tensor | None,
+    new_value: Tensor | None,
+    key: tuple[Arenas, Extent, Format],
+    value: tuple[Arenas, Extent, Format],
+    *,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: int,
+    softcap: float,
+) -> Tensor:
+    """The same where queries are few: packed tokens stay in their latent frame.
+
+    The query goes there instead, and the weighted sum of the values comes back; the key mean is
+    added as one number per query, so that scores are true ones.
+    """
+    batch, num_heads, q_len, _ = query.shape
+    num_kv_heads = key[0].dense.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    length = key[1].length
+    kv_len = length + (0 if new_key is None else new_key.shape[2])
+    mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask.expand(batch, *mask.shape[1:])
+    out = query.new_empty((batch, num_heads, q_len, value[2].head_dim))
+    for rows, start in _runs(key[0].start):
+        if start >= kv_len:
+            out[rows] = 0.0
+            continue
+        q = query[rows].to(wide).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+        scores = _scores(q, _Row.of(key, new_key, rows, start, wide)) * scale
+        scores = scores.unflatten(2, (-1, q_len)).flatten(1, 2)
+        visible = mask
+        if mask is not None:
+            visible = mask[rows]
+            visible = visible[..., start:] if visible.shape[-1] > 1 else visible
+        probs = _probabilities(scores, visible, sinks, softcap)
+        probs = probs.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+        found = _weighted_sum(probs, _Row.of(value, new_value, rows, start, wide))
+        out[rows] = found.unflatten(2, (-1, q_len)).flatten(1, 2).to(query.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The tokens of rows that start together: ``before`` exact ones, packed ones, exact ones.
+
+    ``exact`` is ``[rows, heads, tokens, head_dim]``; ``unit`` what a step of a code is worth per
+    channel, ``zero`` the code of zero.
+    """
+
+    exact: Tensor
+    before: int
+    codes: Tensor
+    scale: Tensor
+    unit: Tensor
+    zero: Tensor
+    inverse: Tensor
+    mean: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        side: tuple[Arenas, Extent, Format],
+        new: Tensor | None,
+        rows: slice,
+        start: int,
+        wide: torch.dtype,
+    ) -> _Row:
+        arenas, extent, fmt = side
+        dense = arenas.dense[rows]
+        tokens = max(extent.length - start, 0)
+        sinks, count = min(fmt.sink_length, tokens), extent.packed(start, fmt)
+        parts = [dense[:, :, :sinks]]
+        parts.append(dense.index_select(2, _ring_slots(count, tokens - sinks, fmt, dense.device)))
+        if new is not None:
+            parts.append(new[rows, :, max(start - extent.length, 0) :].to(dense.dtype))
+        qdata, scale = _packed_slots(arenas, rows, 0, count, fmt)
+        shape = (*qdata.shape[:3], fmt.head_dim)
+        codes = _WORKSPACE.take("codes", shape, dense.new_empty(0, dtype=wide))
+        unit, zero = step_and_zero(fmt.widths, fmt.head_dim, dense.device)
+        inverse = basis_pair(arenas.basis, fmt.head_dim, dense.device)[1]
+        mean = arenas.center[rows].to(wide) if fmt.centered and arenas.center is not None else None
+        return cls(
+            torch.cat(parts, 2).to(wide),
+            sinks,
+            unpack(qdata, fmt.head_dim, fmt.widths, codes),
+            scale.to(wide).transpose(-1, -2),
+            unit.to(wide),
+            zero.to(wide),
+            inverse.to(wide),
+            mean,
+        )
+
+
+def _scores(q: Tensor, row: _Row) -> Tensor:
+    """``q @ key.T`` for the tokens of ``row`` in their order; ``q`` is ``[rows, heads, n, d]``."""
+    latent = (q @ row.inverse.transpose(-1, -2)) * row.unit
+    packed = (latent @ row.codes.transpose(-1, -2) - (latent @ row.zero)[..., None]) * row.scale
+    if row.mean is not None:
+        packed = packed + q @ row.mean.transpose(-1, -2)
+    exact = q @ row.exact.transpose(-1, -2)
+    return torch.cat([exact[..., : row.before], packed, exact[..., row.before :]], -1)
+
+
+def _weighted_sum(probs: Tensor, row: _Row) -> Tensor:
+    """``probs @ value`` for the tokens of ``row``."""
+    count = row.codes.shape[2]
+    before, packed, after = probs.split(
+        [row.before, count, probs.shape[-1] - row.before - count], -1
+    )
+    weights = packed * row.scale
+    latent = (weights @ row.codes - weights.sum(-1, keepdim=True) * row.zero) * row.unit
+    out = latent @ row.inverse
+    if row.mean is not None:
+        out = out + packed.sum(-1, keepdim=True) * row.mean
+    return out + torch.cat([before, after], -1) @ row.exact
 
 
 def _past_and_new(

@@ -1,11 +1,7 @@
-"""Quantize, pack and put away new tokens.
+"""Put new tokens away: what leaves the ring is rounded and packed, the newest go into the ring.
 
-    scale = (max - min) / (2**bits - 1)      zero_point = min
-    code = round_half_even((x - zero_point) / scale)
-
-over the valid numbers of a group; scale and zero point are rounded to fp16 *before* the codes are
-computed (bit for bit as ``codecs/kivi.py``). Tokens that leave the ring come from its old part or
-from ``new``; what stays goes to a sink slot or a ring slot.
+Tokens that leave the ring come from its old part or from ``new``; what stays goes to a sink slot or
+a ring slot. ``triton_round.py`` turns numbers into codes.
 
 One new token takes one launch, ``append_kernel``: a ring holds one group more than the residual, so
 that the token never lands on one that is being packed. More tokens may reuse ring slots, so they
@@ -17,6 +13,7 @@ order.
 | ``new`` | ``[batch, num_kv_heads, new_len, head_dim]``, any strides but the last |
 | ``valid`` | uint8 ``[batch, new_len]``, any strides; None: all |
 | ``positions`` | int64 ``[handles, 2]``: length and watermark before the new tokens |
+| ``feedback`` | fp32 ``[batch, num_kv_heads, head_dim, head_dim]``, contiguous; None: none |
 """
 
 from __future__ import annotations
@@ -29,107 +26,23 @@ from squat_fx.kernels.triton_planes import (
     exact_rows,
     num_planes,
     packed_tokens,
-    store_words,
+)
+from squat_fx.kernels.triton_round import (
+    latent_row,
+    latent_tiles,
+    pack_groups,
+    pack_groups_with_feedback,
+    pack_tokens,
 )
 
-ROUND_TO_INTEGER = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2**23: the sum's low mantissa bits are the integer, half to even
-SMALLEST_SCALE = tl.constexpr(1e-6)
-LARGEST_HALF = tl.constexpr(65504.0)
 BLOCK_T = 32
-
-
-@triton.constexpr_function
-def begins_group(fmt, plane):
-    """Whether a plane group is the first of its channel group."""
-    return fmt.channel_group == 1 or plane * 16 % fmt.channel_group == 0
-
-
-@triton.constexpr_function
-def group_end(fmt, plane):
-    """One past the last plane group of the channel group that begins at ``plane``."""
-    return min(plane + -(-fmt.channel_group // 16), fmt.num_planes)
+TOKEN_BLOCK_T = 64  # planes/token
 
 
 @triton.constexpr_function
 def rows_per_program(fmt, block_t):
     """Tokens that one program packs: a token group, or ``block_t`` tokens that share nothing."""
     return fmt.token_group if fmt.token_group > 1 else block_t
-
-
-@triton.jit
-def range_of(planes, seen, first: tl.constexpr, last: tl.constexpr, fmt: tl.constexpr):
-    """Smallest and largest seen number of each group; zeros if none is seen.
-
-    The groups are those of plane groups ``first`` to ``last - 1``.
-    """
-    low = tl.where(seen[first], planes[first], float("inf"))
-    high = tl.where(seen[first], planes[first], float("-inf"))
-    for j in tl.static_range(first + 1, last):
-        low = tl.minimum(low, tl.where(seen[j], planes[j], float("inf")))
-        high = tl.maximum(high, tl.where(seen[j], planes[j], float("-inf")))
-    if fmt.channel_group > 1:
-        low = tl.min(low, 1, keep_dims=True)
-        high = tl.max(high, 1, keep_dims=True)
-    if fmt.token_group > 1:
-        low = tl.min(low, 0, keep_dims=True)
-        high = tl.max(high, 0, keep_dims=True)
-    empty = low > high
-    return tl.where(empty, 0.0, low), tl.where(empty, 0.0, high)
-
-
-@triton.jit
-def scale_and_zero_point(low, high, fmt: tl.constexpr):
-    """fp16 scale and zero point of each group."""
-    scale = tl.div_rn(high - low, tl.full(low.shape, fmt.levels, tl.float32))
-    scale = tl.minimum(tl.maximum(scale, SMALLEST_SCALE), LARGEST_HALF)
-    zero_point = tl.minimum(tl.maximum(low, -LARGEST_HALF), LARGEST_HALF)
-    return scale.to(tl.float16), zero_point.to(tl.float16)
-
-
-@triton.jit
-def round_to_levels(x, scale, zero_point, fmt: tl.constexpr):
-    """Codes, int32: round half to even, then clamp."""
-    x = x - zero_point.to(tl.float32)
-    scale, x = tl.broadcast(scale.to(tl.float32), x)
-    steps = tl.minimum(tl.maximum(tl.div_rn(x, scale), 0.0), fmt.levels)
-    return (steps + ROUND_TO_INTEGER).to(tl.int32, bitcast=True) & 0xFF
-
-
-@triton.jit
-def pack_rows(stored, head, slot, keep, usable, rows, lane, fmt: tl.constexpr):
-    """Quantize the tokens at ``rows`` ``[T, 1]`` into ``slot``; ``usable`` ones make the range."""
-    planes = ()
-    seen = ()
-    for j in tl.static_range(num_planes(fmt)):
-        channel = 16 * j + lane
-        there = channel < fmt.head_dim
-        planes += (tl.load(rows + channel, mask=keep & there, other=0.0).to(tl.float32),)
-        seen += (usable & there,)
-    group = slot // fmt.token_group
-    keep_group = keep
-    if fmt.token_group > 1:  # one group: its rows are the tile's
-        group = tl.min(group, 0, keep_dims=True)
-        keep_group = tl.max(keep.to(tl.int32), 0, keep_dims=True) > 0
-    parameters = head * (stored.capacity // fmt.token_group) + group
-    codes = ()
-    for j in tl.static_range(num_planes(fmt)):
-        if begins_group(fmt, j):
-            low, high = range_of(planes, seen, j, group_end(fmt, j), fmt)
-            scale, zero_point = scale_and_zero_point(low, high, fmt)
-            if fmt.channel_group == 1:
-                channel = 16 * j + lane
-                keep_group_channel = keep_group & (channel < fmt.head_dim)
-            else:
-                channel = 16 * j // fmt.channel_group
-                keep_group_channel = keep_group
-            offsets = parameters * fmt.channel_groups + channel
-            tl.store(stored.scale + offsets, scale, mask=keep_group_channel)
-            tl.store(stored.zero_point + offsets, zero_point, mask=keep_group_channel)
-        code = round_to_levels(planes[j], scale, zero_point, fmt)
-        codes += (tl.where(16 * j + lane < fmt.head_dim, code, 0),)
-    store_words(stored, head, slot, keep, lane, codes, fmt)
 
 
 @triton.jit
@@ -143,8 +56,8 @@ def copy_rows(source, target, keep, lane, fmt: tl.constexpr):
 
 @triton.jit
 def pack_leaving(
-    stored, new, new_head, new_stride, valid, valid_row, valid_stride,
-    head, block, start, length, before, after,
+    stored, new, new_head, new_stride, valid, valid_row, valid_stride, feedback,
+    head, kv_head, block, start, length, before, after,
     fmt: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
 ):  # fmt: skip
     """Pack a block of the slots from ``before`` to ``after``."""
@@ -157,12 +70,21 @@ def pack_leaving(
     if fmt.pieces is None:
         target = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         copy_rows(rows, target, keep, lane, fmt)
+    elif fmt.per_token:
+        if PADDED_T == 1:
+            tiles = latent_row(stored, head, kv_head, rows, keep, fmt)
+        else:
+            tiles = latent_tiles(stored, head, kv_head, rows, keep, fmt)
+        pack_tokens(stored, head, slot, keep, tiles, feedback, lane, fmt)
     else:
         usable = keep
         if valid is not None:
             pointers = valid + valid_row + (position - length).to(tl.int64) * valid_stride
             usable = keep & (tl.load(pointers, mask=keep & (position >= length), other=1) != 0)
-        pack_rows(stored, head, slot, keep, usable, rows, lane, fmt)
+        if feedback is None:
+            pack_groups(stored, head, slot, keep, usable, rows, lane, fmt)
+        else:
+            pack_groups_with_feedback(stored, head, slot, keep, usable, rows, feedback, lane, fmt)
 
 
 @triton.jit
@@ -204,7 +126,7 @@ def store_new(
 @triton.jit(do_not_specialize=["row"])
 def append_kernel(
     stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
-    FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
+    FORMAT: tl.constexpr, PADDED_T: tl.constexpr,
 ):  # fmt: skip
     """One new token. Grid ``(batch * num_kv_heads,)``."""
     head = tl.program_id(0).to(tl.int64)
@@ -221,8 +143,8 @@ def append_kernel(
     new_head = batch * new_strides[0] + kv_head * new_strides[1]
     if after > before:
         pack_leaving(
-            stored, new, new_head, 0, valid, batch * valid_strides[0], 0,
-            head, 0, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
+            stored, new, new_head, 0, valid, batch * valid_strides[0], 0, None,
+            head, kv_head, 0, start, length, before, after, FORMAT, 1, PADDED_T,
         )  # fmt: skip
     lane = tl.arange(0, 16)[None, :]
     column = tl.zeros([1, 1], tl.int32)
@@ -249,21 +171,24 @@ def start_kernel(start, valid, valid_strides, positions, row, new_len, BLOCK_T: 
 
 @triton.jit(do_not_specialize=["row"])
 def pack_kernel(
-    stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads, new_len,
+    stored, new, new_strides, valid, valid_strides, feedback, positions, row, num_kv_heads, new_len,
     FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
 ):  # fmt: skip
     """Pack what leaves the ring. Grid ``(batch * num_kv_heads, blocks of packed tokens)``."""
     head = tl.program_id(0).to(tl.int64)
     batch = head // num_kv_heads
-    new_head = batch * new_strides[0] + head % num_kv_heads * new_strides[1]
+    kv_head = head % num_kv_heads
+    new_head = batch * new_strides[0] + kv_head * new_strides[1]
     start = tl.load(stored.start + batch)
     length, before, after = packed_before_and_after(positions, row, start, new_len, FORMAT)
     block = tl.program_id(1)
+    if feedback is not None:
+        feedback += head * FORMAT.head_dim * FORMAT.head_dim
     if before + block * rows_per_program(FORMAT, BLOCK_T) < after:
         pack_leaving(
             stored, new, new_head, new_strides[2],
-            valid, batch * valid_strides[0], valid_strides[1],
-            head, block, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
+            valid, batch * valid_strides[0], valid_strides[1], feedback,
+            head, kv_head, block, start, length, before, after, FORMAT, BLOCK_T, PADDED_T,
         )  # fmt: skip
 
 

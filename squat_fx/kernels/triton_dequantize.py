@@ -1,6 +1,7 @@
 """The stored tokens as numbers.
 
-    x = code * scale + zero_point
+    planes/channel:  x = code * scale + zero_point
+    planes/token:    x = (scale * step * (code - zero)) @ inverse + center
 
 where a token is packed, the exact number elsewhere, zero for padding.
 ``output`` is ``[batch, num_kv_heads, length, head_dim]``, contiguous.
@@ -14,12 +15,18 @@ import triton.language as tl
 from squat_fx.kernels.triton_planes import (
     any_plane,
     exact_rows,
+    largest_code,
     load_words,
     num_planes,
     packed_tokens,
+    step,
+    tile_width,
+    unpack_plane,
 )
+from squat_fx.kernels.triton_round import dot_in_fp32
 
 BLOCK_T = 32
+TOKEN_BLOCK_T = 64  # planes/token
 
 
 @triton.jit
@@ -43,3 +50,43 @@ def dequantize_kernel(
         x = any_plane(stored, words, exact, head, slot, packed, keep, lane, j, FORMAT)
         out = output + (head * length + position) * FORMAT.head_dim + channel
         tl.store(out, x.to(output.dtype.element_ty), mask=there & (channel < FORMAT.head_dim))
+
+
+@triton.jit
+def dequantize_token_kernel(
+    stored, output, watermark, num_kv_heads, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """The same for ``planes/token``. Grid ``(batch * num_kv_heads, blocks of tokens, tiles)``."""
+    head = tl.program_id(0).to(tl.int64)
+    start = tl.load(stored.start + head // num_kv_heads)
+    count = packed_tokens(watermark, start, FORMAT)
+    lane = tl.arange(0, 16)[None, :]
+    position = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
+    there = position < length
+    keep = there & (position >= start)
+    slot = position - start - FORMAT.sink_length
+    packed = keep & (slot >= 0) & (slot < count)
+    channel = tl.program_id(2) * tile_width(FORMAT) + tl.arange(0, tile_width(FORMAT))[None, :]
+    inside = channel < FORMAT.head_dim
+    exact = exact_rows(stored, None, 0, 0, head, position, start, length, FORMAT)
+    unpacked = keep & (packed == 0) & inside
+    x = tl.load(exact + channel, mask=unpacked, other=0.0).to(tl.float32)
+    y = tl.zeros([BLOCK_T, tile_width(FORMAT)], tl.float32)
+    words = load_words(stored, head, slot, packed, lane, FORMAT)
+    inverse = stored.basis + stored.inverse + head % num_kv_heads * stored.basis_stride
+    for j in tl.static_range(num_planes(FORMAT)):
+        if largest_code(FORMAT, j) > 0:
+            # Odd integers about zero, so that half a step is a unit.
+            levels = (unpack_plane(words, j, FORMAT) * 2 - largest_code(FORMAT, j)).to(tl.float32)
+            row = 16 * j + tl.arange(0, 16)[:, None]
+            pointers = inverse + row * FORMAT.head_dim + channel
+            matrix = tl.load(pointers, mask=(row < FORMAT.head_dim) & inside, other=0.0)
+            y = dot_in_fp32(levels, matrix * (step(FORMAT, j) / 2), y, True)
+    scale = tl.load(stored.scale + head * stored.capacity + slot, mask=packed, other=0.0)
+    y *= scale.to(tl.float32)
+    if FORMAT.centered:
+        center = tl.load(stored.center + head * FORMAT.head_dim + channel, mask=inside, other=0.0)
+        y += center.to(tl.float32)
+    x = tl.where(packed, y, x)
+    out = output + (head * length + position) * FORMAT.head_dim + channel
+    tl.store(out, x.to(output.dtype.element_ty), mask=there & inside)

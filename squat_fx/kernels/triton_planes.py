@@ -26,10 +26,15 @@ from torch import Tensor
 
 from squat_fx.codecs import Format
 from squat_fx.codecs.planes import LANES
+from squat_fx.codecs.symmetric import STEP, least_scale
 
 
 class Stored(NamedTuple):
-    """The arenas of one role as a kernel takes them; ``capacity`` counts packed tokens."""
+    """The arenas of one role as a kernel takes them; ``capacity`` counts packed tokens.
+
+    ``basis`` is fp32 ``[2, heads or 1, head_dim, head_dim]``: ``basis_stride`` elements lie between
+    two heads, ``inverse`` ones before the inverse.
+    """
 
     qdata: Tensor
     scale: Tensor | None
@@ -37,6 +42,10 @@ class Stored(NamedTuple):
     dense: Tensor
     start: Tensor
     capacity: int
+    center: Tensor | None = None
+    basis: Tensor | None = None
+    basis_stride: int = 0
+    inverse: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,24 @@ class StoredFormat:
 
     It carries the piece table, so that kernels are compiled anew when the table changes:
     ``pieces[plane]`` lists ``(word, shift in the word, mask, shift in the code)``; None says that
-    qdata holds the numbers themselves. An odd last byte counts as a word.
+    qdata holds the numbers themselves. What is left of the lanes after ``whole_bytes``, in
+    ``sections`` of so many bits, counts as one more byte.
+
+    ``per_token`` is the layout ``planes/token``; ``steps[plane]`` is the distance of its levels
+    and ``least_scales[plane]`` what its largest number asks of the scale.
     """
 
     head_dim: int
     num_planes: int
     pieces: tuple[tuple[tuple[int, int, int, int], ...], ...] | None
-    bytes_per_lane: int
+    whole_bytes: int
+    sections: tuple[int, ...]
+    row_size: int
+    widths: tuple[int, ...]
+    per_token: bool
+    steps: tuple[float, ...]
+    least_scales: tuple[float, ...]
+    centered: bool
     levels: float
     token_group: int
     channel_group: int
@@ -61,21 +81,26 @@ class StoredFormat:
     residual_length: int
 
     @property
-    def row_size(self) -> int:
-        """Elements of one packed token in qdata."""
-        return self.head_dim if self.pieces is None else LANES * self.bytes_per_lane
-
-    @property
     def dense_length(self) -> int:
         """Slots of the dense buffer."""
         return self.sink_length + self.ring_length
+
+    @property
+    def tile_width(self) -> int:
+        """Channels of a tile that takes part in dots."""
+        return min(max(LANES, triton.next_power_of_2(self.head_dim)), 64)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of a head."""
+        return -(-self.head_dim // self.tile_width)
 
 
 @lru_cache(maxsize=256)
 def stored_format(fmt: Format) -> StoredFormat:
     """The compile-time constant of ``fmt``."""
     num_planes = -(-fmt.head_dim // LANES)
-    pieces, bytes_per_lane, levels = None, 0, 0.0
+    pieces, whole_bytes, sections, row_size, levels = None, 0, (), fmt.head_dim, 0.0
     if fmt.layout != "dense":
         pieces = tuple(
             tuple(
@@ -85,12 +110,20 @@ def stored_format(fmt: Format) -> StoredFormat:
             )
             for plane in range(num_planes)
         )
-        bytes_per_lane, levels = fmt.planes.bytes_per_lane, float(2 ** fmt.widths[0] - 1)
+        whole_bytes, sections = fmt.planes.whole_bytes, fmt.planes.sections
+        row_size, levels = fmt.planes.row_bytes, float(2 ** fmt.widths[0] - 1)
     return StoredFormat(
         head_dim=fmt.head_dim,
         num_planes=num_planes,
         pieces=pieces,
-        bytes_per_lane=bytes_per_lane,
+        whole_bytes=whole_bytes,
+        sections=sections,
+        row_size=row_size,
+        widths=fmt.widths,
+        per_token=fmt.layout == "planes/token",
+        steps=tuple(STEP[bits] for bits in fmt.widths),
+        least_scales=tuple(least_scale(bits) for bits in fmt.widths),
+        centered=fmt.centered,
         levels=levels,
         token_group=fmt.token_group,
         channel_group=fmt.channel_group,
@@ -110,8 +143,57 @@ def num_planes(fmt):
 
 
 @triton.constexpr_function
+def num_tiles(fmt):
+    return fmt.num_tiles
+
+
+@triton.constexpr_function
+def tile_width(fmt):
+    return fmt.tile_width
+
+
+@triton.constexpr_function
 def num_words(fmt):
-    return -(-fmt.bytes_per_lane // 2)
+    return -(-(fmt.whole_bytes + bool(fmt.sections)) // 2)
+
+
+@triton.constexpr_function
+def num_sections(fmt):
+    return len(fmt.sections)
+
+
+@triton.constexpr_function
+def section_width(fmt, index):
+    return fmt.sections[index]
+
+
+@triton.constexpr_function
+def section_shift(fmt, index):
+    """Where a section begins in what is left of a lane."""
+    return sum(fmt.sections[:index])
+
+
+@triton.constexpr_function
+def section_offset(fmt, index):
+    """Bytes of a stored token before a section."""
+    return 16 * fmt.whole_bytes + 2 * sum(fmt.sections[:index])
+
+
+@triton.constexpr_function
+def step(fmt, plane):
+    """Distance of the levels of a plane group, in units of the token's scale."""
+    return fmt.steps[plane]
+
+
+@triton.constexpr_function
+def scale_asked(fmt, plane):
+    """The scale that a token must have at least, for each unit of a number in a plane group."""
+    return fmt.least_scales[plane]
+
+
+@triton.constexpr_function
+def largest_code(fmt, plane):
+    return 2 ** fmt.widths[plane] - 1
 
 
 @triton.constexpr_function
@@ -156,14 +238,31 @@ def load_words(stored, head, slot, keep, lane, fmt: tl.constexpr):
     if fmt.pieces is not None:
         rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         for w in tl.static_range(num_words(fmt)):
-            if 2 * w + 1 < fmt.bytes_per_lane:
+            if 2 * w + 1 < fmt.whole_bytes:
                 word = tl.load(
                     rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), mask=keep, other=0
                 )
-            else:
+            elif 2 * w + 1 == fmt.whole_bytes:
                 word = tl.load(rows + (32 * w + lane), mask=keep, other=0).to(tl.int16)
+                if num_sections(fmt) > 0:
+                    word |= load_sections(rows, keep, lane, fmt) << 8
+            else:
+                word = load_sections(rows, keep, lane, fmt)
             words += (word,)
     return words
+
+
+@triton.jit
+def load_sections(rows, keep, lane, fmt: tl.constexpr):
+    """What is left of the lanes after their whole bytes, int16 ``[N, 16]``."""
+    rest = tl.zeros([1, 1], tl.int16)
+    for i in tl.static_range(num_sections(fmt)):
+        bits: tl.constexpr = section_width(fmt, i)
+        section = rows + (section_offset(fmt, i) + lane % (2 * bits))
+        byte = tl.load(section, mask=keep, other=0).to(tl.int16)
+        piece_bits = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
+        rest = rest | (piece_bits << section_shift(fmt, i))
+    return rest
 
 
 @triton.jit
@@ -212,24 +311,56 @@ def packed_plane(
 
 
 @triton.jit
-def store_words(stored, head, slot, keep, lane, codes, fmt: tl.constexpr):
-    """Undo :func:`load_words` and :func:`unpack_plane`; ``codes`` are a tuple of int32."""
+def no_words(slot, fmt: tl.constexpr):
+    """The words of tokens at ``slot`` ``[N, 1]`` before any code: a tuple of int32 ``[N, 16]``."""
+    words = ()
+    for _ in tl.static_range(num_words(fmt)):
+        words += (tl.zeros([slot.shape[0], 16], tl.int32),)
+    return words
+
+
+@triton.jit
+def add_plane(words, codes, plane: tl.constexpr, fmt: tl.constexpr):
+    """Undo :func:`unpack_plane`: ``words`` with the int32 ``codes`` of one more plane group."""
+    filled = ()
+    for w in tl.static_range(num_words(fmt)):
+        word = words[w]
+        for i in tl.static_range(num_pieces(fmt, plane)):
+            if piece(fmt, plane, i, WORD) == w:
+                bits = (codes >> piece(fmt, plane, i, CODE_SHIFT)) & piece(fmt, plane, i, MASK)
+                word |= bits << piece(fmt, plane, i, SHIFT)
+        filled += (word,)
+    return filled
+
+
+@triton.jit
+def store_words(stored, head, slot, keep, lane, words, fmt: tl.constexpr):
+    """Undo :func:`load_words`; ``words`` are int32."""
     rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
     for w in tl.static_range(num_words(fmt)):
-        word = tl.zeros_like(codes[0])
-        for plane in tl.static_range(num_planes(fmt)):
-            for i in tl.static_range(num_pieces(fmt, plane)):
-                if piece(fmt, plane, i, WORD) == w:
-                    bits = (codes[plane] >> piece(fmt, plane, i, CODE_SHIFT)) & piece(
-                        fmt, plane, i, MASK
-                    )
-                    word |= bits << piece(fmt, plane, i, SHIFT)
-        if 2 * w + 1 < fmt.bytes_per_lane:
+        word = words[w]
+        if 2 * w + 1 < fmt.whole_bytes:
             tl.store(
                 rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), word.to(tl.int16), mask=keep
             )
-        else:
+        elif 2 * w + 1 == fmt.whole_bytes:
             tl.store(rows + (32 * w + lane), word.to(tl.uint8), mask=keep)
+            store_sections(rows, keep, word >> 8, fmt)
+        else:
+            store_sections(rows, keep, word, fmt)
+
+
+@triton.jit
+def store_sections(rows, keep, rest, fmt: tl.constexpr):
+    """Undo :func:`load_sections`."""
+    for i in tl.static_range(num_sections(fmt)):
+        bits: tl.constexpr = section_width(fmt, i)
+        part = (rest >> section_shift(fmt, i)) & (2**bits - 1)
+        part = tl.reshape(part, [rest.shape[0], 8 // bits, 2 * bits])
+        place = tl.arange(0, 8 // bits)[None, :, None]
+        section = tl.sum(part << (place * bits), 1)  # [N, bytes]
+        byte = tl.arange(0, 2 * bits)[None, :]
+        tl.store(rows + (section_offset(fmt, i) + byte), section.to(tl.uint8), mask=keep)
 
 
 # any stored or new token -------------------------------------------------------------------------

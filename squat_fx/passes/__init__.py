@@ -26,7 +26,14 @@ __all__ = [
     "GraphPass",
     "Rewriting",
     "Skipped",
+    "find_attentions",
 ]
+
+
+def find_attentions(rewriting: Rewriting) -> None:
+    """Find the attentions and their cache edges; the graph still computes what it did."""
+    for graph_pass in (Canonicalize, FindCacheEdges):
+        graph_pass()(rewriting)
 
 
 def run_pipeline(rewriting: Rewriting) -> None:

@@ -18,6 +18,7 @@ static caches, tensors written in place, layers the config skips.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -106,8 +107,8 @@ def _site(
     queries = _queries_per_kv(attention, key, value)
     if isinstance(queries, str):
         return queries
-    dims = (sizes_of(key.source)[3], sizes_of(value.source)[3])
-    formats = rewriting.config.formats(layer, count, *dims)
+    _, heads, _, key_dim = sizes_of(key.source)
+    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
     if isinstance(formats, str):
         return formats
     key_edge = _edge("key", key.source, formats[0], attention, rewriting)
@@ -118,6 +119,8 @@ def _site(
         return f"value {value_edge}"
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
+    basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
+    key_edge = replace(key_edge, basis=basis)
     return AttentionSite(attention, key_edge, value_edge, queries, layer)
 
 

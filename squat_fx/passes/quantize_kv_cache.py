@@ -3,7 +3,7 @@
 Before (prefill):
     key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
-    arenas = squat_fx.store(key, valid);  out = attention(query, key, value)
+    arenas = squat_fx.store(key, valid, query);  out = attention(query, key, value)
     return out, *arenas, ...
 
 Before (decode):
@@ -25,8 +25,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
@@ -69,7 +70,10 @@ class QuantizeKVCache(GraphPass):
             if edge.kind == "decode":
                 self._append(edge, mask, readers[edge.stored], rewriting)
             else:
-                stored[edge.stored] = self._store(edge, mask, readers[edge.stored], rewriting)
+                query = self._query_of(edge, rewriting)
+                stored[edge.stored] = self._store(
+                    edge, mask, query, readers[edge.stored], rewriting
+                )
         _replace_outputs(rewriting, edges, stored)
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
@@ -99,10 +103,7 @@ class QuantizeKVCache(GraphPass):
         )
         output = attention.output
         with graph.inserting_before(output):
-            query, merged = attention.query, len(shape_of(attention.query) or ()) == 3
-            if merged:
-                heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
-                query = graph.call_method("unflatten", (query, 0, (-1, heads)))
+            query, merged = four_dim_query(site, graph)
             attend = graph.call_function(
                 ops.overload("attend", site.key.fmt.layout),
                 (
@@ -147,20 +148,46 @@ class QuantizeKVCache(GraphPass):
             )
 
     def _store(
-        self, edge: CacheEdge, mask: fx.Node | None, readers: list[fx.Node], rewriting: Rewriting
+        self,
+        edge: CacheEdge,
+        mask: fx.Node | None,
+        query: fx.Node | None,
+        readers: list[fx.Node],
+        rewriting: Rewriting,
     ) -> list[fx.Node]:
         graph = rewriting.graph
         valid = self._valid_tokens(mask, edge.stored, readers)
-        arguments = (edge.stored, valid, edge.fmt.codec, edge.fmt.to_ints())
-        place = _latest(edge.stored, valid)
+        basis = (
+            None if edge.basis is None else _constant(edge.basis, f"{edge.stored}_basis", rewriting)
+        )
+        arguments = (
+            edge.stored,
+            valid,
+            query,
+            basis,
+            edge.role,
+            edge.fmt.codec,
+            edge.fmt.to_ints(),
+        )
+        place = _latest(edge.stored, valid, query)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
-        for index in range(len(edge.fmt.arena_names)):
+        for index in range(len(edge.fmt.stored_names)):
             with graph.inserting_after(_latest(store, *out)):
                 out.append(graph.call_function(operator.getitem, (store, index)))
         self._placed[place] = out[-1]
         return out
+
+    def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
+        """The queries of the prompt, if the codec of an edge wants to see them."""
+        if "query" not in codec_from_spec(edge.fmt.codec).taps(edge.role):
+            return None
+        for site in rewriting.sites:
+            if edge.stored in (site.key.stored, site.value.stored):
+                with rewriting.graph.inserting_before(site.attention.output):
+                    return four_dim_query(site, rewriting.graph)[0]
+        return None
 
     def _valid_tokens(
         self, mask: fx.Node | None, new: fx.Node, readers: list[fx.Node]
@@ -180,6 +207,23 @@ class QuantizeKVCache(GraphPass):
                     torch.ops.squat_fx.valid_tokens.default, (full, new)
                 )
         return self._valid[key]
+
+
+def four_dim_query(site: AttentionSite, graph: fx.Graph) -> tuple[fx.Node, bool]:
+    """The query as [batch, heads, tokens, channels], and whether batch and heads were merged."""
+    query = site.attention.query
+    if len(shape_of(query) or ()) != 3:
+        return query, False
+    heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
+    return graph.call_method("unflatten", (query, 0, (-1, heads))), True
+
+
+def _constant(tensor: Tensor, name: str, rewriting: Rewriting) -> fx.Node:
+    """A placeholder that is always fed ``tensor``."""
+    with rewriting.graph.inserting_before(rewriting.placeholders[0]):
+        node = rewriting.graph.placeholder(name)
+    rewriting.constants[node] = tensor
+    return node
 
 
 def _is_token_major(output: fx.Node) -> bool:
@@ -302,6 +346,8 @@ def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -
         if node in names:
             index, name = names[node]
             rewriting.inputs.append(InnerInput("arena", index, name))
+        elif node in rewriting.constants:
+            rewriting.inputs.append(InnerInput("constant", tensor=rewriting.constants[node]))
         elif node not in indices:
             rewriting.inputs.append(InnerInput("positions"))
         elif not node.users and (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
 
@@ -41,7 +41,8 @@ class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
 
     ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and
-    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet.
+    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet. ``basis`` is given where
+    ``fmt`` is latent.
     """
 
     role: Role
@@ -50,6 +51,7 @@ class CacheEdge:
     new: fx.Node
     past: fx.Node | None
     fmt: Format
+    basis: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def carrier(self) -> fx.Node:
@@ -98,6 +100,7 @@ class Rewriting:
         handles: the carriers in the order of the rows of the positions tensor.
         make_positions: gives that row's node, and for -1 the placeholder of the whole tensor.
         placeholders: the original graph's inputs.
+        constants: placeholders that are always fed the same tensor.
     """
 
     module: fx.GraphModule
@@ -113,6 +116,7 @@ class Rewriting:
     handles: list[fx.Node] = field(default_factory=list)
     make_positions: Callable[[int], Any] | None = None
     placeholders: tuple[fx.Node, ...] = ()
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -135,12 +139,14 @@ class InnerInput:
     """What one placeholder of the inner graph is fed with.
 
     ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized),
-    ``"arena"`` (arena ``name`` of carrier ``index``) or ``"positions"``.
+    ``"arena"`` (arena ``name`` of carrier ``index``), ``"positions"`` or ``"constant"``
+    (``tensor``).
     """
 
-    kind: Literal["argument", "dense", "arena", "positions"]
+    kind: Literal["argument", "dense", "arena", "positions", "constant"]
     index: int = -1
     name: str = ""
+    tensor: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

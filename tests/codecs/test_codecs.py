@@ -15,6 +15,8 @@ from squat_fx.codecs import (
     Format,
     Kivi,
     Lossless,
+    Squat,
+    SquatPaper,
     codec_class,
     codec_from_spec,
     codec_spec,
@@ -26,7 +28,7 @@ from tests.conftest import stored_format
 
 
 def test_the_rows() -> None:
-    assert list_codecs() == ("kivi", "none")
+    assert list_codecs() == ("squat", "squat_paper", "kivi", "none")
 
 
 @pytest.mark.parametrize("name", list_codecs())
@@ -36,10 +38,12 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
     assert codec.name == name
     assert codec.summary
     with pytest.raises(dataclasses.FrozenInstanceError):
-        codec.group_size = 64  # pyright: ignore
+        setattr(codec, dataclasses.fields(codec)[0].name, 64)  # pyright: ignore
 
 
-@pytest.mark.parametrize("codec", [Kivi(), Kivi(128), Lossless(), Lossless(4)])
+@pytest.mark.parametrize(
+    "codec", [Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)]
+)
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:
     assert codec_from_spec(codec_spec(codec)) == codec
 
@@ -50,13 +54,16 @@ def test_a_bare_name_is_a_spec() -> None:
 
 def test_an_unknown_codec_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"^unknown codec 'kiwi', choose one of kivi, none; did you mean 'kivi'\?$"
+        ValueError,
+        match=r"^unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; did you mean 'kivi'\?$",
     ):
         codec_class("kiwi")
 
 
 def test_an_unknown_codec_with_nothing_near_it_gets_no_hint() -> None:
-    with pytest.raises(ValueError, match=r"^unknown codec 'xyz', choose one of kivi, none$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown codec 'xyz', choose one of squat, squat_paper, kivi, none$"
+    ):
         codec_class("xyz")
 
 
@@ -73,7 +80,7 @@ def test_register_adds_a_row_and_refuses_a_second_of_the_name(
     monkeypatch.setattr("squat_fx.codecs.CODECS", dict(CODECS))
     assert register(Mine) is Mine
     assert register(Mine) is Mine, "the same class again is no conflict"
-    assert list_codecs() == ("kivi", "none", "mine")
+    assert list_codecs() == ("squat", "squat_paper", "kivi", "none", "mine")
     assert codec_from_spec("mine") == Mine()
     with pytest.raises(ValueError, match=r"^a codec named 'mine' exists already: .*Mine$"):
         register(AlsoMine)
@@ -109,7 +116,7 @@ def test_the_format_of_kivi_values() -> None:
     fmt = stored_format(Kivi(), "value", head_dim=80, residual_length=32, sink_length=4)
     assert (fmt.token_group, fmt.channel_group, fmt.channel_groups) == (1, 32, 3)
     assert (fmt.ring_length, fmt.dense_length) == (33, 37)
-    assert fmt.packed_bits_per_element() == pytest.approx(3.2 + 3 * 32 / 80)
+    assert fmt.packed_bits_per_element() == pytest.approx(2.0 + 3 * 32 / 80)
 
 
 def test_a_group_of_channels_is_no_wider_than_the_head() -> None:
@@ -122,3 +129,34 @@ def test_the_lossless_format_has_no_scales() -> None:
     assert fmt.arena_names == ("qdata", "dense", "start")
     assert fmt.last_dim("qdata") == 64
     assert fmt.packed_bits_per_element() == 16.0
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "stored"), [(64, 2, 2.25), (64, 3, 3.25), (128, 2, 2.125), (80, 2.2, 2.4)]
+)
+def test_the_format_of_squat(head_dim: int, bits: float, stored: float) -> None:
+    key, value = (
+        stored_format(Squat(), role, head_dim=head_dim, bits=bits) for role in ("key", "value")
+    )
+    assert key.arena_names == ("qdata", "scale", "center", "basis", "dense", "start")
+    assert key.stored_names == ("qdata", "scale", "center", "dense", "start")
+    assert (key.token_group, key.channel_groups) == (1, 1)
+    assert (key.centered, value.centered) == (True, False)
+    assert key.packed_bits_per_element() == pytest.approx(stored)
+
+
+def test_widths_that_do_not_fit_are_refused_with_the_nearest() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^4 plane groups of head_dim 64 cannot average 2.3 bits; "
+        r"the nearest are 2.25 and 2.5$",
+    ):
+        stored_format(Squat(), "key", head_dim=64, bits=2.3)
+    with pytest.raises(ValueError, match=r"^codec 'kivi' gives all channels the same width"):
+        stored_format(Kivi(), "key", head_dim=64, bits=2.5)
+
+
+def test_every_layout_names_its_arenas() -> None:
+    for codec in (Squat(), Kivi(), Lossless()):
+        fmt = stored_format(codec, "key", head_dim=64)
+        assert Format.from_ints(fmt.layout, fmt.codec, fmt.to_ints()) == fmt

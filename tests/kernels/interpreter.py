@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from squat_fx.codecs import Kivi, Role, register
+from squat_fx.codecs import Codec, Kivi, Role, Squat, SquatPaper, register
 from squat_fx.kernels import launch
 from tests.kernels import laws
 
@@ -25,7 +25,12 @@ def case_of(seed: int) -> laws.Case:
     return laws.random_case(seed, DTYPES, HEAD_DIMS, longest=70)
 
 
-@pytest.mark.parametrize("seed", range(16))
+def with_feedback(case: laws.Case) -> laws.Case:
+    """``case`` with a codec that feeds errors back."""
+    return replace(case, codec=Squat() if case.per_token else SquatPaper(32))
+
+
+@pytest.mark.parametrize("seed", range(24))
 def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "num_shares", lambda *_: 1 + seed % 3)
     laws.attending_agrees_with_float64(case_of(seed), "cpu")
@@ -33,22 +38,35 @@ def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("seed", range(100, 108))
 @pytest.mark.parametrize("role", ROLES)
-def test_writing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
-    laws.writing_is_bit_equal_to_the_reference(case_of(seed), role, "cpu")
+def test_writing_agrees_with_the_reference(seed: int, role: Role) -> None:
+    laws.writing_agrees_with_the_reference(case_of(seed), role, "cpu")
 
 
+@pytest.mark.parametrize("codec", [Kivi(32), Squat()], ids=lambda c: c.name)
 @pytest.mark.parametrize("role", ROLES)
-def test_writing_token_by_token_is_bit_equal_to_the_reference(role: Role) -> None:
+def test_writing_token_by_token_agrees_with_the_reference(codec: Codec, role: Role) -> None:
     case = replace(
-        case_of(1), codec=Kivi(32), key_dim=40, value_dim=40, residual_length=3, pads=(0, 5)
+        case_of(1), codec=codec, key_dim=40, value_dim=40, residual_length=3, pads=(0, 5)
     )
-    laws.writing_is_bit_equal_to_the_reference(replace(case, chunks=(1,) * 38), role, "cpu")
+    laws.writing_agrees_with_the_reference(replace(case, chunks=(1,) * 38), role, "cpu")
 
 
-@pytest.mark.parametrize("seed", range(200, 204))
+@pytest.mark.parametrize("seed", range(400, 406))
+def test_writing_a_prompt_with_feedback_agrees_with_the_reference(seed: int) -> None:
+    case = with_feedback(case_of(seed))
+    laws.writing_agrees_with_the_reference(case, "key", "cpu", with_feedback=True)
+
+
+@pytest.mark.parametrize("seed", range(500, 504))
+def test_quantizing_with_feedback_agrees_with_the_reference(seed: int) -> None:
+    case = with_feedback(case_of(seed))
+    laws.quantizing_agrees_with_the_reference(case, "key", "cpu", with_feedback=True)
+
+
+@pytest.mark.parametrize("seed", range(200, 208))
 @pytest.mark.parametrize("role", ROLES)
-def test_quantizing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
-    laws.quantizing_is_bit_equal_to_the_reference(case_of(seed), role, "cpu")
+def test_quantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
+    laws.quantizing_agrees_with_the_reference(case_of(seed), role, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(300, 304))
@@ -79,7 +97,7 @@ def test_a_codec_that_kernels_do_not_know_is_rounded_by_torch_and_says_so(
     launch._warn_once.cache_clear()
     case = replace(case_of(3), codec=Wider(32), chunks=(50, 1, 40, 1, 33), pads=(0, 4))
     with caplog.at_level(logging.WARNING):
-        laws.writing_is_bit_equal_to_the_reference(case, role, "cpu")
+        laws.writing_agrees_with_the_reference(case, role, "cpu")
     assert [r.getMessage() for r in caplog.records] == [
         "the Triton kernels do not know the rounding of codec 'wider': "
         "quantizing with torch operations on the GPU, which is slower"

@@ -8,12 +8,25 @@ holds NaN or 255.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from squat_fx.codecs import Codec, Format, Kivi, Lossless, Role, codec_spec, make_format
+from squat_fx.codecs import (
+    Codec,
+    Fit,
+    Format,
+    Kivi,
+    Lossless,
+    Role,
+    Squat,
+    SquatPaper,
+    codec_spec,
+    make_format,
+)
+from squat_fx.codecs.planes import LANES, num_planes, unpack
+from squat_fx.codecs.symmetric import STEP, least_scale
 from squat_fx.kernels import launch, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
@@ -43,19 +56,66 @@ class Case:
     causal: int
     softcap: float
     sinks: bool
+    # Of the layout planes/token:
+    widths: str = "uniform"  # spread: half a bit more or less than ``bits``, random: 0 to 8
+    centered: bool = False  # values too
+    calibrated: bool = False  # a basis per head instead of the fixed rotation
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the layout is planes/token."""
+        return self.codec.layout == "planes/token"
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
         head_dim = self.key_dim if role == "key" else self.value_dim
-        return make_format(
+        fmt = make_format(
             self.codec,
             codec_spec(self.codec),
             role,
             head_dim,
-            self.bits,
+            self._widths(head_dim) if self.per_token else self.bits,
             self.residual_length,
             self.sink_length,
+            self.per_token and self.calibrated,
         )
+        return replace(fmt, centered=fmt.centered or (self.per_token and self.centered))
+
+    def _widths(self, head_dim: int) -> float | tuple[int, ...]:
+        planes = num_planes(head_dim)
+        pick = random.Random(self.seed + head_dim)
+        if self.widths == "random":
+            return tuple(pick.randrange(9) for _ in range(planes - 1)) + (pick.randint(1, 8),)
+        if self.widths == "spread":
+            return min(self.bits + pick.randrange(planes) / planes, 8)
+        return self.bits
+
+    def basis(self, role: Role) -> Tensor | None:
+        """A well-conditioned matrix and its inverse per KV head, fp32."""
+        if not (self.per_token and self.calibrated):
+            return None
+        head_dim = self.format(role).head_dim
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (2, NUM_KV_HEADS, head_dim, head_dim)
+        left, right = torch.linalg.qr(torch.randn(shape, generator=generator).double()).Q
+        sizes = 0.5 + 1.5 * torch.rand(NUM_KV_HEADS, 1, head_dim, generator=generator).double()
+        return torch.stack([left * sizes @ right, right.mT / sizes @ left.mT]).float()
+
+    def center(self, role: Role) -> Tensor:
+        """A mean, fp16 ``[batch, heads, 1 or 0, head_dim]``."""
+        fmt = self.format(role)
+        shape = (len(self.pads), NUM_KV_HEADS, int(fmt.centered), fmt.head_dim)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return (2 * torch.randn(shape, generator=generator)).half()
+
+    def feedback(self, role: Role) -> Tensor | None:
+        """What the codec makes of random queries; None if it feeds nothing back."""
+        fmt = self.format(role)
+        codec = self.codec if isinstance(self.codec, Squat | SquatPaper) else SquatPaper()
+        x = self.randn(len(self.pads), NUM_KV_HEADS, 40, fmt.head_dim, seed=8)
+        query = self.randn(len(self.pads), 2 * NUM_KV_HEADS, 40, fmt.head_dim, seed=9)
+        keep = torch.ones(len(self.pads), 40, dtype=torch.bool)
+        return codec.fit(role, x.float(), query.float(), keep).feedback
 
     def randn(self, *shape: int, seed: int = 0) -> Tensor:
         """Random numbers with a few large channels, the same for the same shape and seed."""
@@ -82,9 +142,13 @@ def random_case(
     )
     q_len = pick.choice((1, 1, 1, 2, 5, 16, longest // 3))
     pads = pick.choice(((0, 0), (0, 0), (3, 0, sum(past) // 2), (sum(past), 0)))
+    # Every second case is of the layout planes/token.
+    channel: tuple[Codec, ...] = (Kivi(32), Kivi(32), Kivi(64), Kivi(128), SquatPaper(32))
+    token: tuple[Codec, ...] = (Squat(), Squat(strength=0.0, center=False))
+    codec = pick.choice((token, (*channel, Lossless(32)))[seed % 2])
     return Case(
         seed=seed,
-        codec=pick.choice((Kivi(32), Kivi(32), Kivi(64), Kivi(128), Lossless(32))),
+        codec=codec,
         key_dim=pick.choice(head_dims),
         value_dim=pick.choice(head_dims),
         bits=pick.choice((2, 2, 4, 1, 3, 5, 6, 7, 8)),
@@ -100,6 +164,9 @@ def random_case(
         causal=pick.choice((0, 0, 1, 2)),
         softcap=pick.choice((0.0, 0.0, 7.0)),
         sinks=pick.random() < 0.3,
+        widths=pick.choice(("uniform", "spread", "random")),
+        centered=pick.random() < 0.3,
+        calibrated=pick.random() < 0.5,
     )
 
 
@@ -110,10 +177,11 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     """Arenas for ``capacity`` tokens in which a wrong read or a missing write shows."""
     fmt = case.format(role)
     like = torch.zeros(len(case.pads), NUM_KV_HEADS, 1, fmt.head_dim, dtype=case.dtype)
-    arenas = reference.empty_arenas(like, capacity // fmt.token_group * fmt.token_group, fmt)
+    slots = capacity // fmt.token_group * fmt.token_group
+    arenas = reference.empty_arenas(like, slots, fmt, case.basis(role))
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-    return arenas
+    return arenas if arenas.center is None else replace(arenas, center=case.center(role))
 
 
 def stored(case: Case, role: Role) -> tuple[Arenas, Extent]:
@@ -128,8 +196,11 @@ def stored(case: Case, role: Role) -> tuple[Arenas, Extent]:
 
 def to(arenas: Arenas, device: str) -> Arenas:
     """A copy on ``device``."""
-    packed = tuple(t.to(device, copy=True) for t in arenas.packed)
-    return Arenas(packed, arenas.dense.to(device, copy=True), arenas.start.to(device, copy=True))
+    packed, *rest = (
+        [None if t is None else t.to(device, copy=True) for t in tensors]
+        for tensors in (arenas.packed, (arenas.dense, arenas.start), (arenas.center, arenas.basis))
+    )
+    return Arenas(tuple(packed), *rest[0], *rest[1])
 
 
 def positions_of(*extents: Extent, device: str) -> Tensor:
@@ -150,18 +221,26 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 
 def tensors_of(arenas: Arenas) -> tuple[Tensor, ...]:
-    """Every tensor of ``arenas``."""
-    return (*arenas.packed, arenas.dense, arenas.start)
+    """Every tensor of ``arenas``, in the order in which ops take them."""
+    fixed = tuple(t for t in (arenas.center, arenas.basis) if t is not None)
+    return (*arenas.packed, *fixed, arenas.dense, arenas.start)
 
 
 # laws --------------------------------------------------------------------------------------------
 
 
-def writing_is_bit_equal_to_the_reference(case: Case, role: Role, device: str) -> None:
-    """Chunk by chunk, every arena holds what the reference wrote, and nothing else was touched."""
+def writing_agrees_with_the_reference(
+    case: Case, role: Role, device: str, with_feedback: bool = False
+) -> None:
+    """Chunk by chunk, every arena holds what the reference wrote, and nothing else was touched.
+
+    Bit for bit, but for what is rounded after a sum of products, whose order is free: there every
+    packed token is rounded rightly, as :func:`assert_rounded_rightly` says it.
+    """
     fmt = case.format(role)
     past = sum(case.chunks)
     x = case.randn(len(case.pads), NUM_KV_HEADS, past, fmt.head_dim)
+    feedback = case.feedback(role) if with_feedback else None
     expected = unwritten(case, role, past + 128)
     actual = to(expected, device)
     extent, at = Extent(0, 0), 0
@@ -169,26 +248,121 @@ def writing_is_bit_equal_to_the_reference(case: Case, role: Role, device: str) -
         # Strides of a model that keeps [batch, tokens, heads, channels].
         new = x[:, :, at : at + chunk].transpose(1, 2).contiguous().transpose(1, 2)
         valid = None if case.valid is None else case.valid[:, at : at + chunk]
-        reference.write(expected, new, valid, extent, fmt)
-        on_device = None if valid is None else valid.to(device)
+        reference.write(expected, new, valid, extent, fmt, feedback)
         positions = positions_of(extent, device=device)
-        launch.write(actual, new.to(device), on_device, (positions, 1), fmt)
-        assert_same(tensors_of(actual), tensors_of(expected))
+        placed = [None if t is None else t.to(device) for t in (new, valid, feedback)]
+        launch.write(actual, placed[0], placed[1], (positions, 1), fmt, placed[2])
         extent, at = extent.after(chunk, fmt), at + chunk
+        if feedback is None and not case.per_token:
+            assert_same(tensors_of(actual), tensors_of(expected))
+            continue
+        found = to(actual, "cpu")
+        for row, start in enumerate(expected.start.tolist()):
+            count, first = extent.packed(start, fmt), start + fmt.sink_length
+            if not count:
+                continue
+            fit = Fit(
+                None if found.center is None else found.center[row : row + 1],
+                None if feedback is None else feedback[row : row + 1],
+            )
+            numbers = x[row : row + 1, :, first : first + count]
+            for arenas in (found, expected):
+                packed = [
+                    arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
+                    for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
+                ]
+                assert_rounded_rightly(packed, numbers, None, fmt, fit, found.basis)
+                for part in packed:
+                    part.zero_()  # so that the rest is compared
+        assert_same(tensors_of(found), tensors_of(expected))
+        expected = to(actual, "cpu")  # the next chunk compares from here on
 
 
-def quantizing_is_bit_equal_to_the_reference(case: Case, role: Role, device: str) -> None:
-    """Codes, scales and zero points of whole groups."""
+def quantizing_agrees_with_the_reference(
+    case: Case, role: Role, device: str, with_feedback: bool = False
+) -> None:
+    """Codes and parameters of whole groups, with padding anywhere; equal as in writing."""
     fmt = case.format(role)
-    x = case.randn(len(case.pads), NUM_KV_HEADS, 2 * max(fmt.token_group, 20), fmt.head_dim)
+    tokens = 2 * fmt.token_group if fmt.token_group > 1 else 70
+    x = case.randn(len(case.pads), NUM_KV_HEADS, tokens, fmt.head_dim)
     valid = (
         torch.rand(len(case.pads), x.shape[2], generator=torch.Generator().manual_seed(case.seed))
         < 0.5
     )
     valid[0, : fmt.token_group] = False
+    basis, mean = case.basis(role), case.center(role)
+    fit = Fit(mean, case.feedback(role) if with_feedback else None)
+    placed = Fit(*(None if t is None else t.to(device) for t in (fit.mean, fit.feedback)))
+    placed_basis = None if basis is None else basis.to(device)
     for v in (None, valid):
-        actual = launch.quantize(x.to(device), None if v is None else v.to(device), fmt)
-        assert_same(actual, reference.quantize(x, v, fmt))
+        on_device = None if v is None else v.to(device)
+        actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_basis)
+        expected = reference.quantize(x, v, fmt, fit, basis)
+        if fit.feedback is None and not case.per_token:
+            assert_same(actual, expected)
+            continue
+        for packed in (actual, expected):
+            assert_rounded_rightly([t.cpu() for t in packed], x, v, fmt, fit, basis)
+
+
+def assert_rounded_rightly(
+    packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit,
+    basis: Tensor | None,
+) -> None:  # fmt: skip
+    """Every stored number is what float64 arithmetic would round, given those stored before it.
+
+    A parameter is within one fp16 ulp; a code is the nearest level of the *stored* parameters,
+    where the true number is not within a thousandth of a step of the middle between two. With
+    feedback, the errors that reach a plane group are those of the stored codes before it, so that
+    one code that fell to the other side of a middle is no excuse for the next.
+    """
+    head_dim, largest_number = fmt.head_dim, x.double().abs().amax(-1, keepdim=True)
+    codes = unpack(packed[0], head_dim, fmt.widths).double()
+    y, group = x.double(), 1
+    if fmt.layout == "planes/token":
+        y = y if fit.mean is None or not fit.mean.numel() else y - fit.mean.double()
+        y = y @ reference.basis_pair(basis, head_dim, x.device)[0].double()
+        least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
+        asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
+        scale = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
+        assert_nearest_halves(packed[1], scale[..., None], 1e-6 * largest_number)
+    else:
+        group = fmt.token_group
+        assert fmt.channel_group == 1
+    y = y.clone()
+    for plane, bits in enumerate(fmt.widths):
+        block = slice(plane * LANES, min((plane + 1) * LANES, head_dim))
+        number, code, largest = y[..., block], codes[..., block], 2**bits - 1
+        if fmt.layout == "planes/token":
+            unit = packed[1].double() * STEP[bits]
+            origin = -unit * largest / 2
+        else:
+            slack = 1e-6 * largest_number.amax()
+            parts = number.unflatten(2, (-1, group))
+            seen = torch.tensor(True) if valid is None else valid.unflatten(1, (-1, group))
+            seen = seen if valid is None else seen[:, None, :, :, None]
+            low = parts.masked_fill(~seen, torch.inf).amin(3)
+            high = parts.masked_fill(~seen, -torch.inf).amax(3)
+            low, high = (t.masked_fill(low > high, 0.0) for t in (low, high))
+            scales, zero_points = (p[..., block] for p in packed[1:])
+            assert_nearest_halves(scales, ((high - low) / largest).clamp(1e-6, 65504.0), slack)
+            assert_nearest_halves(zero_points, low, slack)
+            unit, origin = (p.double().repeat_interleave(group, 2) for p in (scales, zero_points))
+        if bits:
+            level = ((number - origin) / unit).clamp(0, largest)
+            middle = 0.5 + 1e-3 + 1e-6 * largest_number / unit
+            assert ((level - code).abs() <= middle).all(), (plane, (level - code).abs().max())
+        else:
+            assert not code.any()
+        if fit.feedback is not None:
+            later = slice(block.stop, head_dim)
+            error = code * unit + origin - number
+            y[..., later] += error @ fit.feedback[..., block, later].double()
+
+
+def assert_nearest_halves(actual: Tensor, true: Tensor, slack: Tensor) -> None:
+    """fp16 numbers within an ulp of ``true``, which fp32 arithmetic knows to ``slack``."""
+    assert ((actual.double() - true).abs() <= true.abs() * 2.0**-10 + 2.0**-24 + slack).all()
 
 
 def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) -> None:
@@ -199,7 +373,16 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     expected = reference.dense_past(arenas, extent, fmt)
     assert actual.dtype == expected.dtype
     step = torch.finfo(case.dtype).eps
-    torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
+    if not case.per_token:
+        torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
+        return
+    true = dense_past_in_float64(arenas, extent, fmt)
+    slack = step * true.abs() + 2e-6 * true.abs().amax(-1, keepdim=True) + step**2
+    assert ((actual.double() - true).abs() <= slack).all()
+    for row, start in enumerate(arenas.start.tolist()):
+        first = start + fmt.sink_length
+        for part in (slice(0, first), slice(first + extent.packed(start, fmt), None)):
+            assert_same((actual[row, :, part],), (expected[row, :, part],))
 
 
 def attending_agrees_with_float64(case: Case, device: str) -> None:
@@ -221,7 +404,7 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
         "softcap": case.softcap,
     }
     expected = attention_in_float64(query, *new, *sides.values(), **options)
-    rounded = reference.attend(query, *new, *sides.values(), **options)
+    rounded = attention_in_the_models_dtype(query, *new, *sides.values(), **options)
 
     on_device = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     positions = positions_of(*(extent for _, extent, _ in sides.values()), device=device)
@@ -244,7 +427,7 @@ def attention_in_float64(
     """The formula of ``reference.attention`` with nothing rounded since the numbers were stored."""
     full = []
     for (arenas, extent, fmt), new in ((key, new_key), (value, new_value)):
-        past = reference.dense_past(in_float64(arenas, fmt), extent, fmt)
+        past = dense_past_in_float64(arenas, extent, fmt)
         both = past if new is None else torch.cat([past, new.double()], 2)
         full.append(both.repeat_interleave(query.shape[1] // both.shape[1], 1))
     scores = scale * query.double() @ full[0].mT
@@ -265,10 +448,41 @@ def attention_in_float64(
     return (weights / total).nan_to_num(0.0) @ full[1]
 
 
-def in_float64(arenas: Arenas, fmt: Format) -> Arenas:
-    """The same storage, whose numbers come out in float64."""
+def attention_in_the_models_dtype(
+    query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side, *,
+    mask: Tensor | None, **options,
+) -> Tensor:  # fmt: skip
+    """torch's attention over the stored numbers, rounded to the model's dtype."""
+    full = []
+    for side, new in ((key, new_key), (value, new_value)):
+        past = reference.dense_past(*side)
+        full.append(past if new is None else torch.cat([past, new], 2))
+    seen = torch.arange(full[0].shape[2]) >= key[0].start[:, None, None, None]
+    if mask is not None:
+        seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+    return reference.attention(query, *full, mask=seen, **options)
+
+
+def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
+    """``reference.dense_past`` with nothing rounded since the numbers were stored."""
     packed = tuple(t.double() for t in arenas.packed) if fmt.layout == "dense" else arenas.packed
-    return Arenas(packed, arenas.dense.double(), arenas.start)
+    out = reference.dense_past(
+        replace(arenas, packed=packed, dense=arenas.dense.double()), extent, fmt
+    )
+    if fmt.layout != "planes/token":
+        return out
+    widths = torch.tensor(fmt.widths).repeat_interleave(LANES)[: fmt.head_dim]
+    step, zero = torch.tensor(STEP, dtype=torch.float64)[widths], (2.0**widths - 1) / 2
+    inverse = reference.basis_pair(arenas.basis, fmt.head_dim, out.device)[1].double()
+    for row, start in enumerate(arenas.start.tolist()):
+        count, first = extent.packed(start, fmt), start + fmt.sink_length
+        qdata, scale = (arena[row, :, :count] for arena in arenas.packed)
+        codes = unpack(qdata, fmt.head_dim, fmt.widths).double()
+        numbers = ((codes - zero) * step * scale.double()) @ inverse
+        if fmt.centered and arenas.center is not None:
+            numbers = numbers + arenas.center[row].double()
+        out[row, :, first : first + count] = numbers
+    return out
 
 
 def assert_as_close_as(actual: Tensor, rounded: Tensor, expected: Tensor) -> None:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from squat_fx.codecs import Format, Kivi, Lossless, Role
+from squat_fx.codecs import Format, Kivi, Lossless, Role, Squat
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
-LAYOUTS = ("planes/channel", "dense")
+LAYOUTS = ("planes/token", "planes/channel", "dense")
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,39 @@ class Stored:
         return self.fmt.codec
 
     def numbers(self) -> Tensor:
-        arenas = Arenas(self.tensors[:-2], *self.tensors[-2:])
-        return reference.dense_past(arenas, self.extent, self.fmt)
+        return reference.dense_past(Arenas.of(self.fmt, self.tensors), self.extent, self.fmt)
 
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
-    codec = Kivi() if layout == "planes/channel" else Lossless()
+    codec = {"planes/token": Squat(), "planes/channel": Kivi(), "dense": Lossless()}[layout]
     return stored_format(
         codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
     )
 
 
 def stored(
-    fmt: Format, tokens: int = TOKENS, seed: int = 0, pads: list[int] | None = None
+    fmt: Format,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    pads: list[int] | None = None,
+    learn: bool = False,
 ) -> Stored:
     """Random tokens behind the op ``store``, with room for 64 more."""
     pads = pads or [0, 3]
     x = randn(len(pads), HEADS, tokens, fmt.head_dim, seed=seed)
     arenas = reference.empty_arenas(x, 256, fmt)
-    reference.write(arenas, x, left_padding(pads, tokens), Extent(0, 0), fmt)
-    return Stored(fmt, (*arenas.packed, arenas.dense, arenas.start), tokens)
+    valid = left_padding(pads, tokens)
+    if learn:
+        reference.learn(arenas, x, valid, None, fmt, "key")
+    reference.write(arenas, x, valid, Extent(0, 0), fmt)
+    return Stored(fmt, arenas.tensors(fmt), tokens)
+
+
+def with_basis(fmt: Format, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What ``store`` returned as ops take it: with no basis but the fixed rotation."""
+    by_name = dict(zip(fmt.stored_names, made, strict=True))
+    by_name["basis"] = reference.no_basis(by_name["dense"])
+    return tuple(by_name[name] for name in fmt.arena_names)
 
 
 def positions(*rows: Stored) -> Tensor:
@@ -88,13 +101,16 @@ def calls(layout: str) -> list[Call]:
     valid = left_padding([0, 5], 64)
     where = positions(key), 0
     ints = fmt.to_ints()
+    learned = key.tensors[2:4] if layout == "planes/token" else ()
+    queries = randn(BATCH, 2 * HEADS, 64, fmt.head_dim, seed=7)
+    permuted = (x.transpose(1, 2).contiguous().transpose(1, 2),)
     numbers = [
-        Call(f"quantize.{name}", (x, None, fmt.codec, ints)),
-        Call(f"quantize.{name}", (x, valid, fmt.codec, ints)),
-        Call(f"store.{name}", (x[:, :, :50], None, fmt.codec, ints)),
+        Call(f"quantize.{name}", (x, None, *learned, fmt.codec, ints)),
+        Call(f"quantize.{name}", (x, valid, *learned, fmt.codec, ints)),
+        Call(f"store.{name}", (x[:, :, :50], None, None, None, "key", fmt.codec, ints)),
         Call(
             f"store.{name}",
-            (x.transpose(1, 2).contiguous().transpose(1, 2), valid, fmt.codec, ints),
+            (*permuted, valid, queries, None, "key", fmt.codec, ints),
         ),
         Call(f"append_.{name}", (*key.tensors, new[:, :, :1], None, *where, fmt.codec, ints)),
         Call(f"append_.{name}", (*key.tensors, new, valid[:, :40], *where, fmt.codec, ints, [x])),
@@ -149,7 +165,8 @@ def test_only_what_the_schema_marks_is_written(call: Call) -> None:
 def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     schema = ops.overload("append_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == list(format_of(layout, "key").arena_names)
+    names = format_of(layout, "key").arena_names
+    assert written == [name for name in names if name not in ("center", "basis")]
     assert not schema.returns
 
 
@@ -175,15 +192,17 @@ def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
 
     def store_and_read(x: Tensor) -> list[Any]:
         whole = x.repeat(1, 1, fmt.token_group, 1)
-        arenas = ops.overload("store", layout)(x, None, codec, ints)
+        made = ops.overload("store", layout)(x, None, x, None, role, codec, ints)
+        arenas = with_basis(fmt, made)
+        learned = arenas[2:4] if layout == "planes/token" else ()
         where = torch.tensor([[tokens, max(0, tokens - fmt.residual_length)]])
         read = ops.overload("dequantize", layout)(*arenas, where, 0, tokens, ints)
         query = x[:, :, :1].repeat(1, 2, 1, 1)
         out = ops.overload("attend", layout)(
             query, None, None, *arenas, *arenas, where, 0, 0, None, None, 0.1, 0, 0.0, ints, ints
         )
-        packed = ops.overload("quantize", layout)(whole, None, codec, ints)
-        return [arenas, read, out, packed]
+        packed = ops.overload("quantize", layout)(whole, None, *learned, codec, ints)
+        return [made, read, out, packed]
 
     real = [laid_out(result) for result in store_and_read(x)]
     with FakeTensorMode() as mode:
@@ -198,11 +217,11 @@ def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
 def test_store_is_just_large_enough(layout: str) -> None:
     fmt = format_of(layout, "key")
     x = randn(BATCH, HEADS, 50, 40)
-    arenas = ops.overload("store", layout)(x, None, fmt.codec, fmt.to_ints())
-    assert arenas[0].shape[2] == 64
+    made = ops.overload("store", layout)(x, None, None, None, "key", fmt.codec, fmt.to_ints())
+    assert made[0].shape[2] == -(-50 // fmt.token_group) * fmt.token_group
     assert torch.equal(
-        Stored(fmt, arenas, 50).numbers(),
-        stored(fmt, 50, pads=[0, 0]).numbers(),
+        Stored(fmt, with_basis(fmt, made), 50).numbers(),
+        stored(fmt, 50, pads=[0, 0], learn=True).numbers(),
     )
 
 
@@ -255,7 +274,9 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
 def test_quantize_returns_fresh_memory(layout: str) -> None:
     fmt = format_of(layout, "key")
     x = randn(1, 1, 32, 40)
-    packed = ops.overload("quantize", layout)(x, None, fmt.codec, fmt.to_ints())
+    learned = (torch.zeros(1, 1, 1, 40).half(), reference.no_basis(x))
+    learned = learned if layout == "planes/token" else ()
+    packed = ops.overload("quantize", layout)(x, None, *learned, fmt.codec, fmt.to_ints())
     for tensor in (packed,) if isinstance(packed, Tensor) else packed:
         tensor.zero_()
     assert torch.equal(x, randn(1, 1, 32, 40))

@@ -46,9 +46,9 @@ def test_prefill() -> None:
         """\
 inputs: x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
-store_planes_channel = squat_fx.store.planes_channel(transpose_1, valid_tokens_default, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2])
-store_planes_channel_1 = squat_fx.store.planes_channel(transpose_2, valid_tokens_default, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2])
-return scaled_dot_product_attention, *store_planes_channel, *store_planes_channel_1""",
+store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
 
 
@@ -57,9 +57,9 @@ def test_decode() -> None:
         text(Cached(), *examples(Cached())),
         """\
 inputs: positions, x, *past_key, *past_value, mask
-attend_planes_channel = squat_fx.attend.planes_channel(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 32, 1, 32, 4, 2], [8, 1, 8, 32, 4, 2])
-squat_fx.append_.planes_channel(*past_key, transpose_1, None, positions, 0, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2], [attend_planes_channel])
-squat_fx.append_.planes_channel(*past_value, transpose_2, None, positions, 1, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2], [attend_planes_channel])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -70,10 +70,10 @@ def test_decode_with_mask_softcap_and_repeated_heads() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
-attend_planes_channel = squat_fx.attend.planes_channel(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, mask, None, 0.5, 0, 3.0, [8, 32, 1, 32, 4, 2], [8, 1, 8, 32, 4, 2])
-squat_fx.append_.planes_channel(*past_key, transpose_1, valid_tokens_default, positions, 0, 'kivi {"group_size": 32}', [8, 32, 1, 32, 4, 2], [attend_planes_channel])
-squat_fx.append_.planes_channel(*past_value, transpose_2, valid_tokens_default, positions, 1, 'kivi {"group_size": 32}', [8, 1, 8, 32, 4, 2], [attend_planes_channel])
-return attend_planes_channel""",
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+squat_fx.append_.planes_token(*past_key, transpose_1, valid_tokens_default, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, valid_tokens_default, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+return attend_planes_token""",
     )
 
 
@@ -84,9 +84,9 @@ def test_decode_of_merged_heads() -> None:
         "\n".join(lines[-7:]),
         """\
 unflatten_4 = unflatten(mul_2, 0, (-1, 4))
-attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2], [8, 1, 4, 4, 2])
-squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2], [attend_dense])
-squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2], [attend_dense])
+attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
+squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [attend_dense])
+squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2, 0, 0], [attend_dense])
 flatten_3 = flatten(attend_dense, 0, 1)
 unflatten_3 = unflatten(flatten_3, 0, (-1, 4))
 return unflatten_3""",
@@ -124,9 +124,9 @@ def test_key_with_a_second_reader_gets_the_numbers_and_the_cache_still_grows_pac
         """\
 inputs: positions, x, past_key, *past_key, *past_value
 cat = cat([past_key, transpose_1], -2)
-attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2], [8, 1, 4, 4, 2])
-squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2], [attend_dense])
-squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2], [attend_dense])
+attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
+squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [attend_dense])
+squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2, 0, 0], [attend_dense])
 mean = mean(cat)""",
     )
     assert_same_over_steps(module, rewritten)
