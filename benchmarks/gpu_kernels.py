@@ -105,6 +105,14 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16)
 
 
+def format_of(
+    codec: Codec, role: Role, bits: float | tuple[int, ...], head_dim: int = 128
+) -> Format:
+    """How ``role`` is stored."""
+    spec = codec_spec(codec)
+    return make_format(codec, spec, role, head_dim, bits, RESIDUAL_LENGTH, SINK_LENGTH)
+
+
 def stored(x: Tensor, fmt: Format, role: Role) -> Arenas:
     """``x`` packed, without feedback: it moves codes, not time."""
     arenas = reference.empty_arenas(x, x.shape[2], fmt)
@@ -150,10 +158,7 @@ def attend(shape: Shape, codec: Codec, bits: float | tuple[int, ...]) -> dict[st
     """Time, bytes read a second and error of our attention."""
     if isinstance(bits, tuple) and len(bits) * 16 != shape.head_dim:
         bits = sum(bits) / len(bits)
-    formats = [
-        make_format(codec, codec_spec(codec), role, shape.head_dim, bits, RESIDUAL_LENGTH, SINK_LENGTH)
-        for role in ("key", "value")
-    ]  # fmt: skip
+    formats = [format_of(codec, role, bits, shape.head_dim) for role in ("key", "value")]
     past = (shape.batch, shape.num_kv_heads, shape.tokens, shape.head_dim)
     sides = [
         stored(randn(*past, seed=seed), fmt, role)
@@ -213,10 +218,7 @@ def relative_error(
 def append(batch: int, heads: int, codec: Codec, bits: float) -> dict[str, Any]:
     """One token of keys and one of values into storage."""
     head_dim, tokens = 128, 1024
-    fmts = [
-        make_format(codec, codec_spec(codec), r, head_dim, bits, RESIDUAL_LENGTH, SINK_LENGTH)
-        for r in ("key", "value")
-    ]
+    fmts = [format_of(codec, role, bits) for role in ("key", "value")]
     sides = [stored(randn(batch, heads, tokens, head_dim, seed=1), f, "key") for f in fmts]
     new = randn(batch, heads, 1, head_dim, seed=2)
     extents = [Extent(0, 0).after(tokens - 64, f) for f in fmts]
@@ -234,10 +236,7 @@ def store(tokens: int, heads: int, num_heads: int, codec: Codec, bits: float) ->
     head_dim = 128
     x = randn(1, heads, tokens, head_dim, seed=1)
     query = randn(1, num_heads, tokens, head_dim, seed=2)
-    fmts = {
-        role: make_format(codec, codec_spec(codec), role, head_dim, bits, RESIDUAL_LENGTH, SINK_LENGTH)
-        for role in ("key", "value")
-    }  # fmt: skip
+    fmts = {role: format_of(codec, role, bits) for role in ("key", "value")}
     arenas = {role: reference.empty_arenas(x, tokens, fmt) for role, fmt in fmts.items()}
     feedback = reference.learn(arenas["key"], x, None, query, fmts["key"], "key").feedback
 

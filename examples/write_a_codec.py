@@ -16,6 +16,7 @@ from torch import Tensor
 
 from squat_fx import QuantizedKV
 from squat_fx.codecs import (
+    Codec,
     Kivi,
     Layout,
     PerChannel,
@@ -30,7 +31,7 @@ from squat_fx.codecs.kivi import round_to_levels, value_range
 
 @register
 @dataclass(frozen=True)
-class Clipped:
+class Clipped(Codec):
     """Min-max rounding between ``clip`` times the extremes of each group."""
 
     name: ClassVar[str] = "clipped"

@@ -21,13 +21,21 @@ def stored_format(
     codec: Codec | None = None,
     role: Role = "key",
     head_dim: int = 16,
-    bits: int = 2,
+    bits: float | tuple[int, ...] = 2,
     residual_length: int = 8,
     sink_length: int = 2,
+    latent: bool = False,
 ) -> Format:
     """A stored format; by default a lossless one whose groups of 4 tokens soon leave the ring."""
     codec = codec or Lossless(group_size=4)
-    return make_format(codec, codec_spec(codec), role, head_dim, bits, residual_length, sink_length)
+    exact = residual_length, sink_length
+    return make_format(codec, codec_spec(codec), role, head_dim, bits, *exact, latent)
+
+
+def whole_numbers(*shape: int, seed: int = 0, largest: int = 7) -> Tensor:
+    """Integers from ``-largest`` to ``largest``; sums of them are exact, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).float()
 
 
 def left_padding(pads: list[int], tokens: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from squat_fx.codecs.planes import LANES
 
+# 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 REACH = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it

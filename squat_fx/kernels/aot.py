@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from squat_fx.codecs import Codec, Format, Kivi, Role, codec_spec, make_format
+from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_spec, make_format
 from squat_fx.kernels import launch
 from squat_fx.kernels.reference import Arenas, Extent, empty_arenas
 
@@ -83,7 +83,12 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def compile_launch(launched: Launch, capability: int) -> Resources:
-    """Compile for ``("cuda", capability, 32)``."""
+    """What a launch takes on ``("cuda", capability, 32)``."""
+    return resources_of(compiled_kernel(launched, capability))
+
+
+def compiled_kernel(launched: Launch, capability: int) -> Any:
+    """Triton's compiled kernel for ``("cuda", capability, 32)``."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
     signature = {}
@@ -96,10 +101,9 @@ def compile_launch(launched: Launch, capability: int) -> Resources:
             specialize = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, path, specialize, constants, attributes)
     source = ASTSource(launched.kernel, signature, constants, attributes)
-    compiled = triton.compile(
+    return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=launched.options
     )
-    return _resources(compiled, capability)
 
 
 def _type(
@@ -121,30 +125,71 @@ def _type(
     return "i32" if isinstance(value, int) else "fp32"
 
 
-def _resources(compiled: Any, capability: int) -> Resources:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            _run("cuobjdump", option, path) for option in ("--dump-resource-usage", "--dump-sass")
-        )
+def resources_of(compiled: Any) -> Resources:
+    """What a compiled kernel takes."""
+    usage = _disassembled(compiled, "--dump-resource-usage")
     numbers = {
         name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)
     }
     return Resources(
         kernel=compiled.metadata.name,
-        capability=capability,
+        capability=compiled.metadata.target.arch,
         registers=numbers["REG"],
         spills=numbers["STACK"] + numbers["LOCAL"],
         shared=compiled.metadata.shared,
-        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/", sass, re.MULTILINE)),
+        instructions=len(machine_code(compiled)),
     )
 
 
-def _run(tool: str, option: str, path: Path) -> str:
-    return subprocess.run(
-        [TOOLS / tool, option, path], capture_output=True, text=True, check=True
-    ).stdout
+def machine_code(compiled: Any) -> list[tuple[int, str]]:
+    """The instructions of a kernel, by address."""
+    sass = _disassembled(compiled, "--dump-sass")
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,5})\*/\s*([^;]*)", sass, re.MULTILINE)
+    return [(int(address, 16), text.strip()) for address, text in found]
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The loop that does the work of a kernel: of the innermost loops around tensor core
+    instructions, the longest; empty if there is none.
+    """
+    loops = []
+    for address, text in code:
+        target = re.search(r"\bBRA(?:\.\w+)* .*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) <= address:
+            loops.append((int(target[1], 16), address))
+    loops = [
+        (first, last)
+        for first, last in loops
+        if any(first <= a <= last and re.search(r"\b[HIQ]G?MMA", text) for a, text in code)
+    ]
+    innermost = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    first, last = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    return [text for address, text in code if first <= address <= last]
+
+
+def instructions_per_code(compiled: Any, codes_per_trip: int) -> float:
+    """How many instructions a lane issues in the main loop for each code that a program unpacks
+    there; branches count as taken.
+
+    Args:
+        compiled: of :func:`compiled_kernel`.
+        codes_per_trip: key and value elements of one pass of the loop.
+    """
+    threads = 32 * compiled.metadata.num_warps
+    return len(main_loop(machine_code(compiled))) * threads / codes_per_trip
+
+
+def _disassembled(compiled: Any, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        return subprocess.run(
+            [TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True
+        ).stdout
 
 
 # representative launches -------------------------------------------------------------------------
@@ -155,7 +200,7 @@ class Shape:
     """What a few rows of the table are compiled for."""
 
     head_dim: int
-    bits: int
+    bits: float | tuple[int, ...]
     queries_per_kv: int = 4
     q_len: int = 1
     dtype: torch.dtype = torch.float16
@@ -176,7 +221,11 @@ class Shape:
         return empty_arenas(self.tokens(1), 256, self.format(role))
 
 
-SHAPES = tuple(Shape(head_dim, bits) for head_dim in (64, 128, 256) for bits in (2, 4))
+SHAPES = (
+    *(Shape(head_dim, bits, codec=Squat()) for head_dim in (64, 128, 256) for bits in (2, 4)),
+    Shape(64, 3, codec=Squat()),
+    *(Shape(head_dim, 2, codec=SquatPaper()) for head_dim in (64, 128)),
+)
 POSITIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
@@ -224,12 +273,21 @@ def dequantize_launches(shape: Shape, role: Role) -> list[Launch]:
     return launches
 
 
+def feeds_back(shape: Shape, role: Role) -> bool:
+    """Whether prompts of ``role`` are rounded with feedback."""
+    return "query" in shape.codec.taps(role)
+
+
 def representative(shape: Shape) -> Iterator[tuple[str, Launch]]:
-    """Every kernel at ``shape``, with the role it works on."""
+    """Every kernel at ``shape``, with what it works on."""
     yield from (("both", launched) for launched in attend_launches(shape))
     for role in ROLES:
         for launches in (write_launches(shape, role, 1), write_launches(shape, role, 64)):
             yield from ((role, launched) for launched in launches)
+        if feeds_back(shape, role):
+            for launched in write_launches(shape, role, 64, with_feedback=True):
+                if launched.kernel.__name__ == "pack_kernel":
+                    yield f"{role}, feedback", launched
         yield from ((role, launched) for launched in dequantize_launches(shape, role))
 
 
@@ -240,29 +298,37 @@ def main() -> None:
 
     table = Table(
         "capability",
+        "codec",
         "head_dim",
         "bits",
         "kernel",
-        "role",
+        "works on",
         "registers",
         "spills",
         "shared",
         "instructions",
+        "per code",
     )
     for capability in [int(a) for a in sys.argv[1:]] or CAPABILITIES:
         for shape in SHAPES:
-            for role, launched in representative(shape):
-                r = compile_launch(launched, capability)
+            for what, launched in representative(shape):
+                compiled = compiled_kernel(launched, capability)
+                r, per_code = resources_of(compiled), ""
+                if r.kernel == "attend_kernel":
+                    codes = 2 * shape.head_dim * launched.arguments["BLOCK_N"]
+                    per_code = f"{instructions_per_code(compiled, codes):.2f}"
                 numbers = (r.registers, r.spills, r.shared, r.instructions)
                 table.add_row(
                     str(capability),
+                    shape.codec.name,
                     str(shape.head_dim),
                     str(shape.bits),
                     r.kernel,
-                    role,
+                    what,
                     *map(str, numbers),
+                    per_code,
                 )
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

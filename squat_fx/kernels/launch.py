@@ -409,7 +409,8 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         raise ValueError(
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
-    qdata, scale, zero_point = (*arenas.packed, None, None)[:3]
+    qdata, *parameters = arenas.packed
+    scale, zero_point = (*parameters, None, None)[:2]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
         raise ValueError(

@@ -52,8 +52,9 @@ class Arenas:
     ``packed`` is in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
     ``dense`` is ``[batch, heads, dense_length, head_dim]`` and ``start`` int32 ``[batch]``.
     ``center`` and ``basis`` exist in the layout ``planes/token``: the mean that is removed from
-    packed tokens, fp16 ``[batch, heads, 1 or 0, head_dim]``, and fp32 ``[2, heads, head_dim, head_dim]``, a matrix that packed tokens are
-    multiplied with and its inverse (``[2, heads, 0, 0]``: the fixed rotation).
+    packed tokens, fp16 ``[batch, heads, 1 or 0, head_dim]``, and the matrix that they are
+    multiplied with and its inverse, fp32 ``[2, heads, head_dim, head_dim]`` (``[2, heads, 0, 0]``:
+    the fixed rotation).
     """
 
     packed: tuple[Tensor, ...]

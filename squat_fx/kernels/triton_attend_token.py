@@ -1,13 +1,13 @@
 """Attention over tokens of the layout ``planes/token``, exact tokens and new tokens at once.
 
-    score = scale * (query @ key.T) = scale * (token_scale * (latent_query @ code.T) + query @ center)
+    score = scale * (token_scale * (latent_query @ code.T) + query @ center)
     latent_query = (query @ inverse.T) * step
 
-The codes are used as they are, as odd integers ``2 * code - largest``: rotation and steps are in the
-query (``rotate_kernel``), the scale of a token is one factor of its score and of its probability, and what was removed
-from all keys comes back as one number per query row, so that scores are true ones before softcap,
-masks, sinks and the exact tokens. The output of packed values is taken back from the latent frame
-once, by ``merge_kernel``.
+The codes are used as they are, as odd integers ``2 * code - largest``: rotation and steps are in
+the query (``rotate_kernel``), the scale of a token is one factor of its score and of its
+probability, and what was removed from all keys comes back as one number per query row, so that
+scores are true ones before softcap, masks, sinks and the exact tokens. The output of packed values
+is taken back from the latent frame once, by ``merge_kernel``.
 
 A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens, as
 in ``triton_attend.py``. Keys and values of a layer are packed in step: the same tokens of both are
@@ -20,7 +20,7 @@ ones.
 | ``latent_query`` | fp32 ``[batch * num_kv_heads * q_len * queries_per_kv, 16 * planes]`` |
 | ``size, offset`` | fp32, what a row's scores are multiplied with, and ``query @ center`` |
 | ``query``, ``new_key``, ``new_value``, ``mask`` | as in ``triton_attend.py`` |
-| ``partial`` | fp32 ``[batch * num_heads * q_len, 2 * shares, value head_dim]``: latent, then exact |
+| ``partial`` | fp32 ``[batch * num_heads * q_len, 2 * shares, head_dim]``: latent, then exact |
 | ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, 2 * shares]`` |
 
 Scores take fp16 (fp32 for fp32 models), with the query's rows brought to unit size; the sum of the

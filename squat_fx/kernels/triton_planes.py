@@ -257,12 +257,28 @@ def load_sections(rows, keep, lane, fmt: tl.constexpr):
     """What is left of the lanes after their whole bytes, int16 ``[N, 16]``."""
     rest = tl.zeros([1, 1], tl.int16)
     for i in tl.static_range(num_sections(fmt)):
-        bits: tl.constexpr = section_width(fmt, i)
-        section = rows + (section_offset(fmt, i) + lane % (2 * bits))
-        byte = tl.load(section, mask=keep, other=0).to(tl.int16)
-        piece_bits = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
-        rest = rest | (piece_bits << section_shift(fmt, i))
+        rest = rest | load_section(rows, keep, lane, i, fmt)
     return rest
+
+
+@triton.jit
+def load_section(rows, keep, lane, index: tl.constexpr, fmt: tl.constexpr):
+    """One section, where it belongs in a lane."""
+    bits: tl.constexpr = section_width(fmt, index)
+    section = rows + (section_offset(fmt, index) + lane % (2 * bits))
+    byte = tl.load(section, mask=keep, other=0).to(tl.int16)
+    piece_bits = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
+    return piece_bits << section_shift(fmt, index)
+
+
+@triton.jit
+def load_section(rows, keep, lane, index: tl.constexpr, fmt: tl.constexpr):
+    """One section, in its place in what is left of the lanes."""
+    bits: tl.constexpr = section_width(fmt, index)
+    section = rows + (section_offset(fmt, index) + lane % (2 * bits))
+    byte = tl.load(section, mask=keep, other=0).to(tl.int16)
+    part = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
+    return part << section_shift(fmt, index)
 
 
 @triton.jit
@@ -354,13 +370,31 @@ def store_words(stored, head, slot, keep, lane, words, fmt: tl.constexpr):
 def store_sections(rows, keep, rest, fmt: tl.constexpr):
     """Undo :func:`load_sections`."""
     for i in tl.static_range(num_sections(fmt)):
-        bits: tl.constexpr = section_width(fmt, i)
-        part = (rest >> section_shift(fmt, i)) & (2**bits - 1)
-        part = tl.reshape(part, [rest.shape[0], 8 // bits, 2 * bits])
-        place = tl.arange(0, 8 // bits)[None, :, None]
-        section = tl.sum(part << (place * bits), 1)  # [N, bytes]
-        byte = tl.arange(0, 2 * bits)[None, :]
-        tl.store(rows + (section_offset(fmt, i) + byte), section.to(tl.uint8), mask=keep)
+        store_section(rows, keep, rest, i, fmt)
+
+
+@triton.jit
+def store_section(rows, keep, rest, index: tl.constexpr, fmt: tl.constexpr):
+    """Undo :func:`load_section`."""
+    bits: tl.constexpr = section_width(fmt, index)
+    part = (rest >> section_shift(fmt, index)) & (2**bits - 1)
+    part = tl.reshape(part, [rest.shape[0], 8 // bits, 2 * bits])
+    place = tl.arange(0, 8 // bits)[None, :, None]
+    section = tl.sum(part << (place * bits), 1)  # [N, bytes]
+    byte = tl.arange(0, 2 * bits)[None, :]
+    tl.store(rows + (section_offset(fmt, index) + byte), section.to(tl.uint8), mask=keep)
+
+
+@triton.jit
+def store_section(rows, keep, rest, index: tl.constexpr, fmt: tl.constexpr):
+    """Undo :func:`load_section`."""
+    bits: tl.constexpr = section_width(fmt, index)
+    part = (rest >> section_shift(fmt, index)) & (2**bits - 1)
+    part = tl.reshape(part, [rest.shape[0], 8 // bits, 2 * bits])
+    place = tl.arange(0, 8 // bits)[None, :, None]
+    section = tl.sum(part << (place * bits), 1)  # [N, bytes]
+    byte = tl.arange(0, 2 * bits)[None, :]
+    tl.store(rows + (section_offset(fmt, index) + byte), section.to(tl.uint8), mask=keep)
 
 
 # any stored or new token -------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def test_a_bare_name_is_a_spec() -> None:
 def test_an_unknown_codec_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; did you mean 'kivi'\?$",
+        match=r"^unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; "
+        r"did you mean 'kivi'\?$",
     ):
         codec_class("kiwi")
 

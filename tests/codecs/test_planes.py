@@ -35,6 +35,7 @@ def layouts(draw: st.DrawFn) -> tuple[int, tuple[int, ...]]:
     groups = -(-head_dim // LANES)
     width = st.integers(0, 8)
     widths = draw(width.map(lambda w: (w,) * groups) | st.tuples(*[width] * groups))
+    assume(any(widths))
     return head_dim, widths
 
 
@@ -43,6 +44,30 @@ def test_unpack_undoes_pack(layout: tuple[int, tuple[int, ...]], rows: int, seed
     head_dim, widths = layout
     codes = random_codes(rows, head_dim, widths, seed)
     assert torch.equal(unpack(pack(codes, widths), head_dim, widths), codes)
+
+
+@given(layout=layouts(), seed=st.integers(0, 2**16))
+def test_unpack_writes_every_channel_and_those_of_no_bits_are_zero(
+    layout: tuple[int, tuple[int, ...]], seed: int
+) -> None:
+    head_dim, widths = layout
+    codes = random_codes(2, head_dim, widths, seed)
+    out = torch.full((2, head_dim), torch.nan)
+    assert unpack(pack(codes, widths), head_dim, widths, out) is out
+    assert torch.equal(out, codes.float())
+    silent = torch.tensor([not width for width in widths]).repeat_interleave(LANES)[:head_dim]
+    assert not out[:, silent].any()
+
+
+@given(layout=layouts(), seed=st.integers(0, 2**16))
+def test_what_does_not_fit_a_code_is_cut_off(
+    layout: tuple[int, tuple[int, ...]], seed: int
+) -> None:
+    """No neighbour is touched."""
+    head_dim, widths = layout
+    codes = random_codes(2, head_dim, (8,) * len(widths), seed)
+    limits = 2 ** torch.tensor(widths).repeat_interleave(LANES)[:head_dim]
+    assert torch.equal(unpack(pack(codes, widths), head_dim, widths), codes % limits)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -79,10 +104,12 @@ def test_pieces_do_not_overlap_and_cover_every_code(layout: tuple[int, tuple[int
 def test_a_token_takes_the_bytes_that_the_formula_says(layout: tuple[int, tuple[int, ...]]) -> None:
     head_dim, widths = layout
     found = plane_layout(head_dim, widths)
-    row = pack(torch.zeros(head_dim, dtype=torch.uint8), widths)
-    assert row.shape == (found.row_bytes,)
+    rows = pack(torch.zeros(2, 3, head_dim, dtype=torch.uint8), widths)
+    assert rows.shape == (2, 3, found.row_bytes)
+    assert rows.is_contiguous()
     assert found.row_bytes == 2 * sum(widths)
-    assert found.bits_per_element == pytest.approx(8 * row.numel() / head_dim)
+    assert found.row_bytes == 16 * found.whole_bytes + 2 * sum(found.sections)
+    assert found.bits_per_element == pytest.approx(8 * found.row_bytes / head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
@@ -91,14 +118,42 @@ def test_whole_plane_groups_have_no_padding(head_dim: int, bits: int) -> None:
     assert plane_layout(head_dim, uniform_widths(head_dim, bits)).bits_per_element == bits
 
 
-@given(head_dim=st.integers(1, 256), bits=st.integers(0, 8 * 16))
-def test_spread_widths_sum_and_are_even(head_dim: int, bits: int) -> None:
+@given(head_dim=st.integers(1, 256), total=st.integers(1, 8 * 16))
+def test_spread_widths_sum_and_are_even(head_dim: int, total: int) -> None:
     planes = num_planes(head_dim)
-    average = min(bits, 8 * planes) / planes
-    widths = spread_widths(head_dim, average)
-    assert sum(widths) == round(average * planes)
+    total = min(total, 8 * planes)
+    widths = spread_widths(head_dim, total / planes)
+    assert (len(widths), sum(widths)) == (planes, total)
     assert max(widths) - min(widths) <= 1
     assert list(widths) == sorted(widths)
+
+
+@given(head_dim=st.integers(1, 256), bits=st.integers(1, 8))
+def test_whole_bits_are_the_same_everywhere(head_dim: int, bits: int) -> None:
+    assert spread_widths(head_dim, bits) == uniform_widths(head_dim, bits)
+
+
+def test_half_a_bit_is_one_more_in_every_second_plane() -> None:
+    assert spread_widths(64, 2.5) == (2, 2, 3, 3)
+    assert plane_layout(64, (2, 2, 3, 3)).bits_per_element == 2.5
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "text"),
+    [
+        (64, 2.3, "4 plane groups of head_dim 64 cannot average 2.3 bits; "
+                  "the nearest are 2.25 and 2.5"),
+        (80, 2.5, "5 plane groups of head_dim 80 cannot average 2.5 bits; "
+                  "the nearest are 2.4 and 2.6"),
+        (16, 1.5, "1 plane groups of head_dim 16 cannot average 1.5 bits; "
+                  "the nearest are 1 and 2"),
+    ],
+)  # fmt: skip
+def test_an_average_that_the_planes_do_not_have_is_refused_with_the_nearest(
+    head_dim: int, bits: float, text: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        spread_widths(head_dim, bits)
 
 
 def test_a_section_holds_what_is_left_of_the_lanes() -> None:
@@ -139,3 +194,10 @@ def test_a_wrong_number_of_widths_is_refused() -> None:
 def test_a_width_outside_one_byte_is_refused(width: int) -> None:
     with pytest.raises(ValueError, match=rf"^a plane width must be from 0 to 8 bits, got {width}$"):
         plane_layout(16, (width,))
+
+
+def test_a_token_of_no_bits_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^at least one plane width must be more than 0 bits, got \(0, 0\)$"
+    ):
+        plane_layout(32, (0, 0))

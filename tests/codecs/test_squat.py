@@ -1,9 +1,9 @@
-"""The default codec: what it learns, from whom, and what it stores."""
+"""SQuat: what it learns from a prompt, from which tokens, and what that is good for."""
 
 from __future__ import annotations
 
-import copy
-import pickle
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,214 +11,323 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx import QuantizedKV
-from squat_fx.codecs import Role, Squat
-from squat_fx.codecs.squat import SMALLEST_PROMPT
+from squat_fx.codecs import Format, Kivi, Squat
+from squat_fx.codecs.hadamard import rotation
+from squat_fx.codecs.squat import SMALLEST_PROMPT, token_mean
+from squat_fx.codecs.symmetric import quantize_tokens
 from squat_fx.kernels import reference
-from squat_fx.kernels.reference import Extent
-from tests.conftest import left_padding, randn, stored_format
+from squat_fx.state import QuantizedKV
+from tests.conftest import left_padding, randn, stored_format, whole_numbers
 
-PLAIN = Squat(strength=0, center=False)
-
-
-def keys(batch: int = 1, tokens: int = 100, head_dim: int = 64, seed: int = 0) -> Tensor:
-    """Keys with a mean, as real ones have."""
-    return randn(batch, 2, tokens, head_dim, seed=seed) + 3 * randn(1, 2, 1, head_dim, seed=99)
+SEEDS = st.integers(0, 2**16)
+BITS = st.sampled_from([1, 2, 3, 4, 8, (0, 2, 5, 8)])
+SINKS, RESIDUAL = 4, 8
+PLAIN = Squat(strength=0.0, center=False)
 
 
-def packed(
-    x: Tensor,
-    codec: Squat | None = None,
-    role: Role = "key",
-    valid: Tensor | None = None,
+def format_of(codec: Squat, bits: Any = 2, role: Any = "key", head_dim: int = 64) -> Format:
+    return stored_format(codec, role, head_dim, bits, RESIDUAL, SINKS)
+
+
+def stored(
+    codec: Squat,
+    key: Tensor,
     query: Tensor | None = None,
-    **options: int,
+    valid: Tensor | None = None,
+    bits: Any = 2,
+    role: Any = "key",
 ) -> QuantizedKV:
-    fmt = stored_format(codec or Squat(), role, head_dim=x.shape[3], **options)  # pyright: ignore
-    return QuantizedKV.from_dense(x, fmt, role, valid, query)
+    return QuantizedKV.from_dense(
+        key, format_of(codec, bits, role, key.shape[3]), role, valid, query
+    )
 
 
-def center(handle: QuantizedKV) -> Tensor:
-    return handle._storage["center"]
+def packed(handle: QuantizedKV, row: int, pads: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes and scales of what is packed of a row."""
+    count = handle._storage.extent.packed(pads, handle.format)
+    return handle.qdata[row, :, :count], handle.scale[row, :, :count]
 
 
-def test_the_mean_is_that_of_valid_tokens_after_the_sinks() -> None:
-    x = keys(2)
-    x[0, :, :2] = 1e4  # sinks
-    x[1, :, :22] = 1e4  # padding and sinks
-    handle = packed(x, valid=left_padding([0, 20], 100))
-    expected = torch.stack([x[0, :, 2:].mean(1), x[1, :, 22:].mean(1)])[:, :, None].half()
-    torch.testing.assert_close(center(handle), expected)
+def correlated(tokens: int, seed: int, batch: int = 1, heads: int = 2) -> Tensor:
+    """Queries that lie near a few directions, as real ones do."""
+    few = randn(batch, heads, tokens, 6, seed=seed) @ randn(batch, heads, 6, 64, seed=seed + 1)
+    return few + 0.3 * randn(batch, heads, tokens, 64, seed=seed + 2)
 
 
-@pytest.mark.parametrize("tokens", [SMALLEST_PROMPT + 1, SMALLEST_PROMPT + 2])
-def test_a_short_prompt_teaches_nothing(tokens: int) -> None:
-    x, query = keys(tokens=tokens), randn(1, 4, tokens, 64, seed=5)
-    handle = packed(x, query=query, residual_length=0)
-    plain = packed(x, PLAIN, residual_length=0)
-    learned = tokens - 2 >= SMALLEST_PROMPT  # two sinks
-    assert bool(center(handle).any()) == learned
-    assert torch.equal(handle._storage["qdata"], plain._storage["qdata"]) != learned
-
-
-def test_tokens_that_come_later_are_rounded_without_feedback() -> None:
-    x, query = keys(tokens=120), 5 * randn(1, 4, 60, 64, seed=5)
-    handle = packed(x[:, :, :60], query=query)
-    longer = torch.cat([handle, x[:, :, 60:]], 2)
-    assert isinstance(longer, QuantizedKV)
-    storage = longer.writable_storage()
-    mean = center(handle).float()
-    fit_only = packed(x[:, :, :60] * 0 + mean, query=None)  # the same mean, no feedback
-    assert torch.equal(center(fit_only), center(handle))
-    other = torch.cat([fit_only, x[:, :, 60:]], 2).writable_storage()  # pyright: ignore
-    late = slice(60 - 2, 120 - 2 - 8)
-    assert torch.equal(storage["qdata"][:, :, late], other["qdata"][:, :, late])
-
-
-@given(pad=st.integers(1, 40), seed=st.integers(0, 30))
-def test_a_padded_row_is_stored_like_the_row_alone(pad: int, seed: int) -> None:
-    x, query = keys(2, 100, 32, seed=seed), randn(2, 4, 100, 32, seed=seed + 1)
-    both = packed(x, valid=left_padding([0, pad], 100), query=query)._storage
-    alone = packed(x[1:, :, pad:], query=query[1:, :, pad:])._storage
-    torch.testing.assert_close(both["center"][1:], alone["center"], rtol=2e-3, atol=1e-3)
-    same = both["qdata"][1:, :, : 100 - pad - 10] == alone["qdata"][:, :, : 100 - pad - 10]
-    assert same.float().mean() > 0.98, "another order of summation may flip a tie"
-
-
-def test_feedback_keeps_the_error_away_from_the_queries() -> None:
-    directions = torch.linalg.qr(randn(64, 6, seed=3))[0]
-    query = randn(1, 4, 200, 6, seed=4) @ directions.T * 4
-    x = keys(tokens=200)
-    errors = []
-    for codec in (Squat(strength=0), Squat(strength=3)):
-        handle = packed(x, codec, query=query, residual_length=0, sink_length=0)
-        error = handle.dequantize() - x
-        errors.append(float((error @ directions).square().mean()))
-    assert errors[1] < 0.4 * errors[0]
-
-
-def test_values_are_neither_centred_nor_fed_back() -> None:
-    handle = packed(keys(), role="value", query=None)
-    assert center(handle).numel() == 0
-    assert not Squat().taps("value")
-
-
-def test_a_mean_of_all_keys_costs_nothing() -> None:
-    x = randn(1, 2, 200, 64)
-    far = x + 50 * randn(1, 2, 1, 64, seed=3)
-    for bits in (2, 4, 8):
-        near_error, far_error = (
-            (packed(y, bits=bits).dequantize() - y).square().mean() for y in (x, far)
-        )
-        assert far_error < 1.05 * near_error + 1e-3
-    assert (packed(far, PLAIN).dequantize() - far).square().mean() > 100
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_attention_is_true_under_softcap_and_sinks(bits: int) -> None:
-    """What is removed from all keys comes back before anything that is not a plain softmax."""
-    x = keys(2, 150) + 10 * randn(1, 2, 1, 64, seed=7)
-    v, query = randn(2, 2, 150, 64, seed=1), randn(2, 4, 1, 64, seed=2)
-    valid = left_padding([0, 20], 150)
-    key, value = packed(x, valid=valid, bits=bits), packed(v, role="value", valid=valid, bits=bits)
-    sides = [(h._storage.arenas, h._storage.extent, h.format) for h in (key, value)]
-    options = {"sinks": randn(4, seed=8) * 3, "scale": 0.125, "causal": 0, "softcap": 5.0}
-    found = reference.attend(query, None, None, *sides, mask=None, **options)  # pyright: ignore
-    mask = valid[:, None, None]
-    for stored_numbers, tolerance in ((True, 1e-4), (False, 0.02 if bits == 8 else None)):
-        if tolerance is None:
-            continue
-        k, u = (key.dequantize(), value.dequantize()) if stored_numbers else (x, v)
-        expected = reference.attention(
-            query.double(),
-            k.double(),
-            u.double(),
-            mask=mask,
-            **options,  # pyright: ignore
-        )
-        assert (found - expected).abs().max() < tolerance
-    key._storage["center"].zero_()
-    without = reference.attend(query, None, None, *sides, mask=None, **options)  # pyright: ignore
-    assert (without - found).abs().max() > 0.05, "the mean must matter here"
+# the mean ---------------------------------------------------------------------------------------
 
 
 @given(
-    q_len=st.sampled_from([1, 2, 5, 16, 17]),
-    groups=st.integers(1, 4),
-    new=st.booleans(),
-    causal=st.sampled_from([0, 1, 2]),
-    kind=st.sampled_from(["none", "bool", "float"]),
-    head_dim=st.sampled_from([24, 64, 80]),
-    seed=st.integers(0, 20),
+    pads=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    garbage=st.sampled_from([0.0, 6e4, torch.inf, torch.nan]),
+    seed=SEEDS,
 )
-def test_attending_in_the_latent_frame_is_attending_to_the_numbers(
-    q_len: int, groups: int, new: bool, causal: int, kind: str, head_dim: int, seed: int
+def test_the_mean_is_that_of_valid_tokens_after_the_sinks(
+    pads: list[int], garbage: float, seed: int
 ) -> None:
-    x, v = keys(2, 70, head_dim, seed=seed), randn(2, 2, 70, head_dim, seed=seed + 1)
-    valid = left_padding([0, 9], 70)
-    key, value = packed(x, valid=valid), packed(v, role="value", valid=valid)
-    query = randn(2, 2 * groups, q_len, head_dim, seed=seed + 2)
-    fresh = [randn(2, 2, q_len, head_dim, seed=seed + s) if new else None for s in (3, 4)]
-    total = 70 + (q_len if new else 0)
-    mask = {
-        "none": None,
-        "bool": randn(2, 1, q_len, total, seed=seed) > -1,
-        "float": randn(1, 2 * groups, 1, total, seed=seed),
-    }[kind]
-    options = {"sinks": None, "scale": 0.2, "causal": causal, "softcap": 0.0}
-    sides = [(h._storage.arenas, h._storage.extent, h.format) for h in (key, value)]
-    found = reference.attend(query, *fresh, *sides, mask=mask, **options)  # pyright: ignore
-    numbers = [
-        torch.cat([h.dequantize(), f], 2).double() if f is not None else h.dequantize().double()
-        for h, f in zip((key, value), fresh, strict=True)
+    tokens = 60
+    key = whole_numbers(len(pads), 2, tokens, 64, seed=seed)
+    shown = key.clone()
+    for row, first in enumerate(pads):
+        shown[row, :, :first] = garbage
+        shown[row, :, first : first + SINKS] = 6e4
+    handle = stored(Squat(), shown, valid=left_padding(pads, tokens))
+    for row, first in enumerate(pads):
+        expected = key[row, :, first + SINKS :].mean(1, keepdim=True).half()
+        assert torch.equal(handle.center[row], expected)
+
+
+def test_tokens_in_the_middle_that_nobody_sees_do_not_touch_the_mean() -> None:
+    key = whole_numbers(1, 2, 60, 64)
+    valid = torch.ones(1, 60, dtype=torch.bool)
+    valid[:, 20:30] = False
+    handle = stored(Squat(), key.masked_fill(~valid[:, None, :, None], 6e4), valid=valid)
+    seen = torch.cat([key[:, :, SINKS:20], key[:, :, 30:]], 2)
+    assert torch.equal(handle.center, seen.mean(2, keepdim=True).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_mean_is_summed_in_fp32_at_least(dtype: torch.dtype) -> None:
+    key = torch.full((1, 1, 4000, 16), 0.5, dtype=dtype)
+    mean = token_mean(key, torch.ones(1, 4000, dtype=torch.bool))
+    assert mean.dtype == torch.float16
+    assert torch.equal(mean, torch.full((1, 1, 1, 16), 0.5).half())
+
+
+def test_a_mean_beyond_fp16_stays_finite() -> None:
+    mean = token_mean(torch.full((1, 1, 40, 16), -1e9), torch.ones(1, 40, dtype=torch.bool))
+    assert torch.equal(mean, torch.full_like(mean, -65504.0))
+
+
+@given(shift=st.integers(-16, 16), bits=BITS, strength=st.sampled_from([0.0, 1.0]), seed=SEEDS)
+def test_what_all_keys_share_changes_no_code(
+    shift: int, bits: Any, strength: float, seed: int
+) -> None:
+    """Bit for bit: with 64 tokens of whole numbers to learn from, the mean is exact in fp16."""
+    key, query = whole_numbers(1, 2, 64 + SINKS, 64, seed=seed), correlated(64 + SINKS, seed)
+    shared = shift * whole_numbers(1, 2, 1, 64, seed=seed + 1, largest=1)
+    codec = Squat(strength)
+    ours, shifted = (stored(codec, x, query, bits=bits) for x in (key, key + shared))
+    assert torch.equal(shifted.center, ours.center + shared.half())
+    for a, b in zip(packed(ours, 0), packed(shifted, 0), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_the_mean_what_all_keys_share_drowns_them() -> None:
+    key = randn(1, 2, 100, 64) + 50 * randn(1, 2, 1, 64, seed=1)
+    error = [
+        (stored(Squat(center=center), key).dequantize() - key).norm().item()
+        for center in (True, False)
     ]
-    seen = torch.arange(total) >= torch.tensor([0, 9])[:, None, None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        seen = seen & mask
-    elif mask is not None:
-        seen = mask.double().masked_fill(~seen, -torch.inf)
-    expected = reference.attention(query.double(), *numbers, mask=seen, **options)  # pyright: ignore
-    torch.testing.assert_close(found.double(), expected.nan_to_num(0.0), rtol=1e-3, atol=1e-5)
+    assert error[0] < 0.1 * error[1]
 
 
-def calibrated(head_dim: int = 32) -> tuple[QuantizedKV, Tensor, Tensor]:
-    there = torch.linalg.qr(randn(2, head_dim, head_dim))[0] * torch.linspace(0.5, 2, head_dim)
-    basis = torch.stack([there, torch.linalg.inv(there)])
-    x = keys(3, 90, head_dim)
-    fmt = stored_format(Squat(), "key", head_dim=head_dim, bits=8)
-    fmt = type(fmt)(**{**vars(fmt), "latent": True})
-    return QuantizedKV.from_dense(x, fmt, "key", basis=basis), x, basis
+def test_values_have_no_mean_and_ask_for_no_queries() -> None:
+    handle = stored(Squat(), randn(1, 2, 60, 64) + 5, role="value")
+    assert handle.center.shape == (1, 2, 0, 64)
+    assert Squat().taps("key") == {"query"}
+    assert Squat().taps("value") == Squat(strength=0.0).taps("key") == frozenset()
 
 
-def test_a_handle_with_a_basis_stays_itself() -> None:
-    handle, x, basis = calibrated()
-    assert handle._storage["basis"] is basis
-    torch.testing.assert_close(handle.dequantize(), x, rtol=0, atol=0.2)
-    numbers = handle.dequantize()
-    rows = torch.tensor([2, 0])
-    for changed, expected in (
-        (handle.clone(), numbers),
-        (handle.index_select(0, rows), numbers[rows]),
-        (handle.repeat_interleave(2, 0), numbers.repeat_interleave(2, 0)),
-        (handle[:, :, :70], numbers[:, :, :70]),
-        (copy.deepcopy(handle), numbers),
-        (pickle.loads(pickle.dumps(handle)), numbers),
-    ):
-        assert isinstance(changed, QuantizedKV)
-        torch.testing.assert_close(changed.dequantize(), expected, rtol=0, atol=1e-5)
-    assert handle.index_select(0, rows)._storage["basis"] is basis, "rows share it"
+# too little to learn from -----------------------------------------------------------------------
 
 
-def test_appending_keeps_the_mean_and_the_basis() -> None:
-    handle, x, _ = calibrated()
-    more = keys(3, 40, 32, seed=8)
-    longer = torch.cat([handle, more], 2)
-    numbers = torch.cat([x, more], 2)
-    torch.testing.assert_close(longer.dequantize(), numbers, rtol=0, atol=0.3)  # pyright: ignore
-    assert longer.writable_storage().extent == Extent(130, 122)  # pyright: ignore
+@given(kept=st.integers(1, 40), pads=st.integers(0, 9), bits=BITS, seed=SEEDS)
+def test_a_prompt_of_fewer_tokens_teaches_nothing(
+    kept: int, pads: int, bits: Any, seed: int
+) -> None:
+    """Neither mean nor feedback below 32 valid tokens after the sinks; both from there on."""
+    tokens = pads + SINKS + kept
+    key, query = randn(1, 2, tokens, 64, seed=seed) + 3, correlated(tokens, seed)
+    valid = left_padding([pads], tokens)
+    handle, plain = (stored(codec, key, query, valid, bits) for codec in (Squat(), PLAIN))
+    same = all(map(torch.equal, packed(handle, 0, pads), packed(plain, 0, pads)))
+    if kept < SMALLEST_PROMPT:
+        assert same
+        assert not handle.center.any()
+    else:
+        assert not same
+        assert handle.center.any()
+
+
+def test_each_row_learns_by_itself() -> None:
+    """One row of a batch is too short, the other is not."""
+    pads, tokens = [0, 30], 60
+    key, query = randn(2, 2, tokens, 64) + 3, correlated(tokens, 0, batch=2)
+    valid = left_padding(pads, tokens)
+    handle, plain = (stored(codec, key, query, valid) for codec in (Squat(), PLAIN))
+    assert handle.center[0].any()
+    assert not handle.center[1].any()
+    assert torch.equal(packed(handle, 1, 30)[0], packed(plain, 1, 30)[0])
+
+
+# which tokens are rounded how -------------------------------------------------------------------
+
+
+@given(bits=BITS, tokens=st.integers(1, 60), at_once=st.booleans(), seed=SEEDS)
+def test_tokens_that_are_packed_later_are_centred_and_rounded_without_feedback(
+    bits: Any, tokens: int, at_once: bool, seed: int
+) -> None:
+    prompt = 60
+    key, query = randn(1, 2, prompt + tokens, 64, seed=seed) + 3, correlated(prompt, seed)
+    handle = stored(Squat(), key[:, :, :prompt], query, bits=bits)
+    first = handle._storage.extent.packed(0, handle.format)
+    for new in [key[:, :, prompt:]] if at_once else key[:, :, prompt:].split(1, 2):
+        handle = torch.cat([handle, new], 2)
+    handle.writable_storage()
+    codes, scale = packed(handle, 0)
+    last = codes.shape[1]
+    assert last == prompt + tokens - SINKS - RESIDUAL
+    latent = (key[:, :, SINKS + first : SINKS + last] - handle.center.float()) @ rotation(64)
+    expected = reference.quantize(
+        key[:, :, SINKS + first : SINKS + last], None, handle.format,
+        reference.Fit(handle.center),
+    )  # fmt: skip
+    assert_same_rounding((codes[:, first:], scale[:, first:]), expected, handle.format)
+    plain, plain_scale = quantize_tokens(latent, handle.format.widths)
+    assert_same_rounding(
+        (codes[:, first:], scale[:, first:]),
+        (reference.pack(plain, handle.format.widths), plain_scale),
+        handle.format,
+    )
+
+
+def assert_same_rounding(
+    found: tuple[Tensor, ...], expected: tuple[Tensor, ...], fmt: Format
+) -> None:
+    """The same but for the order of the sums of a matrix product.
+
+    A number in the middle between two codes may fall to either, which one in thousands does.
+    """
+    codes, others = (
+        reference.unpack(x[0].reshape(-1, x[0].shape[-1]), fmt.head_dim, fmt.widths).int()
+        for x in (found, expected)
+    )
+    difference = (codes - others).abs()
+    assert not difference.numel() or difference.max() <= 1
+    assert difference.sum() <= 1 + difference.numel() / 2000
+    torch.testing.assert_close(
+        found[1].float().flatten(), expected[1].float().flatten(), rtol=2.0**-10, atol=2.0**-24
+    )
+
+
+@given(
+    pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), bits=BITS,
+    role=st.sampled_from(["key", "value"]), seed=SEEDS,
+)  # fmt: skip
+def test_a_row_of_a_batch_is_stored_like_the_row_alone(
+    pads: list[int], bits: Any, role: str, seed: int
+) -> None:
+    """To what the order of sums leaves open; the mean and exact tokens bit for bit."""
+    tokens = 60
+    key = whole_numbers(len(pads), 2, tokens, 64, seed=seed)
+    query = whole_numbers(len(pads), 4, tokens, 64, seed=seed + 1)
+    batch = stored(Squat(), key, query, left_padding(pads, tokens), bits, role)
+    for row, first in enumerate(pads):
+        here = slice(row, row + 1)
+        alone = stored(Squat(), key[here, :, first:], query[here, :, first:], None, bits, role)
+        assert torch.equal(batch.center[here], alone.center)
+        assert_same_rounding(packed(batch, row, first), packed(alone, 0), batch.format)
+        ours, theirs = batch.dequantize()[here, :, first:], alone.dequantize()
+        assert torch.equal(ours[:, :, :SINKS], theirs[:, :, :SINKS])
+        assert torch.equal(ours[:, :, -RESIDUAL:], theirs[:, :, -RESIDUAL:])
+
+
+@given(pads=st.lists(st.integers(0, 20), min_size=1, max_size=3), bits=BITS, seed=SEEDS)
+def test_without_learning_a_row_is_stored_bit_for_bit_like_the_row_alone(
+    pads: list[int], bits: Any, seed: int
+) -> None:
+    """Whole numbers and the rotation of 64 channels, of eighths, make every sum exact."""
+    key = whole_numbers(len(pads), 2, 60, 64, seed=seed)
+    batch = stored(PLAIN, key, None, left_padding(pads, 60), bits)
+    for row, first in enumerate(pads):
+        alone = stored(PLAIN, key[row : row + 1, :, first:], None, None, bits)
+        for a, b in zip(packed(batch, row, first), packed(alone, 0), strict=True):
+            assert torch.equal(a, b)
+
+
+# what it is good for ----------------------------------------------------------------------------
+
+
+def score_error(codec: Squat, key: Tensor, query: Tensor, bits: Any = 2) -> float:
+    """What the rounding of packed keys does to scores, relative to the scores."""
+    error = stored(codec, key, query, bits=bits).dequantize() - key
+    return ((query @ error.mT).norm() / (query @ key.mT).norm()).item()
+
+
+@given(bits=st.sampled_from([2, 2.5, 3, 4]), seed=SEEDS)
+def test_feedback_lowers_the_error_of_scores(bits: float, seed: int) -> None:
+    key, query = randn(1, 2, 128, 64, seed=seed), correlated(128, seed + 3)
+    with_feedback, without = (
+        score_error(Squat(strength), key, query, bits) for strength in (1.0, 0.0)
+    )
+    assert with_feedback < 0.8 * without
+
+
+def test_feedback_lowers_the_error_of_scores_of_queries_that_it_did_not_see() -> None:
+    key, query = randn(1, 2, 128, 64), correlated(256, 3)
+    seen, later = query.split(128, 2)
+    errors = []
+    for strength in (1.0, 0.0):
+        restored = stored(Squat(strength), key, seen).dequantize()
+        errors.append((later @ (restored - key).mT).norm().item())
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_it_rounds_outlier_channels_better_than_kivi_rounds_values() -> None:
+    """Values per token: what the rotation is for."""
+    value = randn(1, 2, 200, 64)
+    value[..., 7] *= 30
+    fmt = stored_format(Kivi(), "value", 64, 2, RESIDUAL, SINKS)
+    kivis = QuantizedKV.from_dense(value, fmt, "value").dequantize()
+    ours = stored(Squat(), value, role="value").dequantize()
+    assert (ours - value).norm() < 0.7 * (kivis - value).norm()
+
+
+# how much it stores -----------------------------------------------------------------------------
+
+
+@given(
+    head_dim=st.sampled_from([16, 64, 80, 128, 256]),
+    sixteenths=st.integers(16, 128),
+    role=st.sampled_from(["key", "value"]),
+)
+def test_a_token_takes_its_code_bits_and_one_scale(
+    head_dim: int, sixteenths: int, role: str
+) -> None:
+    planes = head_dim // 16
+    bits = max(1.0, round(sixteenths / 16 * planes) / planes)
+    fmt = format_of(Squat(), bits, role, head_dim)
+    assert fmt.bits == pytest.approx(bits)
+    assert fmt.packed_bits_per_element() == pytest.approx(bits + 16 / head_dim)
+    assert fmt.packed_names == ("qdata", "scale")
+    assert fmt.last_dim("qdata") == 2 * sum(fmt.widths)
+
+
+def test_keys_of_three_bits_and_values_of_two_average_two_and_three_quarters() -> None:
+    key, value = format_of(Squat(), 3, "key"), format_of(Squat(), 2, "value")
+    assert (key.packed_bits_per_element() + value.packed_bits_per_element()) / 2 == 2.75
+
+
+def test_only_the_packed_arenas_grow() -> None:
+    short, long = (stored(Squat(), randn(1, 2, n, 64)) for n in (100, 3000))
+    assert short.center.shape == long.center.shape == (1, 2, 1, 64)
+    assert short.dense.shape == long.dense.shape
+    assert short.basis.shape == long.basis.shape == (2, 2, 0, 0)
+
+
+# options ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
 def test_a_strength_that_is_no_number_is_refused(strength: float) -> None:
-    with pytest.raises(ValueError, match="strength must be a number, 0 or more"):
-        Squat(strength=strength)
+    with pytest.raises(ValueError, match=f"^strength must be a number, 0 or more, got {strength}$"):
+        Squat(strength)
+
+
+def test_the_strength_matters() -> None:
+    key, query = randn(1, 2, 100, 64), correlated(100, 3)
+    found = [packed(stored(Squat(s), key, query), 0)[0] for s in (0.0, 1.0, 3.0)]
+    assert not torch.equal(found[0], found[1])
+    assert not torch.equal(found[1], found[2])
+    assert replace(Squat(), center=False).centers("key") is False

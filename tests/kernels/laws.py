@@ -27,7 +27,7 @@ from squat_fx.codecs import (
 )
 from squat_fx.codecs.planes import LANES, num_planes, unpack
 from squat_fx.codecs.symmetric import STEP, least_scale
-from squat_fx.kernels import launch, reference
+from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
 NUM_KV_HEADS = 2
@@ -85,7 +85,7 @@ class Case:
         planes = num_planes(head_dim)
         pick = random.Random(self.seed + head_dim)
         if self.widths == "random":
-            return tuple(pick.randrange(9) for _ in range(planes - 1)) + (pick.randint(1, 8),)
+            return (*tuple(pick.randrange(9) for _ in range(planes - 1)), pick.randint(1, 8))
         if self.widths == "spread":
             return min(self.bits + pick.randrange(planes) / planes, 8)
         return self.bits
@@ -253,29 +253,43 @@ def writing_agrees_with_the_reference(
         placed = [None if t is None else t.to(device) for t in (new, valid, feedback)]
         launch.write(actual, placed[0], placed[1], (positions, 1), fmt, placed[2])
         extent, at = extent.after(chunk, fmt), at + chunk
-        if feedback is None and not case.per_token:
-            assert_same(tensors_of(actual), tensors_of(expected))
-            continue
-        found = to(actual, "cpu")
-        for row, start in enumerate(expected.start.tolist()):
-            count, first = extent.packed(start, fmt), start + fmt.sink_length
-            if not count:
-                continue
-            fit = Fit(
-                None if found.center is None else found.center[row : row + 1],
-                None if feedback is None else feedback[row : row + 1],
-            )
-            numbers = x[row : row + 1, :, first : first + count]
-            for arenas in (found, expected):
-                packed = [
-                    arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
-                    for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
-                ]
-                assert_rounded_rightly(packed, numbers, None, fmt, fit, found.basis)
-                for part in packed:
-                    part.zero_()  # so that the rest is compared
-        assert_same(tensors_of(found), tensors_of(expected))
+        assert_same_storage(actual, expected, x, extent, fmt, feedback)
         expected = to(actual, "cpu")  # the next chunk compares from here on
+
+
+def assert_same_storage(
+    actual: Arenas,
+    expected: Arenas,
+    x: Tensor,
+    extent: Extent,
+    fmt: Format,
+    feedback: Tensor | None = None,
+) -> None:
+    """Both hold the tokens ``x`` ``[batch, heads, length, head_dim]``, and ``actual`` what
+    ``expected`` holds, as :func:`writing_agrees_with_the_reference` says it.
+    """
+    if feedback is None and fmt.layout != "planes/token":
+        assert_same(tensors_of(actual), tensors_of(expected))
+        return
+    actual, expected = to(actual, "cpu"), to(expected, "cpu")
+    for row, start in enumerate(expected.start.tolist()):
+        count, first = extent.packed(start, fmt), start + fmt.sink_length
+        if not count:
+            continue
+        fit = Fit(
+            None if actual.center is None else actual.center[row : row + 1],
+            None if feedback is None else feedback[row : row + 1],
+        )
+        numbers = x[row : row + 1, :, first : first + count]
+        for arenas in (actual, expected):
+            packed = [
+                arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
+                for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
+            ]
+            assert_rounded_rightly(packed, numbers, None, fmt, fit, actual.basis)
+            for part in packed:
+                part.zero_()  # so that the rest is compared
+    assert_same(tensors_of(actual), tensors_of(expected))
 
 
 def quantizing_agrees_with_the_reference(
@@ -303,6 +317,31 @@ def quantizing_agrees_with_the_reference(
             continue
         for packed in (actual, expected):
             assert_rounded_rightly([t.cpu() for t in packed], x, v, fmt, fit, basis)
+
+
+def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> None:
+    """The op ``store`` holds the prompt, rounded with what the codec learns from it."""
+    fmt, basis = case.format(role), case.basis(role)
+    batch, tokens = len(case.pads), sum(case.chunks)
+    x = case.randn(batch, NUM_KV_HEADS, tokens, fmt.head_dim)
+    query = case.randn(batch, NUM_KV_HEADS * case.queries_per_kv, tokens, fmt.head_dim, seed=9)
+    query = query if case.codec.taps(role) else None
+    valid = torch.ones(batch, tokens, dtype=torch.bool) if case.valid is None else case.valid
+    placed = [None if t is None else t.to(device) for t in (x, valid, query, basis)]
+    found = ops.overload("store", fmt.layout)(*placed, role, fmt.codec, fmt.to_ints())
+    capacity = -(-tokens // fmt.token_group) * fmt.token_group
+    expected = reference.empty_arenas(x, capacity, fmt, basis)
+    named = dict(zip(fmt.stored_names, (t.cpu() for t in found), strict=True))
+    if expected.basis is not None:
+        named["basis"] = expected.basis
+    actual = Arenas.of(fmt, [named[name] for name in fmt.arena_names])
+    fit = reference.learn(expected, x, valid, query, fmt, role)
+    if actual.center is not None and expected.center is not None:
+        torch.testing.assert_close(actual.center, expected.center)
+        expected = replace(expected, center=actual.center)
+    reference.write(expected, x, valid, Extent(0, 0), fmt, fit.feedback)
+    extent = Extent(0, 0).after(tokens, fmt)
+    assert_same_storage(actual, expected, x, extent, fmt, fit.feedback)
 
 
 def assert_rounded_rightly(

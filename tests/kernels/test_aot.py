@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from squat_fx.codecs import Lossless
+from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
 from squat_fx.kernels import aot
 from squat_fx.kernels.aot import Launch, Resources, Shape
 
@@ -27,6 +27,35 @@ def test_one_token_of_a_common_head_needs_no_spills(capability: int) -> None:
     launches = [*aot.attend_launches(shape), *aot.write_launches(shape, "key", 1)]
     resources = compiled([*launches, *aot.dequantize_launches(shape, "key")], capability)
     assert set(resources) == {"attend_kernel", "merge_kernel", "append_kernel", "dequantize_kernel"}
+    assert not any(r.spills for r in resources.values())
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 3), (128, 2)])
+def test_storing_rotated_tokens_needs_no_spills(head_dim: int, bits: int, capability: int) -> None:
+    shape = Shape(head_dim, bits, codec=Squat())
+    launches = [*aot.write_launches(shape, "key", 1), *aot.dequantize_launches(shape, "key")]
+    launches += aot.write_launches(shape, "key", 64, with_feedback=True)
+    resources = compiled(launches, capability)
+    assert list(resources) == [
+        "append_kernel",
+        "dequantize_token_kernel",
+        "pack_kernel",
+        "ring_kernel",
+    ]
+    assert not any(r.spills for r in resources.values())
+
+
+def test_mixed_widths_of_an_uneven_head_compile() -> None:
+    shape = Shape(head_dim=72, bits=(0, 1, 3, 8, 5), codec=Squat())
+    launches = [*aot.write_launches(shape, "value", 64), *aot.dequantize_launches(shape, "value")]
+    assert not any(r.spills for r in compiled(launches, 90).values())
+
+
+def test_kivi_with_feedback_needs_no_spills() -> None:
+    shape = Shape(head_dim=64, bits=2, codec=SquatPaper(32))
+    resources = compiled(aot.write_launches(shape, "key", 64, with_feedback=True), 90)
+    assert list(resources) == ["pack_kernel", "ring_kernel"]
     assert not any(r.spills for r in resources.values())
 
 
@@ -59,3 +88,40 @@ def test_a_launch_whose_shapes_are_the_same_is_the_same() -> None:
             for launched in (a, b)
         ]
         assert constants[0] == constants[1]
+
+
+@pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda c: c.name)
+def test_the_main_loop_of_attention_is_found(codec: Codec) -> None:
+    shape = Shape(head_dim=64, bits=2, codec=codec)
+    (attend,) = (
+        launched
+        for launched in aot.attend_launches(shape)
+        if launched.kernel.__name__ == "attend_kernel"
+    )
+    kernel = aot.compiled_kernel(attend, 90)
+    loop = aot.main_loop(aot.machine_code(kernel))
+    assert sum("HMMA" in text for text in loop) >= 2 * 64 // 16  # a dot or more per plane group
+    codes = 2 * 64 * attend.arguments["BLOCK_N"]
+    threads = 32 * kernel.metadata.num_warps
+    assert aot.instructions_per_code(kernel, codes) == len(loop) * threads / codes
+
+
+def test_the_main_loop_is_the_longest_innermost_one_with_tensor_core_instructions() -> None:
+    code = [
+        (0x00, "MOV R1, c[0x0][0x28]"),
+        (0x10, "HMMA.16816.F32 R4, R8, R12, R4"),  # outer loop from here
+        (0x20, "HMMA.16816.F32 R4, R8, R12, R4"),  # short loop from here
+        (0x30, "@P0 BRA 0x20"),
+        (0x40, "LOP3.LUT R2, R2, 0x3, RZ, 0xc0, !PT"),  # the loop
+        (0x50, "HGMMA.64x64x8.F32.TF32 R24, R104, gdesc[UR36], R24"),
+        (0x60, "@!P1 BRA 0x80"),
+        (0x70, "FADD R3, R3, R3"),
+        (0x80, "@P2 BRA.U 0x40"),
+        (0x90, "@P3 BRA 0x10"),
+        (0xA0, "FADD R3, R3, R3"),  # a loop with nothing to multiply
+        (0xB0, "@P4 BRA 0xa0"),
+        (0xC0, "EXIT"),
+        (0xD0, "BRA 0xd0"),
+    ]
+    assert aot.main_loop(code) == [text for address, text in code if 0x40 <= address <= 0x80]
+    assert aot.main_loop(code[-4:]) == []

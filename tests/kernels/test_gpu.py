@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from squat_fx.codecs import Kivi, Lossless, Role
+from squat_fx.codecs import Codec, Format, Kivi, Lossless, Role, Squat, SquatPaper
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Extent
 
@@ -31,25 +31,51 @@ def case_of(seed: int) -> laws.Case:
     return laws.random_case(seed, DTYPES, HEAD_DIMS, longest=300)
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", range(64))
 def test_attending_agrees_with_float64(seed: int) -> None:
     laws.attending_agrees_with_float64(case_of(seed), "cuda")
 
 
-@pytest.mark.parametrize("seed", range(100, 116))
+@pytest.mark.parametrize("seed", range(100, 124))
 @pytest.mark.parametrize("role", ROLES)
-def test_writing_is_bit_equal_to_the_reference(seed: int, role: Role) -> None:
-    laws.writing_is_bit_equal_to_the_reference(case_of(seed), role, "cuda")
+def test_writing_agrees_with_the_reference(seed: int, role: Role) -> None:
+    laws.writing_agrees_with_the_reference(case_of(seed), role, "cuda")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("codec", [Kivi(32), Squat()], ids=lambda c: c.name)
 @pytest.mark.parametrize("role", ROLES)
-def test_quantizing_is_bit_equal_to_the_reference(bits: int, role: Role) -> None:
-    case = replace(case_of(bits), codec=Kivi(32), bits=bits)
-    laws.quantizing_is_bit_equal_to_the_reference(case, role, "cuda")
+def test_quantizing_agrees_with_the_reference(bits: int, codec: Codec, role: Role) -> None:
+    case = replace(case_of(bits), codec=codec, bits=bits, widths="uniform")
+    laws.quantizing_agrees_with_the_reference(case, role, "cuda")
 
 
-@pytest.mark.parametrize("seed", range(300, 312))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+def test_storing_rotated_tokens_agrees_with_the_reference(
+    head_dim: int, dtype: torch.dtype
+) -> None:
+    case = replace(
+        case_of(head_dim), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
+        pads=(0, 70), chunks=(210,), residual_length=32, sink_length=4,
+    )  # fmt: skip
+    for role in ROLES:
+        laws.storing_agrees_with_the_reference(case, role, "cuda")
+    laws.writing_agrees_with_the_reference(case, "key", "cuda", with_feedback=True)
+
+
+# A whole head in one compilation takes long at 256 channels, so these are few.
+@pytest.mark.parametrize(("head_dim", "group_size"), [(64, 128), (80, 32), (128, 64)])
+def test_kivi_with_feedback_agrees_with_the_reference(head_dim: int, group_size: int) -> None:
+    case = replace(
+        case_of(1), codec=SquatPaper(group_size), key_dim=head_dim, bits=2, dtype=torch.float16,
+        pads=(0, 70), chunks=(300,), residual_length=32, sink_length=4,
+    )  # fmt: skip
+    laws.storing_agrees_with_the_reference(case, "key", "cuda")
+    laws.quantizing_agrees_with_the_reference(case, "key", "cuda", with_feedback=True)
+
+
+@pytest.mark.parametrize("seed", range(300, 316))
 @pytest.mark.parametrize("role", ROLES)
 def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cuda")
@@ -65,14 +91,20 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def codec_and_ints(fmt: Format) -> tuple[str, list[int]]:
+    """A format as ops take it."""
+    return fmt.codec, fmt.to_ints()
+
+
 class Decoding:
     """A layer's storage on the GPU and its twin on the CPU, fed the same tokens through the ops."""
 
     def __init__(self, case: laws.Case, capacity: int, prompt: int) -> None:
-        self.case, self.length = case, 0
+        self.case = case
         self.formats = {role: case.format(role) for role in ROLES}
         self.twins = {role: laws.unwritten(case, role, capacity) for role in ROLES}
         self.arenas = {role: laws.to(twin, "cuda") for role, twin in self.twins.items()}
+        self.fed: dict[Role, list[torch.Tensor]] = {role: [] for role in ROLES}
         self.extents = dict.fromkeys(ROLES, Extent(0, 0))
         self.positions = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
         batch = len(case.pads)
@@ -93,6 +125,7 @@ class Decoding:
     def _write(self, role: Role, x: torch.Tensor, valid: torch.Tensor) -> None:
         fmt = self.formats[role]
         reference.write(self.twins[role], x, valid, self.extents[role], fmt)
+        self.fed[role].append(x)
         row = ROLES.index(role)
         self._op("append_", fmt)(
             *laws.tensors_of(self.arenas[role]),
@@ -100,8 +133,7 @@ class Decoding:
             valid.cuda(),
             self.positions,
             row,
-            fmt.codec,
-            fmt.to_ints(),
+            *codec_and_ints(fmt),
         )
 
     def _op(self, name: str, fmt):
@@ -127,8 +159,7 @@ class Decoding:
                 None,
                 self.positions,
                 row,
-                fmt.codec,
-                fmt.to_ints(),
+                *codec_and_ints(fmt),
             )
         return output
 
@@ -140,17 +171,19 @@ class Decoding:
         for i, x in enumerate(self.new.values()):
             new.append(self.case.randn(*x.shape, seed=3 * step + 1 + i))
             x.copy_(new[-1])
-        sides = [(self.twins[r], self.extents[r], self.formats[r]) for r in ROLES]
+        held = {role: laws.to(arenas, "cpu") for role, arenas in self.arenas.items()}
+        sides = [(held[r], self.extents[r], self.formats[r]) for r in ROLES]
         options = {"mask": None, "sinks": None, "scale": 0.3, "causal": 0, "softcap": 0.0}
-        rounded = reference.attend(query, *new, *sides, **options)
+        rounded = laws.attention_in_the_models_dtype(query, *new, *sides, **options)
         expected = laws.attention_in_float64(query, *new, *sides, **options)
-        for (twin, extent, fmt), x in zip(sides, new, strict=True):
-            reference.write(twin, x, None, extent, fmt)
+        for role, x in zip(ROLES, new, strict=True):
+            reference.write(self.twins[role], x, None, self.extents[role], self.formats[role])
+            self.fed[role].append(x)
         return rounded, expected
 
 
-@pytest.mark.parametrize("codec", [Kivi(32), Lossless(32)], ids=lambda c: c.name)
-def test_a_graph_replays_right_while_only_positions_change(codec: Kivi | Lossless) -> None:
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32), Lossless(32)], ids=lambda c: c.name)
+def test_a_graph_replays_right_while_only_positions_change(codec: Codec) -> None:
     case = replace(
         case_of(0), codec=codec, key_dim=128, value_dim=64, bits=2, dtype=torch.float16,
         pads=(0, 9), residual_length=16, sink_length=4, queries_per_kv=4,
@@ -176,16 +209,22 @@ def test_a_graph_replays_right_while_only_positions_change(codec: Kivi | Lossles
         torch.cuda.synchronize()
         laws.assert_as_close_as(output.cpu(), rounded, expected)
         decoding._advance(1)
-    for role in ROLES:
-        laws.assert_same(
-            laws.tensors_of(decoding.arenas[role]), laws.tensors_of(decoding.twins[role])
+    for role, fmt in decoding.formats.items():
+        laws.assert_same_storage(
+            decoding.arenas[role],
+            decoding.twins[role],
+            torch.cat(decoding.fed[role], 2),
+            decoding.extents[role],
+            fmt,
         )
 
 
-def test_ops_never_wait_for_the_gpu() -> None:
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32)], ids=lambda c: c.name)
+def test_ops_never_wait_for_the_gpu(codec: Codec) -> None:
     case = replace(
-        case_of(0), codec=Kivi(32), key_dim=64, value_dim=64, pads=(0, 0), dtype=torch.float16
-    )
+        case_of(0), codec=codec, key_dim=64, value_dim=64, pads=(0, 0), dtype=torch.float16,
+        calibrated=False,
+    )  # fmt: skip
     decoding = Decoding(case, capacity=320, prompt=50)
     fmt = decoding.formats["key"]
     arenas = laws.tensors_of(decoding.arenas["key"])
@@ -194,8 +233,9 @@ def test_ops_never_wait_for_the_gpu() -> None:
     append_, store, quantize = (
         ops.overload(name, fmt.layout) for name in ("append_", "store", "quantize")
     )
+    learned = arenas[2:4] if fmt.layout == "planes/token" else ()
     with no_waiting():
         decoding.step()
-        store(new, valid, fmt.codec, fmt.to_ints())
-        quantize(new[:, :, :32], None, fmt.codec, fmt.to_ints())
-        append_(*arenas, new, valid, decoding.positions, 0, fmt.codec, fmt.to_ints())
+        store(new, valid, decoding.query.expand(-1, -1, 40, -1), None, "key", *codec_and_ints(fmt))
+        quantize(new[:, :, :32], None, *learned, *codec_and_ints(fmt))
+        append_(*arenas, new, valid, decoding.positions, 0, *codec_and_ints(fmt))
