@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from squat_fx.codecs import Format, Kivi
+from squat_fx.codecs import Format, Kivi, Squat
 from squat_fx.kernels import reference
 from squat_fx.pool import POOL
 from squat_fx.state import QuantizedKV
@@ -708,6 +708,106 @@ def test_a_lossy_handle_is_right_to_half_a_step(role: str) -> None:
     span = x.amax() - x.amin()
     assert (handle.dequantize() - x).abs().max() <= 0.52 * span / 255
     assert torch.equal(handle.dequantize()[:, :, -8:], x[:, :, -8:])
+
+
+# a codec that learned ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["the fixed rotation", "a calibrated basis"])
+def learned(request: pytest.FixtureRequest) -> QuantizedKV:
+    """Keys under ``squat``, the third row with too few tokens to learn from."""
+    latent = request.param == "a calibrated basis"
+    fmt = stored_format(Squat(), head_dim=16, bits=3, latent=latent)
+    basis = None
+    if latent:
+        matrix = torch.eye(16) + 0.1 * randn(2, 16, 16, seed=3)
+        basis = torch.stack([matrix, torch.linalg.inv(matrix)])
+    return QuantizedKV.from_dense(
+        randn(3, 2, 60, 16) + 4, fmt, "key", left_padding([0, 3, 30], 60),
+        randn(3, 4, 60, 16, seed=1), basis,
+    )  # fmt: skip
+
+
+KEEPS_WHAT_WAS_LEARNED: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
+    "index_select": (lambda x: x.index_select(0, torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "index": (lambda x: x[torch.tensor([1, 2])], [1, 2]),
+    "rows": (lambda x: x[1:], [1, 2]),
+    "repeat_interleave": (lambda x: x.repeat_interleave(2, dim=0), [0, 0, 1, 1, 2, 2]),
+    "clone": (lambda x: x.clone(), [0, 1, 2]),
+    "deepcopy": (lambda x: copy.deepcopy(x), [0, 1, 2]),
+    "pickle": (lambda x: pickle.loads(pickle.dumps(x)), [0, 1, 2]),
+    "half": (lambda x: x.half(), [0, 1, 2]),
+    "bfloat16": (lambda x: x.to(torch.bfloat16), [0, 1, 2]),
+    "crop": (lambda x: x[:, :, :41], [0, 1, 2]),
+    "detach": (lambda x: x.detach(), [0, 1, 2]),
+    "cat": (lambda x: torch.cat([x, randn(3, 2, 9, 16, seed=5)], 2), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("name", KEEPS_WHAT_WAS_LEARNED)
+def test_what_was_learned_goes_with_the_rows_and_the_basis_is_shared(
+    learned: QuantizedKV, name: str
+) -> None:
+    operation, rows = KEEPS_WHAT_WAS_LEARNED[name]
+    before = learned.dequantize()
+    result = operation(learned)
+    assert isinstance(result, QuantizedKV)
+    assert result.format == learned.format
+    expected = operation(before)
+    step = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(result.dequantize(), expected, rtol=4 * step, atol=1e-5)
+    assert result.center.dtype == torch.float16
+    assert torch.equal(result.center, learned.center[rows])
+    assert result.basis.dtype == torch.float32
+    assert torch.equal(result.basis, learned.basis)
+    shared = result.basis.data_ptr() == learned.basis.data_ptr()
+    assert shared == (name != "pickle" or not learned.basis.numel())
+    torch.testing.assert_close(learned.dequantize(), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KEEPS_WHAT_WAS_LEARNED)
+def test_what_is_appended_later_is_rounded_with_what_was_learned(
+    learned: QuantizedKV, name: str
+) -> None:
+    """As it would have been, had nothing been done to the handle."""
+    operation, rows = KEEPS_WHAT_WAS_LEARNED[name]
+    new = randn(3, 2, 40, 16, seed=6) + 4
+    result = operation(learned.clone())
+    longer = torch.cat([result, new[rows].to(result.dtype)], 2).clone()
+    length = result.shape[2]
+    plain = operation(learned.dequantize())
+    error = longer.dequantize()[:, :, length:] - new[rows].to(result.dtype)
+    assert plain.shape[2] == length
+    assert not error[:, :, -8:].any(), "the newest are exact"
+    assert 0 < error.float().square().mean() < 0.1
+    assert torch.equal(longer.center, learned.center[rows])
+
+
+def test_two_handles_of_a_layer_hold_one_basis_between_them(learned: QuantizedKV) -> None:
+    """It belongs to the model, not to the pool: a handle that ends leaves it as it was."""
+    basis = learned.basis
+    kept = basis.clone()
+    other = learned.index_select(0, torch.tensor([1]))
+    del learned
+    gc.collect()
+    more = [QuantizedKV.from_dense(randn(3, 2, 60, 16), other.format, "key", basis=basis)
+            for _ in range(2 if other.format.latent else 0)]  # fmt: skip
+    assert all(handle.basis is basis for handle in more)
+    assert torch.equal(basis, kept)
+    assert other.dequantize().isfinite().all()
+
+
+def test_attention_over_a_handle_that_learned_is_that_over_its_numbers(
+    learned: QuantizedKV,
+) -> None:
+    query, valid = randn(3, 4, 1, 16, seed=7), left_padding([0, 3, 30], 60)
+    numbers = learned.dequantize()
+    torch.testing.assert_close(
+        F.scaled_dot_product_attention(query, learned, learned, enable_gqa=True),
+        F.scaled_dot_product_attention(
+            query, numbers, numbers, attn_mask=valid[:, None, None], enable_gqa=True
+        ),
+    )
 
 
 def test_keys_and_values_of_one_layer_may_differ_in_format() -> None:

@@ -272,16 +272,6 @@ def load_section(rows, keep, lane, index: tl.constexpr, fmt: tl.constexpr):
 
 
 @triton.jit
-def load_section(rows, keep, lane, index: tl.constexpr, fmt: tl.constexpr):
-    """One section, in its place in what is left of the lanes."""
-    bits: tl.constexpr = section_width(fmt, index)
-    section = rows + (section_offset(fmt, index) + lane % (2 * bits))
-    byte = tl.load(section, mask=keep, other=0).to(tl.int16)
-    part = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
-    return part << section_shift(fmt, index)
-
-
-@triton.jit
 def unpack_plane(words, plane: tl.constexpr, fmt: tl.constexpr):
     """The codes of one plane group, int16 ``[N, 16]``."""
     codes = tl.zeros_like(words[0])
@@ -371,18 +361,6 @@ def store_sections(rows, keep, rest, fmt: tl.constexpr):
     """Undo :func:`load_sections`."""
     for i in tl.static_range(num_sections(fmt)):
         store_section(rows, keep, rest, i, fmt)
-
-
-@triton.jit
-def store_section(rows, keep, rest, index: tl.constexpr, fmt: tl.constexpr):
-    """Undo :func:`load_section`."""
-    bits: tl.constexpr = section_width(fmt, index)
-    part = (rest >> section_shift(fmt, index)) & (2**bits - 1)
-    part = tl.reshape(part, [rest.shape[0], 8 // bits, 2 * bits])
-    place = tl.arange(0, 8 // bits)[None, :, None]
-    section = tl.sum(part << (place * bits), 1)  # [N, bytes]
-    byte = tl.arange(0, 2 * bits)[None, :]
-    tl.store(rows + (section_offset(fmt, index) + byte), section.to(tl.uint8), mask=keep)
 
 
 @triton.jit

@@ -187,7 +187,9 @@ def test_every_sequence_and_head_has_its_own() -> None:
 
 
 @given(
-    head_dim=st.sampled_from([16, 40, 64]), rank=st.integers(1, 15), gap=st.sampled_from([10, 1000]),
+    head_dim=st.sampled_from([16, 40, 64]),
+    rank=st.integers(1, 15),
+    gap=st.sampled_from([10, 1000]),
     seed=SEEDS,
 )  # fmt: skip
 def test_the_subspace_is_that_of_the_largest_eigenvalues(

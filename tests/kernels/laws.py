@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,11 +197,13 @@ def stored(case: Case, role: Role) -> tuple[Arenas, Extent]:
 
 def to(arenas: Arenas, device: str) -> Arenas:
     """A copy on ``device``."""
-    packed, *rest = (
-        [None if t is None else t.to(device, copy=True) for t in tensors]
-        for tensors in (arenas.packed, (arenas.dense, arenas.start), (arenas.center, arenas.basis))
-    )
-    return Arenas(tuple(packed), *rest[0], *rest[1])
+
+    def there(t: Tensor) -> Tensor:
+        return t.to(device, copy=True)
+
+    center, basis = (None if t is None else there(t) for t in (arenas.center, arenas.basis))
+    packed = tuple(there(t) for t in arenas.packed)
+    return Arenas(packed, there(arenas.dense), there(arenas.start), center, basis)
 
 
 def positions_of(*extents: Extent, device: str) -> Tensor:
@@ -250,8 +253,8 @@ def writing_agrees_with_the_reference(
         valid = None if case.valid is None else case.valid[:, at : at + chunk]
         reference.write(expected, new, valid, extent, fmt, feedback)
         positions = positions_of(extent, device=device)
-        placed = [None if t is None else t.to(device) for t in (new, valid, feedback)]
-        launch.write(actual, placed[0], placed[1], (positions, 1), fmt, placed[2])
+        valid, placed = (None if t is None else t.to(device) for t in (valid, feedback))
+        launch.write(actual, new.to(device), valid, (positions, 1), fmt, placed)
         extent, at = extent.after(chunk, fmt), at + chunk
         assert_same_storage(actual, expected, x, extent, fmt, feedback)
         expected = to(actual, "cpu")  # the next chunk compares from here on
@@ -426,15 +429,13 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
 
 def attending_agrees_with_float64(case: Case, device: str) -> None:
     """As close to float64 attention over the stored numbers as torch's own in the model's dtype."""
-    sides = {role: (*stored(case, role), case.format(role)) for role in ("key", "value")}
+    key, value = ((*stored(case, role), case.format(role)) for role in ("key", "value"))
     batch, past = len(case.pads), sum(case.chunks)
     query = case.randn(batch, NUM_KV_HEADS * case.queries_per_kv, case.q_len, case.key_dim, seed=5)
-    new = [
-        case.randn(batch, NUM_KV_HEADS, case.new_len, fmt.head_dim, seed=6)
-        if case.new_len
-        else None
-        for _, _, fmt in sides.values()
-    ]
+    new_key, new_value = (
+        case.randn(batch, NUM_KV_HEADS, case.new_len, head_dim, seed=6) if case.new_len else None
+        for head_dim in (case.key_dim, case.value_dim)
+    )
     options = {
         "mask": make_mask(case, past + case.new_len),
         "sinks": case.randn(query.shape[1], seed=7).float() if case.sinks else None,
@@ -442,17 +443,21 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
         "causal": case.causal,
         "softcap": case.softcap,
     }
-    expected = attention_in_float64(query, *new, *sides.values(), **options)
-    rounded = attention_in_the_models_dtype(query, *new, *sides.values(), **options)
+    expected = attention_in_float64(query, new_key, new_value, key, value, **options)
+    rounded = attention_in_the_models_dtype(query, new_key, new_value, key, value, **options)
 
-    on_device = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-    positions = positions_of(*(extent for _, extent, _ in sides.values()), device=device)
-    placed = [
+    on_device: dict[str, Any] = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()
+    }
+    positions = positions_of(key[1], value[1], device=device)
+    placed_key, placed_value = (
         (to(arenas, device), (positions, 1 + row), fmt)
-        for row, (arenas, _, fmt) in enumerate(sides.values())
-    ]
-    new = [None if x is None else x.to(device) for x in new]
-    actual = launch.attend(query.to(device), *new, *placed, **on_device).cpu()
+        for row, (arenas, _, fmt) in enumerate((key, value))
+    )
+    new_key, new_value = (None if x is None else x.to(device) for x in (new_key, new_value))
+    actual = launch.attend(
+        query.to(device), new_key, new_value, placed_key, placed_value, **on_device
+    ).cpu()
 
     assert actual.dtype == case.dtype
     assert actual.isfinite().all()

@@ -23,7 +23,7 @@ from tests.kernels import laws  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 40, 64, 80, 96, 112, 128, 192, 256)
-ROLES = ("key", "value")
+ROLES: tuple[Role, ...] = ("key", "value")
 
 
 def case_of(seed: int) -> laws.Case:
@@ -101,7 +101,7 @@ class Decoding:
 
     def __init__(self, case: laws.Case, capacity: int, prompt: int) -> None:
         self.case = case
-        self.formats = {role: case.format(role) for role in ROLES}
+        self.formats: dict[Role, Format] = {role: case.format(role) for role in ROLES}
         self.twins = {role: laws.unwritten(case, role, capacity) for role in ROLES}
         self.arenas = {role: laws.to(twin, "cuda") for role, twin in self.twins.items()}
         self.fed: dict[Role, list[torch.Tensor]] = {role: [] for role in ROLES}

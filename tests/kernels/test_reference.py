@@ -7,14 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, Role
+from squat_fx.codecs import Format, Kivi, Role, Squat
+from squat_fx.codecs.hadamard import rotation_pair
+from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
+    FEW_QUERIES,
     NO_CAUSALITY,
     TOP_LEFT,
     Arenas,
@@ -27,23 +30,31 @@ from squat_fx.kernels.reference import (
     valid_tokens,
     write,
 )
-from tests.conftest import left_padding, randn, stored_format
+from tests.conftest import left_padding, randn, stored_format, whole_numbers
 
 HEADS = 2
 NOTHING = Extent(0, 0)
 
 
+KINDS = ("lossless", "kivi", "squat")
+
+
 @st.composite
-def formats(draw: st.DrawFn, lossy: bool | None = None) -> Format:
+def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
     """A stored format whose groups are so small that forty tokens fill several."""
+    kind = kind or draw(st.sampled_from(KINDS))
     role = draw(st.sampled_from(["key", "value"]))
     sizes = {
-        "head_dim": draw(st.sampled_from([16, 20, 40])),
+        "head_dim": draw(st.sampled_from([16, 20, 64 if kind == "squat" else 40])),
         "residual_length": draw(st.integers(0, 9)),
         "sink_length": draw(st.integers(0, 3)),
     }
-    if not draw(st.booleans() if lossy is None else st.just(lossy)):
+    if kind == "lossless":
         return stored_format(role=role, **sizes)
+    if kind == "squat":
+        planes = -(-sizes["head_dim"] // LANES)
+        widths = draw(st.tuples(*[st.integers(0, 8)] * planes).filter(any))
+        return stored_format(Squat(), role, bits=widths, latent=draw(st.booleans()), **sizes)
     fmt = stored_format(Kivi(), role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
     return replace(fmt, token_group=4) if role == "key" else fmt
 
@@ -67,23 +78,41 @@ class Prompt:
 
 
 @st.composite
-def prompts(draw: st.DrawFn, lossy: bool | None = None, least_tokens: int = 1) -> Prompt:
-    """A left-padded batch; some rows may be nothing but padding."""
-    fmt, tokens = draw(formats(lossy)), draw(st.integers(least_tokens, 40))
+def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> Prompt:
+    """A left-padded batch; some rows may be nothing but padding.
+
+    For ``squat`` the numbers are whole, so that the sums of its matrix product are exact.
+    """
+    fmt, tokens = draw(formats(kind)), draw(st.integers(least_tokens, 40))
     pads = draw(
         st.lists(st.integers(0, tokens), min_size=1, max_size=3) | st.just([0]) | st.just([0, 0])
     )
-    x = randn(len(pads), HEADS, tokens, fmt.head_dim, seed=draw(st.integers(0, 2**16)))
+    shape, seed = (len(pads), HEADS, tokens, fmt.head_dim), draw(st.integers(0, 2**16))
+    per_token = fmt.layout == "planes/token"
+    x = whole_numbers(*shape, seed=seed, largest=3) if per_token else randn(*shape, seed=seed)
     pad = ~left_padding(pads, tokens)[:, None, :, None]
     return Prompt(fmt, torch.where(pad, x * 1e3, x), pads)
 
 
 def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
-    """Arenas for all of ``x`` in which whatever was forgotten to be written shows."""
-    arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt)
+    """Arenas for all of ``x`` in which whatever was forgotten to be written shows.
+
+    A mean and a basis, if ``fmt`` has them, are the same for every row.
+    """
+    basis = some_basis(fmt.head_dim) if fmt.latent else None
+    arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt, basis)
     for arena in (*arenas.packed, arenas.dense):
         arena.fill_(torch.nan if arena.is_floating_point() else 0xA5)
+    if fmt.centered and arenas.center is not None:
+        arenas.center.copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9))
     return arenas
+
+
+def some_basis(head_dim: int) -> Tensor:
+    """A basis of either head and its inverse, neither orthogonal nor ever inexact."""
+    powers = 2.0 ** whole_numbers(HEADS, 1, head_dim, seed=2, largest=1)
+    there, back = rotation_pair(head_dim, torch.device("cpu"))
+    return torch.stack([there * powers, back / powers.mT])
 
 
 def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Extent]:
@@ -97,10 +126,12 @@ def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Exten
     return arenas, extent
 
 
-def copied(arenas: Arenas) -> Arenas:
-    return Arenas(
-        tuple(a.clone() for a in arenas.packed), arenas.dense.clone(), arenas.start.clone()
-    )
+def assert_same_numbers(a: Tensor, b: Tensor, fmt: Format) -> None:
+    """Equal; where they come out of a matrix product, to the order of its sums."""
+    if fmt.layout != "planes/token":
+        assert torch.equal(a, b)
+    else:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 def packed_rows(arenas: Arenas, extent: Extent, fmt: Format) -> list[Tensor]:
@@ -122,13 +153,13 @@ def half_step(arenas: Arenas, extent: Extent, fmt: Format, b: int) -> Tensor:
 # what is stored ---------------------------------------------------------------------------------
 
 
-@given(prompt=prompts(lossy=False))
+@given(prompt=prompts("lossless"))
 def test_the_lossless_format_gives_back_every_token(prompt: Prompt) -> None:
     expected = prompt.x.masked_fill(~prompt.valid[:, None, :, None], 0.0)
     assert torch.equal(dense_past(*stored(prompt), prompt.fmt), expected)
 
 
-@given(prompt=prompts(lossy=True))
+@given(prompt=prompts("kivi"))
 def test_first_and_recent_tokens_are_exact_and_the_rest_within_half_a_step(prompt: Prompt) -> None:
     fmt, (arenas, extent) = prompt.fmt, stored(prompt)
     past = dense_past(arenas, extent, fmt)
@@ -159,18 +190,21 @@ def test_appending_in_any_split_equals_storing_at_once(prompt: Prompt, data: st.
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in rows)
-    assert torch.equal(
-        dense_past(split, extent, prompt.fmt), dense_past(at_once, extent, prompt.fmt)
-    )
+    numbers = dense_past(split, extent, prompt.fmt), dense_past(at_once, extent, prompt.fmt)
+    assert_same_numbers(*numbers, prompt.fmt)
 
 
 @given(prompt=prompts())
 def test_a_row_is_stored_as_if_it_were_alone(prompt: Prompt) -> None:
-    past = dense_past(*stored(prompt), prompt.fmt)
+    fmt, (arenas, extent) = prompt.fmt, stored(prompt)
+    past, count = dense_past(arenas, extent, fmt), len(fmt.packed_names)
     for b, pads in enumerate(prompt.pads):
         row = prompt.row(b)
         if row.x.shape[2]:
-            assert torch.equal(past[b : b + 1, :, pads:], dense_past(*stored(row), prompt.fmt))
+            alone = stored(row)
+            found = packed_rows(arenas, extent, fmt)[b * count : (b + 1) * count]
+            assert all(map(torch.equal, found, packed_rows(*alone, fmt)))
+            assert_same_numbers(past[b : b + 1, :, pads:], dense_past(*alone, fmt), fmt)
 
 
 @given(prompt=prompts(), garbage=st.sampled_from([0.0, 1e4, torch.inf, torch.nan]))
@@ -184,12 +218,15 @@ def test_padding_never_shows(prompt: Prompt, garbage: float) -> None:
 def test_permuting_rows_commutes_with_dequantize(prompt: Prompt, data: st.DataObject) -> None:
     order = torch.tensor(data.draw(st.permutations(range(len(prompt.pads))), label="order"))
     arenas, extent = stored(prompt)
-    permuted = Arenas(
-        tuple(a[order] for a in arenas.packed), arenas.dense[order], arenas.start[order]
+    permuted = replace(
+        arenas,
+        packed=tuple(a[order] for a in arenas.packed),
+        dense=arenas.dense[order],
+        start=arenas.start[order],
+        center=None if arenas.center is None else arenas.center[order],
     )
-    assert torch.equal(
-        dense_past(permuted, extent, prompt.fmt), dense_past(arenas, extent, prompt.fmt)[order]
-    )
+    expected = dense_past(arenas, extent, prompt.fmt)[order]
+    assert_same_numbers(dense_past(permuted, extent, prompt.fmt), expected, prompt.fmt)
 
 
 # what is forgotten ------------------------------------------------------------------------------
@@ -202,10 +239,10 @@ def test_cropping_commutes_with_dequantize(prompt: Prompt, data: st.DataObject) 
     expected = dense_past(arenas, extent, prompt.fmt)[:, :, :length]
     cropped = Extent(length, min(extent.watermark, length))
     truncate(arenas, extent, cropped, prompt.fmt)
-    assert torch.equal(dense_past(arenas, cropped, prompt.fmt), expected)
+    assert_same_numbers(dense_past(arenas, cropped, prompt.fmt), expected, prompt.fmt)
 
 
-@given(prompt=prompts(lossy=False, least_tokens=2), data=st.data())
+@given(prompt=prompts("lossless", least_tokens=2), data=st.data())
 @example(prompt=Prompt(stored_format(), randn(2, HEADS, 9, 16), [0, 6]), data=None)
 def test_what_is_appended_after_a_crop_is_kept(prompt: Prompt, data: st.DataObject | None) -> None:
     """Also by a row that the crop left with nothing but padding."""
@@ -233,16 +270,15 @@ def test_a_write_is_invisible_to_a_reader_of_the_old_extent(
     arenas = poisoned_arenas(prompt.x, fmt)
     for arena, old in zip(arenas.packed, half_written.packed, strict=True):
         arena[:, :, : old.shape[2]] = old
-    arenas = Arenas(arenas.packed, half_written.dense, half_written.start)
+    arenas = replace(arenas, dense=half_written.dense, start=half_written.start)
     expected = dense_past(arenas, extent, fmt)
 
     dense = arenas.dense if new_tokens == 1 else arenas.dense.clone()
-    written = Arenas(arenas.packed, dense, arenas.start)
+    written = replace(arenas, dense=dense)
     write(written, prompt.x[:, :, cut:], prompt.valid[:, cut:], extent, fmt)
     assert torch.equal(dense_past(arenas, extent, fmt), expected)
-    assert torch.equal(
-        dense_past(written, extent.after(new_tokens, fmt), fmt), dense_past(*stored(prompt), fmt)
-    )
+    longer = dense_past(written, extent.after(new_tokens, fmt), fmt)
+    assert_same_numbers(longer, dense_past(*stored(prompt), fmt), fmt)
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
@@ -275,7 +311,7 @@ def test_several_tokens_may_reuse_ring_slots() -> None:
 
 
 @given(
-    fmt=formats(lossy=True),
+    fmt=formats("kivi"),
     groups=st.integers(1, 3),
     rows=st.integers(1, 2),
     seed=st.integers(0, 99),
@@ -356,10 +392,10 @@ def some_mask(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
 
 
 @given(
-    prompt=prompts(),
-    value_fmt=formats(),
-    per_kv=st.sampled_from([1, 3]),
-    new_tokens=st.integers(0, 4),
+    data=st.data(),
+    kind=st.sampled_from(KINDS),
+    per_kv=st.integers(1, 4),
+    new_tokens=st.integers(0, 4) | st.sampled_from([FEW_QUERIES, FEW_QUERIES + 1]),
     mask_kind=st.sampled_from(["none", "bool", "float"]),
     mask_is_one=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     causal=st.sampled_from([NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT]),
@@ -368,8 +404,8 @@ def some_mask(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
     seed=st.integers(0, 2**16),
 )
 def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
-    prompt: Prompt,
-    value_fmt: Format,
+    data: st.DataObject,
+    kind: str,
     per_kv: int,
     new_tokens: int,
     mask_kind: str,
@@ -379,7 +415,7 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     with_sinks: bool,
     seed: int,
 ) -> None:
-    assume(prompt.fmt.layout == value_fmt.layout)
+    prompt, value_fmt = data.draw(prompts(kind)), data.draw(formats(kind))
     batch, _, length, head_dim = prompt.x.shape
     value = replace(
         prompt, fmt=value_fmt, x=randn(batch, HEADS, length, value_fmt.head_dim, seed=seed + 1)
@@ -414,6 +450,10 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     )
     exact = exact_attention(*full, **options)
     fp32_error = (exact_attention(*full, **options, dtype=torch.float32) - exact).abs().max()
+    if kind == "squat":  # stored numbers are products of a matrix: rounded in themselves
+        query, *both, hidden = full
+        both = [x + 2.0**-22 * x.abs().amax() * randn(*x.shape, seed=seed) for x in both]
+        fp32_error += (exact_attention(query, *both, hidden, **options) - exact).abs().max()
     assert out.shape == exact.shape
     assert (out - exact).abs().max() <= 8 * fp32_error + 1e-6
 
@@ -449,6 +489,47 @@ def test_a_query_that_sees_nothing_gives_zeros(kind: str, softcap: float) -> Non
     )
     assert out[:, :, 0].all()
     assert not out[:, :, 1].any()
+
+
+# true scores ------------------------------------------------------------------------------------
+
+LARGE_MEAN = 50.0
+
+
+@pytest.mark.parametrize("q_len", [1, FEW_QUERIES, FEW_QUERIES + 1])
+@pytest.mark.parametrize("kind", ["softcap", "sinks", "neither"])
+def test_the_mean_of_keys_is_added_to_their_scores(kind: str, q_len: int) -> None:
+    """A softmax does not notice what is added to all scores, but a softcap, sinks and the exact
+    tokens beside the packed ones do: keys of 8 bits give what dense keys give, with any mean.
+    """
+    sizes = {"head_dim": 64, "bits": 8, "residual_length": 32, "sink_length": 4}
+    shared = randn(1, HEADS, 1, 64, seed=1)
+    shared = LARGE_MEAN * shared / shared.norm(dim=-1, keepdim=True)
+    key, value = randn(1, HEADS, 200, 64) + shared, randn(1, HEADS, 200, 64, seed=2)
+    query = randn(1, 2 * HEADS, q_len, 64, seed=3)
+    sides = []
+    for role, x in (("key", key), ("value", value)):
+        fmt = stored_format(Squat(), role, **sizes)
+        arenas = empty_arenas(x, 200, fmt)
+        reference.learn(arenas, x, None, None, fmt, role)
+        write(arenas, x, None, NOTHING, fmt)
+        sides.append((arenas, NOTHING.after(200, fmt), fmt))
+    options = {
+        "mask": None,
+        "sinks": 3 * randn(2 * HEADS, seed=4) if kind == "sinks" else None,
+        "scale": 64**-0.5,
+        "causal": NO_CAUSALITY,
+        "softcap": 5.0 if kind == "softcap" else 0.0,
+    }
+    expected = reference.attention(query, key, value, **options)
+    out = reference.attend(query, None, None, *sides, **options)
+    assert ((out - expected).norm() / expected.norm()).item() < 0.03
+
+    (arenas, extent, fmt), value_side = sides
+    assert arenas.center is not None
+    arenas.center.zero_()
+    wrong = reference.attend(query, None, None, (arenas, extent, fmt), value_side, **options)
+    assert ((wrong - expected).norm() / expected.norm()).item() > 0.3
 
 
 # validity of new tokens -------------------------------------------------------------------------
