@@ -22,6 +22,8 @@ from squat_fx.passes import Rewriting, find_attentions
 from squat_fx.passes.quantize_kv_cache import four_dim_query
 
 Text = str | Tensor | Mapping[str, Any]
+UNTRACED = "torch.compile traced no graph; torch._dynamo.reset() lets it try again"
+MOST_GRAPHS = 4096  # one per length of text; beyond torch's default of 8 they would go unseen
 
 
 class Statistics:
@@ -70,21 +72,26 @@ def calibrate(
         window, windows: how much text is used; shorter texts give shorter pieces.
 
     Raises:
-        ValueError: there is no text, no tokenizer for it, or no attention over a cache was found.
+        ValueError: there is no text, no tokenizer for it, or no attention over a cache was found;
+            the message says why.
     """
+    if window < 1 or windows < 1:
+        raise ValueError(f"window and windows must be at least 1, got {window} and {windows}")
     statistics: dict[int, Statistics] = {}
-    tokens, reasons = 0, set()
+    tokens, reasons = 0, {UNTRACED}
 
     def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        reasons.discard(UNTRACED)
         return _tapped(graph_module, statistics, reasons)
 
     # Its own function object: Dynamo keeps what it compiled per code, and guards on the backend.
     run = torch.compile(model.forward, backend=backend, dynamic=False)
+    limits = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": MOST_GRAPHS}
     is_training = model.training
     model.eval()
     try:
         for inputs in _pieces(model, texts, tokenizer, window, windows):
-            with torch.no_grad():
+            with torch.no_grad(), torch._dynamo.config.patch(limits):
                 run(**inputs)
             tokens += _num_tokens(inputs)
     finally:

@@ -58,7 +58,8 @@ class LayerCalibration:
         """From ``S`` and ``C``, fp64 ``[num_kv_heads, head_dim, head_dim]`` each."""
         head_dim = second_moment.shape[-1]
         identity = torch.eye(head_dim, dtype=second_moment.dtype)
-        moment = second_moment + RIDGE * _mean_eigenvalue(second_moment) * identity
+        mean = _mean_eigenvalue(second_moment).clamp_min(1e-6)  # keys that do not vary
+        moment = second_moment + RIDGE * mean * identity
         relative = gram / _mean_eigenvalue(gram).clamp_min(1e-30)
         weighted = (1 - QUERY_WEIGHT + RIDGE) * identity + QUERY_WEIGHT * relative
         factor = torch.linalg.cholesky(weighted)

@@ -247,7 +247,7 @@ def centered_numbers(stored, head, rows, keep, channel, fmt: tl.constexpr):
 def basis_tile(stored, kv_head, channel, tile: tl.constexpr, fmt: tl.constexpr):
     """Rows ``channel`` ``[K, 1]`` of the matrix into the latent frame, ``[K, width]``."""
     out = tile_channels(tile, fmt)
-    pointers = stored.basis + kv_head * 0 + channel * fmt.head_dim + out
+    pointers = stored.basis + kv_head * stored.basis_stride + channel * fmt.head_dim + out
     return tl.load(pointers, mask=(channel < fmt.head_dim) & (out < fmt.head_dim), other=0.0)
 
 

@@ -95,7 +95,7 @@ def test_a_codec_that_kernels_do_not_know_is_rounded_by_torch_and_says_so(
 ) -> None:
     launch.rounds_in_kernel.cache_clear()
     launch._warn_once.cache_clear()
-    case = replace(case_of(3), codec=Wider(32), chunks=(50, 1, 40, 1, 33), pads=(0, 4))
+    case = replace(case_of(3), codec=Wider(), chunks=(50, 1, 40, 1, 33), pads=(0, 4))
     with caplog.at_level(logging.WARNING):
         laws.writing_agrees_with_the_reference(case, role, "cpu")
     assert [r.getMessage() for r in caplog.records] == [

@@ -11,7 +11,7 @@ import torch
 
 from squat_fx.codecs import Codec, Format, Kivi, Lossless, Role, Squat, SquatPaper
 from squat_fx.kernels import ops, reference
-from squat_fx.kernels.reference import Extent
+from squat_fx.kernels.reference import Arenas, Extent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,13 +102,17 @@ class Decoding:
     def __init__(self, case: laws.Case, capacity: int, prompt: int) -> None:
         self.case = case
         self.formats: dict[Role, Format] = {role: case.format(role) for role in ROLES}
-        self.twins = {role: laws.unwritten(case, role, capacity) for role in ROLES}
-        self.arenas = {role: laws.to(twin, "cuda") for role, twin in self.twins.items()}
+        self.twins: dict[Role, Arenas] = {
+            role: laws.unwritten(case, role, capacity) for role in ROLES
+        }
+        self.arenas: dict[Role, Arenas] = {
+            role: laws.to(twin, "cuda") for role, twin in self.twins.items()
+        }
         self.fed: dict[Role, list[torch.Tensor]] = {role: [] for role in ROLES}
-        self.extents = dict.fromkeys(ROLES, Extent(0, 0))
+        self.extents: dict[Role, Extent] = dict.fromkeys(ROLES, Extent(0, 0))
         self.positions = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
         batch = len(case.pads)
-        self.new = {
+        self.new: dict[Role, torch.Tensor] = {
             role: torch.empty(
                 batch, laws.NUM_KV_HEADS, 1, fmt.head_dim, dtype=case.dtype, device="cuda"
             )
@@ -189,7 +193,9 @@ def test_a_graph_replays_right_while_only_positions_change(codec: Codec) -> None
         pads=(0, 9), residual_length=16, sink_length=4, queries_per_kv=4,
     )  # fmt: skip
     decoding = Decoding(case, capacity=320, prompt=50)
-    before = {role: laws.to(arenas, "cuda") for role, arenas in decoding.arenas.items()}
+    before: dict[Role, Arenas] = {
+        role: laws.to(arenas, "cuda") for role, arenas in decoding.arenas.items()
+    }
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         decoding.step()  # compiles; what it wrote is undone below
