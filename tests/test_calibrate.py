@@ -231,7 +231,7 @@ def test_strings_without_a_tokenizer_are_refused() -> None:
 
 @pytest.mark.parametrize("option", ["window", "windows"])
 def test_no_window_is_refused(option: str) -> None:
-    with pytest.raises(ValueError, match="^window and windows must be at least 1, got "):  # noqa: RUF043
+    with pytest.raises(ValueError, match=r"^window and windows must be at least 1, got "):
         calibrate(build("llama"), prompt(1, 20)[0], **{option: 0})
 
 
@@ -240,14 +240,14 @@ def test_a_model_without_a_cache_is_refused() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return input_ids.float()
 
-    with pytest.raises(ValueError, match="^no attention over a cache was found in Embedding$"):  # noqa: RUF043
+    with pytest.raises(ValueError, match=r"^no attention over a cache was found in Embedding$"):
         calibrate(Embedding(), prompt(1, 20)[0])
 
 
 def test_a_model_whose_attention_was_not_understood_is_refused_with_the_reason() -> None:
     with pytest.raises(
         ValueError,
-        match="^no attention over a cache was found in LlamaForCausalLM: ",  # noqa: RUF043
+        match=r"^no attention over a cache was found in LlamaForCausalLM: ",
     ):
         calibrate(build("llama"), {"input_ids": prompt(1, 20), "use_cache": False})
 
