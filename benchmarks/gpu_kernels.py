@@ -12,6 +12,7 @@ the same dense shape.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -258,6 +259,11 @@ def store(tokens: int, heads: int, num_heads: int, codec: Codec, bits: float) ->
     }
 
 
+def log(line: str) -> None:
+    """Progress, for who waits: most of the time kernels are compiled."""
+    typer.echo(line, err=True)
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
     quick: Annotated[bool, typer.Option(help="Small shapes only, to see that it runs.")] = False,
@@ -268,6 +274,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         dense = baseline(shape)
+        log(f"{shape} fp16: {dense}")
         torch.cuda.empty_cache()
         table.add_row(
             str(shape), str(shape.head_dim), f"fp16, {dense['backend'].lower()}", "16",
@@ -275,7 +282,9 @@ def main(
         )  # fmt: skip
         rows.append(asdict(shape) | {"cache": "fp16"} | dense)
         for name, codec, bits in CODECS:
+            began = time.perf_counter()
             found = attend(shape, codec, bits)
+            log(f"{shape} {name}: {found}, {time.perf_counter() - began:.1f} s in all")
             torch.cuda.empty_cache()
             speedup = dense["microseconds"] / found["microseconds"]
             table.add_row(

@@ -47,7 +47,7 @@ def test_it_sees_the_keys_that_are_cached_and_the_queries_that_read_them(
     with torch.no_grad():
         layers = model(ids, use_cache=True).past_key_values.layers
     found = calibrate(model, ids[0])
-    numbers = [0, 1] if family == "llama" else [0, 2]
+    numbers = [0, 1] if family == "llama" else [1, 3]
     assert sorted(found.layers) == numbers
     assert found.tokens == 20
     for number, (key, query) in zip(numbers, collected, strict=True):
@@ -78,12 +78,13 @@ def test_texts_of_any_number_of_lengths_are_all_seen(
     collected: list[tuple[Tensor, Tensor]],
 ) -> None:
     """One graph a length, more than torch compiles by itself, and again for the next model."""
-    texts = [prompt(1, n)[0] for n in range(5, 16)]
-    for seed in range(2):
-        found = calibrate(build("llama", seed=seed), texts, windows=len(texts))
-        assert found.tokens == sum(map(len, texts))
-        assert [key.shape[2] for key, _ in collected[::2]] == list(range(5, 16))
+    lengths = list(range(5, 14))
+    for model_lengths in (lengths, [20]):
+        texts = [prompt(1, length)[0] for length in model_lengths]
         collected.clear()
+        found = calibrate(build("llama"), texts, windows=len(texts))
+        assert found.tokens == sum(model_lengths)
+        assert [key.shape[2] for key, _ in collected[::2]] == model_lengths
 
 
 # what it is run over ----------------------------------------------------------------------------
@@ -155,8 +156,8 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 def test_a_model_that_fails_is_left_in_training_too() -> None:
     model = build("llama").train()
-    with pytest.raises(Exception, match="nonsense"):
-        calibrate(model, {"input_ids": prompt(1, 9), "nonsense": 1})
+    with pytest.raises(Exception, match="out of range"):
+        calibrate(model, torch.tensor([10**6]))
     assert model.training
 
 

@@ -772,14 +772,17 @@ def test_what_is_appended_later_is_rounded_with_what_was_learned(
     """As it would have been, had nothing been done to the handle."""
     operation, rows = KEEPS_WHAT_WAS_LEARNED[name]
     new = randn(3, 2, 40, 16, seed=6) + 4
+    expected = torch.cat([learned.clone(), new], 2).clone().dequantize()[:, :, -40:]
     result = operation(learned.clone())
     longer = torch.cat([result, new[rows].to(result.dtype)], 2).clone()
-    length = result.shape[2]
-    plain = operation(learned.dequantize())
-    error = longer.dequantize()[:, :, length:] - new[rows].to(result.dtype)
-    assert plain.shape[2] == length
-    assert not error[:, :, -8:].any(), "the newest are exact"
-    assert 0 < error.float().square().mean() < 0.1
+    found = longer.dequantize()[:, :, -40:]
+    step = torch.finfo(found.dtype).eps
+    same = (found - expected[rows]).abs() <= 4 * step * expected[rows].abs() + 1e-5
+    assert same.float().mean() >= (1.0 if found.dtype == torch.float32 else 0.9), (
+        "a code may flip where the new token was cast first"
+    )
+    assert torch.equal(found[:, :, -8:], new[rows, :, -8:].to(found.dtype)), "the newest are exact"
+    assert not torch.equal(expected, new)
     assert torch.equal(longer.center, learned.center[rows])
 
 

@@ -14,8 +14,8 @@ over the valid numbers of a group. ``planes/token`` (``codecs/symmetric.py``):
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
 (``codecs/feedback.py``). Tokens that take part in dots are a tuple of *tiles*, fp32 ``[T, width]``,
-64 channels each, the accumulators of the dots; a plane group is cut out of one without moving data,
-since warps divide tokens only.
+64 channels each, the accumulators of the dots; with 64 tokens and more, warps divide tokens only, and
+a plane group is cut out of a tile without moving data.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def high_part(x):
 def dot_in_fp32(a, b, acc, SHORT_A: tl.constexpr):
     """``acc + a @ b`` to fp32's precision on tensor cores; ``SHORT_A``: fp16 holds ``a``.
 
-    As ``input_precision="tf32x3"``, which takes a second accumulator: a third more registers.
+    As ``input_precision="tf32x3"``, whose second accumulator spills: 255 registers instead of 174 to
+    pack with feedback at head_dim 128 (sm_90, Triton 3.6).
     """
     a_high, b_high = high_part(a), high_part(b)
     if not SHORT_A:

@@ -43,9 +43,9 @@ def stored(
 
 
 def packed(handle: QuantizedKV, row: int, pads: int = 0) -> tuple[Tensor, Tensor]:
-    """Codes and scales of what is packed of a row."""
+    """Codes and scales of what is packed of a row, copied: a pool owns the arenas."""
     count = handle._storage.extent.packed(pads, handle.format)
-    return handle.qdata[row, :, :count], handle.scale[row, :, :count]
+    return handle.qdata[row, :, :count].clone(), handle.scale[row, :, :count].clone()
 
 
 def correlated(tokens: int, seed: int, batch: int = 1, heads: int = 2) -> Tensor:

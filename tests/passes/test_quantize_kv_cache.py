@@ -6,16 +6,27 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
 
 import squat_fx
-from squat_fx import Config
+from squat_fx import Calibration, Config, QuantizedKV
+from squat_fx.calibration import Fingerprint, LayerCalibration
+from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
 from squat_fx.passes.format import format_graph
+from tests.conftest import randn
 from tests.passes.capture import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
     LOSSLESS,
+    PAST,
+    STEPS,
+    WIDTH,
+    Attend,
     Cached,
     Prefill,
     assert_same_over_steps,
@@ -23,16 +34,19 @@ from tests.passes.capture import (
     examples,
     past,
     rewrite,
+    run_steps,
+    sdpa,
     tokens,
 )
-from tests.passes.spellings import gemma2, llama_masked, merged_heads, sdpa_masked
+from tests.passes.spellings import gemma2, gpt_oss, llama_masked, merged_heads, sdpa_masked
 
 MASK = torch.zeros(1, 1, 3, 10)
 
 
-def text(module: Any, *inputs: Any) -> str:
-    """The rewritten graph from the attention on, under the default 2-bit codec."""
-    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), inputs, Config(bits=2))
+def text(module: Any, *inputs: Any, config: Config | None = None) -> str:
+    """The rewritten graph from the attention on, by default under the default 2-bit codec."""
+    config = config or Config(bits=2)
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), inputs, config)
     lines = format_graph(rewritten.graph).split("\n")
     return "\n".join(
         [lines[0], *(line for line in lines if "squat_fx" in line or "return" in line)]
@@ -50,6 +64,117 @@ store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_defau
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
+
+
+def calibration() -> Calibration:
+    """Of layer 0 of the small modules here."""
+    keys, queries = (randn(KV_HEADS, HEAD_DIM, HEAD_DIM, seed=s).double() for s in (1, 2))
+    found = LayerCalibration.of(keys @ keys.mT, queries @ queries.mT)
+    return Calibration({0: found}, Fingerprint.of(Prefill()), 10)
+
+
+def test_prefill_of_a_calibrated_layer() -> None:
+    """The basis is an input that is always fed the same tensor."""
+    config = Config(bits=2, calibration=calibration())
+    assert_expected_inline(
+        text(Prefill(), tokens(3), config=config),
+        """\
+inputs: transpose_1_basis, x, mask
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
+    )
+
+
+def test_decode_of_a_calibrated_layer() -> None:
+    config = Config(bits=2, calibration=calibration())
+    assert_expected_inline(
+        text(Cached(), *examples(Cached()), config=config),
+        """\
+inputs: positions, x, *past_key, *past_value, mask
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+return transpose_4""",
+    )
+
+
+def test_prefill_of_merged_heads() -> None:
+    """Queries of a ``bmm`` get their heads back before they are stored with."""
+    assert_expected_inline(
+        text(Prefill(merged_heads), tokens(3)),
+        """\
+inputs: x, mask
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
+return unflatten_3, *store_planes_token, *store_planes_token_1""",
+    )
+
+
+@pytest.mark.parametrize(
+    "codec", [Squat(strength=0.0), Kivi(), SquatPaper(strength=0.0), Lossless()]
+)
+def test_a_codec_that_does_not_ask_gets_no_queries(codec: Codec) -> None:
+    config = Config(codec=codec)
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(Prefill()), (tokens(3),), config)
+    stores = [n for n in rewritten.graph.nodes if "squat_fx.store" in str(n.target)]
+    assert [n.args[2] for n in stores] == [None, None]
+
+
+class Wide(Prefill):
+    """Heads of 48 channels, three plane groups: what is rounded first is compensated later."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__(attend)
+        self.query, self.key, self.value = (
+            torch.nn.Linear(WIDTH, heads * 48) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+
+    def heads(self, projection: torch.nn.Linear, x: Any) -> Any:
+        return projection(x).unflatten(-1, (-1, 48)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("codec", [Squat(), SquatPaper()])
+@pytest.mark.parametrize("attend", [sdpa, llama_masked, gemma2, gpt_oss, merged_heads])
+def test_the_prompt_is_stored_with_its_own_queries(codec: Codec, attend: Attend) -> None:
+    """However the attention is written: as if by hand."""
+    module, x = Wide(attend), tokens(70)
+    mask = torch.zeros(1, 1, 70, 70)
+    config = Config(codec=codec, residual_length=4, sink_length=2)
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), (x, mask), config)
+    with torch.no_grad():
+        _, key, value = rewritten(x, mask)
+        query, plain_key, plain_value = (
+            module.heads(p, x) for p in (module.query, module.key, module.value)
+        )
+    expected = QuantizedKV.from_dense(plain_key, key.format, "key", None, query)
+    without = QuantizedKV.from_dense(plain_key, key.format, "key")
+    assert torch.equal(key.dequantize(), expected.dequantize())
+    assert not torch.equal(key.dequantize(), without.dequantize()), "the queries must matter here"
+    stored_value = QuantizedKV.from_dense(plain_value, value.format, "value")
+    assert torch.equal(value.dequantize(), stored_value.dequantize())
+
+
+@pytest.mark.parametrize("attend", [sdpa_masked, gemma2, gpt_oss])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_eight_bits_are_close_to_dense_step_by_step(attend: Attend, calibrated: bool) -> None:
+    """Also under a softcap and beside sinks, which see the mean of the keys."""
+    module = Cached(attend)
+    with torch.no_grad():
+        module.key.bias.copy_(20 * randn(KV_HEADS * HEAD_DIM, seed=5))
+    found = calibration() if calibrated else None
+    config = Config(bits=8, residual_length=4, sink_length=2, calibration=found)
+    rewritten, report = squat_fx.rewrite(fx.symbolic_trace(module), examples(module, MASK), config)
+    assert report.rewritten == 1
+
+    def mask_of(query_len: int, kv_len: int) -> Tensor:
+        return torch.zeros(1, 1, query_len, kv_len)
+
+    steps = (40, *STEPS)
+    expected, *_ = run_steps(module, KV_HEADS, mask_of, steps)
+    actual, key, _ = run_steps(rewritten, KV_HEADS, mask_of, steps)
+    assert key.shape[2] == PAST + sum(steps)
+    assert ((actual - expected).norm() / expected.norm()).item() < 0.03
 
 
 def test_decode() -> None:
