@@ -127,7 +127,7 @@ def copied(arenas: Arenas) -> Arenas:
         tuple(t.clone() for t in arenas.packed),
         arenas.dense.clone(),
         arenas.start.clone(),
-        None if arenas.center is None else arenas.center.clone(),
+        None if arenas.affine is None else arenas.affine.clone(),
         arenas.basis,
     )
 
@@ -208,7 +208,7 @@ def relative_error(
             tuple(t[:1] for t in arenas.packed),
             arenas.dense[:1].double(),
             arenas.start[:1],
-            None if arenas.center is None else arenas.center[:1],
+            None if arenas.affine is None else arenas.affine[:1],
             arenas.basis,
         )
         full.append(torch.cat([reference.dense_past(one, extent, fmt), n[:1].double()], 2))

@@ -16,7 +16,7 @@ neighbours. Every setting sees the same windows:
 ``KL`` is KL(full || setting) in nats, averaged over the tokens of a window; its standard error is
 over windows. ``packed`` bits count codes, their padding, scales and zero points of the packed
 tokens; ``all`` bits are everything that is held at the end of a window, measured: exact tokens in
-the model's dtype, means, bases and spare capacity too.
+the model's dtype, means, factors, bases and spare capacity too.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ PACKED: dict[str, dict[str, Any]] = {
     "kivi G=32, 2 bits": {"codec": Kivi(32)},
     "kivi G=128, 2 bits": {"codec": Kivi(128)},
     "squat_paper G=32, 2 bits": {"codec": SquatPaper(32)},
-    "hadamard alone, 2 bits": {"codec": Squat(strength=0, center=False)},
-    "hadamard and mean, 2 bits": {"codec": Squat(strength=0)},
+    "hadamard alone, 2 bits": {"codec": Squat(strength=0, center=False, smooth=False)},
+    "hadamard and mean, 2 bits": {"codec": Squat(strength=0, smooth=False)},
+    "squat without feedback, 2 bits": {"codec": Squat(strength=0)},
+    "squat without factors, 2 bits": {"codec": Squat(smooth=False)},
     "squat, 2 bits": {},
     "squat K3V2": {"key_bits": 3},
     "squat, 3 bits": {"bits": 3},

@@ -756,8 +756,8 @@ def test_what_was_learned_goes_with_the_rows_and_the_basis_is_shared(
     expected = operation(before)
     step = torch.finfo(expected.dtype).eps
     torch.testing.assert_close(result.dequantize(), expected, rtol=4 * step, atol=1e-5)
-    assert result.center.dtype == torch.float16
-    assert torch.equal(result.center, learned.center[rows])
+    assert result.affine.dtype == torch.float16
+    assert torch.equal(result.affine, learned.affine[rows])
     assert result.basis.dtype == torch.float32
     assert torch.equal(result.basis, learned.basis)
     shared = result.basis.data_ptr() == learned.basis.data_ptr()
@@ -783,7 +783,7 @@ def test_what_is_appended_later_is_rounded_with_what_was_learned(
     )
     assert torch.equal(found[:, :, -8:], new[rows, :, -8:].to(found.dtype)), "the newest are exact"
     assert not torch.equal(expected, new)
-    assert torch.equal(longer.center, learned.center[rows])
+    assert torch.equal(longer.affine, learned.affine[rows])
 
 
 def test_two_handles_of_a_layer_hold_one_basis_between_them(learned: QuantizedKV) -> None:

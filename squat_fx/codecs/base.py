@@ -21,7 +21,7 @@ PACKED_ARENAS: dict[Layout, tuple[str, ...]] = {
 """The tensors of a layout that grow with the number of tokens."""
 
 FIXED_ARENAS: dict[Layout, tuple[str, ...]] = {
-    "planes/token": ("center", "basis"),
+    "planes/token": ("affine", "basis"),
     "planes/channel": (),
     "dense": (),
 }
@@ -57,7 +57,7 @@ class Format:
     recent tokens are exact.
 
     ``widths`` has a width for each plane group of 16 channels. In the layout ``planes/token``,
-    ``centered`` says that a mean is removed from every packed token of a head, and ``latent`` that
+    ``affine`` says that the channels of packed tokens are shifted and scaled, and ``latent`` that
     packed tokens are in a basis of their head instead of the fixed rotation.
     """
 
@@ -69,7 +69,7 @@ class Format:
     channel_group: int
     residual_length: int
     sink_length: int
-    centered: bool = False
+    affine: bool = False
     latent: bool = False
 
     @property
@@ -139,7 +139,7 @@ class Format:
             self.channel_group,
             self.residual_length,
             self.sink_length,
-            int(self.centered),
+            int(self.affine),
             int(self.latent),
             *self.widths,
         ]
@@ -148,7 +148,7 @@ class Format:
     def from_ints(cls, layout: Layout, codec: str, ints: list[int]) -> Format:
         """Undo :meth:`to_ints`."""
         head_dim, token_group, channel_group, residual_length, sink_length, *rest = ints
-        centered, latent, *widths = rest
+        affine, latent, *widths = rest
         return cls(
             layout,
             codec,
@@ -158,7 +158,7 @@ class Format:
             channel_group,
             residual_length,
             sink_length,
-            bool(centered),
+            bool(affine),
             bool(latent),
         )
 
@@ -168,14 +168,15 @@ class Fit:
     """What a codec learned from a prompt, once, when it was stored.
 
     Attributes:
-        mean: fp16 ``[batch, heads, 1, head_dim]``, removed from every packed token; None: zero.
+        affine: fp16 ``[batch, heads, 2, head_dim]``, an offset and a factor for each channel:
+            ``(x - offset) / factor`` is what is packed of every token. None: zeros and ones.
         feedback: fp32 ``[batch, heads, head_dim, head_dim]``, strictly upper triangular in blocks
             of whole plane groups: the rounding error (rounded minus true) of channel ``i`` times
             row ``i`` is added to the later channels before they are rounded. Only the tokens of
             the prompt are rounded with it; it is not stored.
     """
 
-    mean: Tensor | None = None
+    affine: Tensor | None = None
     feedback: Tensor | None = None
 
 
@@ -200,11 +201,18 @@ class Codec:
         """What the codec wants to see of the prompt besides the tensor that it stores."""
         return frozenset()
 
-    def centers(self, role: Role) -> bool:
-        """Whether :meth:`fit` gives a mean; for the layout ``planes/token``."""
+    def affine(self, role: Role) -> bool:
+        """Whether :meth:`fit` gives offsets and factors; for the layout ``planes/token``."""
         return False
 
-    def fit(self, role: Role, x: Tensor, query: Tensor | None, keep: Tensor) -> Fit:
+    def fit(
+        self,
+        role: Role,
+        x: Tensor,
+        query: Tensor | None,
+        keep: Tensor,
+        basis: Tensor | None = None,
+    ) -> Fit:
         """Learn from a prompt.
 
         Args:
@@ -214,6 +222,8 @@ class Codec:
                 graph has it.
             keep: bool ``[batch, tokens]``; False for padding and for sinks, which must touch
                 nothing that is learned.
+            basis: fp32 ``[2, heads, head_dim, head_dim]``, a calibrated basis and its inverse if
+                packed tokens are in one.
         """
         return Fit()
 
@@ -277,6 +287,6 @@ def make_format(
         channel_group=1 if per_channel else min(granularity.group_size, head_dim),
         residual_length=residual_length,
         sink_length=sink_length,
-        centered=codec.layout == "planes/token" and codec.centers(role),
+        affine=codec.layout == "planes/token" and codec.affine(role),
         latent=latent,
     )

@@ -58,7 +58,14 @@ class SquatPaper(Kivi):
         """The queries, for keys."""
         return frozenset({"query"}) if role == "key" and self.strength else frozenset()
 
-    def fit(self, role: Role, x: Tensor, query: Tensor | None, keep: Tensor) -> Fit:
+    def fit(
+        self,
+        role: Role,
+        x: Tensor,
+        query: Tensor | None,
+        keep: Tensor,
+        basis: Tensor | None = None,
+    ) -> Fit:
         """The feedback matrix of the prompt's queries."""
         if query is None or not self.strength:
             return Fit()

@@ -121,7 +121,7 @@ def attend(
 def _rotate(
     query: Tensor, key: Stored, constant: StoredFormat, num_kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The query in the latent frame of the keys, the size of its rows, and ``query @ center``."""
+    """The query in the latent frame of the keys, the size of its rows, and ``query @ offset``."""
     batch, num_heads, q_len = query.shape[:3]
     rows = num_heads // num_kv_heads * q_len
     latent = query.new_empty(
@@ -158,11 +158,11 @@ def quantize(
     if fmt.layout == "dense" or not rounds_in_kernel(fmt, fit.feedback is not None):
         return reference.quantize(x, valid, fmt, fit, basis)
     # A prompt of whole groups, of which nothing stays exact.
-    centered = fit.mean is not None and fit.mean.numel() > 0
-    fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0, centered=centered)
+    affine = fit.affine is not None and fit.affine.numel() > 0
+    fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0, affine=affine)
     arenas = reference.empty_arenas(x, x.shape[2], fmt, basis)
-    if fit.mean is not None and centered:
-        arenas = dataclasses.replace(arenas, center=fit.mean.contiguous())
+    if fit.affine is not None and affine:
+        arenas = dataclasses.replace(arenas, affine=fit.affine.contiguous())
     extent = _on_device(Extent(0, 0), x)
     _pack(arenas, contiguous_channels(x), valid, extent, fmt, fit.feedback)
     return arenas.packed
@@ -316,7 +316,7 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    fit = Fit(arenas.center, feedback)
+    fit = Fit(arenas.affine, feedback)
     found = reference.quantize(leaving, valid, fmt, fit, arenas.basis)
     for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
@@ -404,7 +404,7 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         raise ValueError(
             f"the Triton kernels take {names}, got {arenas.dense.dtype}; cast the model"
         )
-    tensors = (*arenas.packed, arenas.dense, arenas.start, arenas.center, arenas.basis)
+    tensors = (*arenas.packed, arenas.dense, arenas.start, arenas.affine, arenas.basis)
     if not all(t is None or t.is_contiguous() for t in tensors):
         raise ValueError(
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
@@ -425,7 +425,7 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     heads, matrix = basis.shape[1], constant.head_dim**2
     return Stored(
         *layout,
-        center=arenas.center if constant.centered else None,
+        affine=arenas.affine if constant.affine else None,
         basis=basis,
         basis_stride=matrix if heads > 1 else 0,
         inverse=heads * matrix,

@@ -110,8 +110,8 @@ def _define(layout: Layout) -> None:
     def quantize(x: Tensor, valid: Tensor | None, *args):
         *learned, codec, format = args
         fmt = Format.from_ints(layout, codec, format)
-        mean, basis = learned or (None, None)
-        found = _implementation(x.device).quantize(x, valid, fmt, Fit(mean), basis)
+        affine, basis = learned or (None, None)
+        found = _implementation(x.device).quantize(x, valid, fmt, Fit(affine), basis)
         out = tuple(t.clone() if t is x else t for t in found)
         return out if len(packed) > 1 else out[0]
 
@@ -186,9 +186,8 @@ def _define(layout: Layout) -> None:
         *_, codec, format = args
         fmt = Format.from_ints(layout, codec, format)
         batch, heads = x.shape[:2]
-        center_shape = (batch, heads, int(fmt.centered), fmt.head_dim)
         made = {
-            "center": x.new_empty(center_shape, dtype=torch.float16),
+            "affine": x.new_empty(reference.affine_shape(batch, heads, fmt), dtype=torch.float16),
             "dense": x.new_empty((batch, heads, fmt.dense_length, fmt.head_dim)),
             "start": x.new_empty((batch,), dtype=torch.int32),
         }

@@ -14,8 +14,9 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 * Token ``i`` is in ``dense[i]`` if ``i < sink_length``; else, with ``j = i - sink_length``, it is
   packed slot ``j`` if ``j < packed``, and ``dense[sink_length + j % ring_length]`` otherwise.
 
-What a codec learns from a prompt (a mean, error feedback) it learns in ``store``, from the valid
-tokens after the sinks; tokens that are appended later are rounded with what was learned and stored.
+What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
+the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
+and stored.
 
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
@@ -51,16 +52,16 @@ class Arenas:
 
     ``packed`` is in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
     ``dense`` is ``[batch, heads, dense_length, head_dim]`` and ``start`` int32 ``[batch]``.
-    ``center`` and ``basis`` exist in the layout ``planes/token``: the mean that is removed from
-    packed tokens, fp16 ``[batch, heads, 1 or 0, head_dim]``, and the matrix that they are
-    multiplied with and its inverse, fp32 ``[2, heads, head_dim, head_dim]`` (``[2, heads, 0, 0]``:
-    the fixed rotation).
+    ``affine`` and ``basis`` exist in the layout ``planes/token``: the offset that is taken from
+    each channel of packed tokens and the factor that it is divided by, fp16 ``[batch, heads, 2 or
+    0, head_dim]``, and the matrix that they are then multiplied with and its inverse, fp32 ``[2,
+    heads, head_dim, head_dim]`` (``[2, heads, 0, 0]``: the fixed rotation).
     """
 
     packed: tuple[Tensor, ...]
     dense: Tensor
     start: Tensor
-    center: Tensor | None = None
+    affine: Tensor | None = None
     basis: Tensor | None = None
 
     @classmethod
@@ -110,7 +111,7 @@ def quantize(
     if fmt.layout == "dense":
         return (x.contiguous(),)
     if fmt.layout == "planes/token":
-        codes, scale = quantize_tokens(to_latent(x, fit.mean, basis), fmt.widths, fit.feedback)
+        codes, scale = quantize_tokens(to_latent(x, fit.affine, basis), fmt.widths, fit.feedback)
         return pack(codes, fmt.widths), scale
     if valid is not None:
         valid = valid.unflatten(1, (-1, fmt.token_group))[:, None, :, :, None, None]
@@ -144,7 +145,7 @@ def dequantize_groups(
     packed: tuple[Tensor, ...],
     fmt: Format,
     out: Tensor,
-    mean: Tensor | None = None,
+    affine: Tensor | None = None,
     basis: Tensor | None = None,
 ) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
@@ -152,7 +153,8 @@ def dequantize_groups(
         return out.copy_(packed[0])
     if fmt.layout == "planes/token":
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)
-        return out.copy_(from_latent(dequantize_tokens(codes, packed[1], fmt.widths), mean, basis))
+        latent = dequantize_tokens(codes, packed[1], fmt.widths)
+        return out.copy_(from_latent(latent, affine, basis))
     qdata, scale, zero_point = packed
     # [batch, heads, token groups, channel groups] against
     # [batch, heads, token groups, tokens, channel groups, channels]
@@ -174,18 +176,20 @@ def basis_pair(basis: Tensor | None, head_dim: int, device: torch.device) -> tup
     return basis[0], basis[1]
 
 
-def to_latent(x: Tensor, mean: Tensor | None, basis: Tensor | None) -> Tensor:
-    """``(x - mean) @ basis``, fp32: the frame in which tokens of ``planes/token`` are rounded."""
+def to_latent(x: Tensor, affine: Tensor | None, basis: Tensor | None) -> Tensor:
+    """``(x - offset) / factor @ basis``, fp32: the frame in which ``planes/token`` rounds."""
     x = x.float()
-    if mean is not None and mean.numel():
-        x = x - mean.float()
+    if affine is not None and affine.numel():
+        x = (x - affine[:, :, :1].float()) / affine[:, :, 1:].float()
     return x @ basis_pair(basis, x.shape[-1], x.device)[0]
 
 
-def from_latent(y: Tensor, mean: Tensor | None, basis: Tensor | None) -> Tensor:
+def from_latent(y: Tensor, affine: Tensor | None, basis: Tensor | None) -> Tensor:
     """Undo :func:`to_latent`."""
     x = y @ basis_pair(basis, y.shape[-1], y.device)[1]
-    return x + mean.float() if mean is not None and mean.numel() else x
+    if affine is None or not affine.numel():
+        return x
+    return x * affine[:, :, 1:].float() + affine[:, :, :1].float()
 
 
 def _grouped(x: Tensor, fmt: Format) -> Tensor:
@@ -217,9 +221,9 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
         row_tokens[:, :, :sinks] = dense[rows, :, :sinks]
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
-            mean = None if arenas.center is None else arenas.center[rows]
+            affine = None if arenas.affine is None else arenas.affine[rows]
             target = row_tokens[:, :, sinks : sinks + count]
-            dequantize_groups(packed, fmt, target, mean, arenas.basis)
+            dequantize_groups(packed, fmt, target, affine, arenas.basis)
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
     return out
@@ -228,7 +232,8 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
 def learn(
     arenas: Arenas, new: Tensor, valid: Tensor | None, query: Tensor | None, fmt: Format, role: Role
 ) -> Fit:
-    """What the codec learns from the prompt ``new``; the mean goes into ``arenas``.
+    """What the codec learns from the prompt ``new``; offsets and factors go into
+    ``arenas``.
 
     ``query`` is ``[batch, num_heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]``.
     """
@@ -238,9 +243,10 @@ def learn(
     else:
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
-    fit = codec_from_spec(fmt.codec).fit(role, new, query, keep)
-    if fit.mean is not None and arenas.center is not None and arenas.center.numel():
-        arenas.center.copy_(fit.mean)
+    basis = arenas.basis if fmt.latent else None
+    fit = codec_from_spec(fmt.codec).fit(role, new, query, keep, basis)
+    if fit.affine is not None and arenas.affine is not None and arenas.affine.numel():
+        arenas.affine.copy_(fit.affine)
     return fit
 
 
@@ -265,8 +271,8 @@ def write(
         arenas.start.copy_(torch.where(empty, extent.length + leading, arenas.start))
     for rows, start in _runs(arenas.start):
         row_valid = None if valid is None else valid[rows]
-        mean = None if arenas.center is None else arenas.center[rows]
-        fit = Fit(mean, None if feedback is None else feedback[rows])
+        affine = None if arenas.affine is None else arenas.affine[rows]
+        fit = Fit(affine, None if feedback is None else feedback[rows])
         _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt, fit)
         _keep_recent(arenas.dense[rows], new[rows], start, extent, after, fmt)
 
@@ -357,8 +363,14 @@ def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None 
     start = like.new_zeros((batch,), dtype=torch.int32)
     if fmt.layout != "planes/token":
         return Arenas(packed, dense, start)
-    center = like.new_zeros((batch, heads, int(fmt.centered), fmt.head_dim), dtype=torch.float16)
-    return Arenas(packed, dense, start, center, no_basis(like) if basis is None else basis)
+    affine = like.new_zeros(affine_shape(batch, heads, fmt), dtype=torch.float16)
+    affine[:, :, 1:] = 1.0
+    return Arenas(packed, dense, start, affine, no_basis(like) if basis is None else basis)
+
+
+def affine_shape(batch: int, heads: int, fmt: Format) -> tuple[int, int, int, int]:
+    """Of the arena ``affine``: offsets and factors, or nothing."""
+    return batch, heads, 2 * fmt.affine, fmt.head_dim
 
 
 def no_basis(like: Tensor) -> Tensor:
@@ -530,8 +542,8 @@ def _attend_latent(
 ) -> Tensor:
     """The same where queries are few: packed tokens stay in their latent frame.
 
-    The query goes there instead, and the weighted sum of the values comes back; the key mean is
-    added as one number per query, so that scores are true ones.
+    The query goes there instead, and the weighted sum of the values comes back; what the offsets
+    of the keys add is one number per query, so that scores are true ones.
     """
     batch, num_heads, q_len, _ = query.shape
     num_kv_heads = key[0].dense.shape[1]
@@ -576,7 +588,7 @@ class _Row:
     unit: Tensor
     zero: Tensor
     inverse: Tensor
-    mean: Tensor | None
+    affine: Tensor | None
 
     @classmethod
     def of(
@@ -600,7 +612,7 @@ class _Row:
         codes = _WORKSPACE.take("codes", shape, dense.new_empty(0, dtype=wide))
         unit, zero = step_and_zero(fmt.widths, fmt.head_dim, dense.device)
         inverse = basis_pair(arenas.basis, fmt.head_dim, dense.device)[1]
-        mean = arenas.center[rows].to(wide) if fmt.centered and arenas.center is not None else None
+        affine = arenas.affine[rows].to(wide) if fmt.affine and arenas.affine is not None else None
         return cls(
             torch.cat(parts, 2).to(wide),
             sinks,
@@ -609,16 +621,17 @@ class _Row:
             unit.to(wide),
             zero.to(wide),
             inverse.to(wide),
-            mean,
+            affine,
         )
 
 
 def _scores(q: Tensor, row: _Row) -> Tensor:
     """``q @ key.T`` for the tokens of ``row`` in their order; ``q`` is ``[rows, heads, n, d]``."""
-    latent = (q @ row.inverse.transpose(-1, -2)) * row.unit
+    scaled = q if row.affine is None else q * row.affine[:, :, 1:]
+    latent = (scaled @ row.inverse.transpose(-1, -2)) * row.unit
     packed = (latent @ row.codes.transpose(-1, -2) - (latent @ row.zero)[..., None]) * row.scale
-    if row.mean is not None:
-        packed = packed + q @ row.mean.transpose(-1, -2)
+    if row.affine is not None:
+        packed = packed + q @ row.affine[:, :, :1].transpose(-1, -2)
     exact = q @ row.exact.transpose(-1, -2)
     return torch.cat([exact[..., : row.before], packed, exact[..., row.before :]], -1)
 
@@ -632,8 +645,8 @@ def _weighted_sum(probs: Tensor, row: _Row) -> Tensor:
     weights = packed * row.scale
     latent = (weights @ row.codes - weights.sum(-1, keepdim=True) * row.zero) * row.unit
     out = latent @ row.inverse
-    if row.mean is not None:
-        out = out + packed.sum(-1, keepdim=True) * row.mean
+    if row.affine is not None:
+        out = out * row.affine[:, :, 1:] + packed.sum(-1, keepdim=True) * row.affine[:, :, :1]
     return out + torch.cat([before, after], -1) @ row.exact
 
 

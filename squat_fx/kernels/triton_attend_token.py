@@ -1,7 +1,7 @@
 """Attention over tokens of the layout ``planes/token``, exact tokens and new tokens at once.
 
-    score = scale * (token_scale * (latent_query @ code.T) + query @ center)
-    latent_query = (query @ inverse.T) * step
+    score = scale * (token_scale * (latent_query @ code.T) + query @ offset)
+    latent_query = ((query * factor) @ inverse.T) * step
 
 The codes are used as they are, as odd integers ``2 * code - largest``: rotation and steps are in
 the query (``rotate_kernel``), the scale of a token is one factor of its score and of its
@@ -18,7 +18,7 @@ ones.
 | tensor | shape |
 |---|---|
 | ``latent_query`` | fp32 ``[batch * num_kv_heads * q_len * queries_per_kv, 16 * planes]`` |
-| ``size, offset`` | fp32, what a row's scores are multiplied with, and ``query @ center`` |
+| ``size, offset`` | fp32, what a row's scores are multiplied with, and ``query @ offset`` |
 | ``query``, ``new_key``, ``new_value``, ``mask`` | as in ``triton_attend.py`` |
 | ``partial`` | fp32 ``[batch * num_heads * q_len, 2 * shares, head_dim]``: latent, then exact |
 | ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, 2 * shares]`` |
@@ -36,6 +36,7 @@ from squat_fx.kernels.triton_attend import masked_scores
 from squat_fx.kernels.triton_planes import (
     exact_rows,
     largest_code,
+    load_affine,
     load_words,
     num_pieces,
     num_planes,
@@ -158,7 +159,7 @@ def attend_kernel(
             latent += (plane.to(dtype),)
         row_size = tl.load(size + rotated, mask=keep_row, other=0.0)
         row_offset = tl.zeros([BLOCK_M], tl.float32)
-        if KEY.centered:
+        if KEY.affine:
             row_offset = tl.load(offset + rotated, mask=keep_row, other=0.0)
         for i in range(tile_begin, packed_end):
             position = first + i * BLOCK_N + token
@@ -270,11 +271,12 @@ def rotate_kernel(
     inside = channel < FORMAT.head_dim
     keep = keep_row[:, None] & inside[None, :]
     q = tl.load(rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
+    if FORMAT.affine:
+        shift, factor = load_affine(key, head, channel, inside, FORMAT)
+        tl.store(offset + out, tl.sum(q * shift[None, :], 1), mask=keep_row)
+        q *= factor[None, :]
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     tl.store(size + out, largest, mask=keep_row)
-    if FORMAT.centered:
-        center = tl.load(key.center + head * FORMAT.head_dim + channel, mask=inside, other=0.0)
-        tl.store(offset + out, tl.sum(q * center.to(tl.float32)[None, :], 1), mask=keep_row)
     q = q / largest[:, None]
     inverse = key.basis + key.inverse + kv_head * key.basis_stride
     lane = tl.arange(0, 16)
@@ -343,11 +345,11 @@ def merge_kernel(
     matrix = value.basis + value.inverse + head % (num_heads // QUERIES_PER_KV) * value.basis_stride
     pointers = matrix + inner[:, None] * FORMAT.head_dim + channel[None, :]
     keep = (inner < FORMAT.head_dim)[:, None] & (channel < FORMAT.head_dim)[None, :]
-    out += tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent[:, None], 0)
-    if FORMAT.centered:
-        center = value.center + head * FORMAT.head_dim + channel
-        center = tl.load(center, mask=channel < FORMAT.head_dim, other=0.0)
-        out += center.to(tl.float32) * tl.sum(latent_sum * latent_weight, 0)
+    packed = tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent[:, None], 0)
+    if FORMAT.affine:
+        shift, factor = load_affine(value, head, channel, channel < FORMAT.head_dim, FORMAT)
+        packed = packed * factor + shift * tl.sum(latent_sum * latent_weight, 0)
+    out += packed
     out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(
         output + row * FORMAT.head_dim + channel,

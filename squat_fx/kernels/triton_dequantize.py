@@ -1,7 +1,7 @@
 """The stored tokens as numbers.
 
     planes/channel:  x = code * scale + zero_point
-    planes/token:    x = (scale * step * (code - zero)) @ inverse + center
+    planes/token:    x = (scale * step * (code - zero)) @ inverse * factor + offset
 
 where a token is packed, the exact number elsewhere, zero for padding.
 ``output`` is ``[batch, num_kv_heads, length, head_dim]``, contiguous.
@@ -16,6 +16,7 @@ from squat_fx.kernels.triton_planes import (
     any_plane,
     exact_rows,
     largest_code,
+    load_affine,
     load_words,
     num_planes,
     packed_tokens,
@@ -84,9 +85,9 @@ def dequantize_token_kernel(
             y = dot_in_fp32(levels, matrix * (step(FORMAT, j) / 2), y, True)
     scale = tl.load(stored.scale + head * stored.capacity + slot, mask=packed, other=0.0)
     y *= scale.to(tl.float32)
-    if FORMAT.centered:
-        center = tl.load(stored.center + head * FORMAT.head_dim + channel, mask=inside, other=0.0)
-        y += center.to(tl.float32)
+    if FORMAT.affine:
+        offset, factor = load_affine(stored, head, channel, inside, FORMAT)
+        y = y * factor + offset
     x = tl.where(packed, y, x)
     out = output + (head * length + position) * FORMAT.head_dim + channel
     tl.store(out, x.to(output.dtype.element_ty), mask=there & inside)

@@ -42,7 +42,7 @@ class Stored(NamedTuple):
     dense: Tensor
     start: Tensor
     capacity: int
-    center: Tensor | None = None
+    affine: Tensor | None = None
     basis: Tensor | None = None
     basis_stride: int = 0
     inverse: int = 0
@@ -71,7 +71,7 @@ class StoredFormat:
     per_token: bool
     steps: tuple[float, ...]
     least_scales: tuple[float, ...]
-    centered: bool
+    affine: bool
     levels: float
     token_group: int
     channel_group: int
@@ -123,7 +123,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         per_token=fmt.layout == "planes/token",
         steps=tuple(STEP[bits] for bits in fmt.widths),
         least_scales=tuple(least_scale(bits) for bits in fmt.widths),
-        centered=fmt.centered,
+        affine=fmt.affine,
         levels=levels,
         token_group=fmt.token_group,
         channel_group=fmt.channel_group,
@@ -280,6 +280,15 @@ def unpack_plane(words, plane: tl.constexpr, fmt: tl.constexpr):
         bits = (word >> piece(fmt, plane, i, SHIFT)) & piece(fmt, plane, i, MASK)
         codes |= bits << piece(fmt, plane, i, CODE_SHIFT)
     return codes
+
+
+@triton.jit
+def load_affine(stored, head, channel, inside, fmt: tl.constexpr):
+    """Offset and factor of channels, fp32, the shape of ``channel``."""
+    pointers = stored.affine + head * (2 * fmt.head_dim) + channel
+    offset = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(pointers + fmt.head_dim, mask=inside, other=1.0).to(tl.float32)
+    return offset, factor
 
 
 @triton.jit

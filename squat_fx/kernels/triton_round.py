@@ -8,14 +8,14 @@ are computed, bit for bit as there):
 
 over the valid numbers of a group. ``planes/token`` (``codecs/symmetric.py``):
 
-    y = (x - center) @ basis
+    y = ((x - offset) / factor) @ basis
     scale = max(sqrt(mean(y**2)), max(|y| * least_scale(bits))), fp16
     code = clamp(round_half_even(y / (scale * step) + zero), 0, 2**bits - 1)
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
 (``codecs/feedback.py``). Tokens that take part in dots are a tuple of *tiles*, fp32 ``[T, width]``,
-64 channels each, the accumulators of the dots; with 64 tokens and more, warps divide tokens only, and
-a plane group is cut out of a tile without moving data.
+64 channels each, the accumulators of the dots; with 64 tokens and more, warps divide tokens only,
+and a plane group is cut out of a tile without moving data.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import triton.language as tl
 from squat_fx.kernels.triton_planes import (
     add_plane,
     largest_code,
+    load_affine,
     no_words,
     num_planes,
     num_tiles,
@@ -60,8 +61,8 @@ def high_part(x):
 def dot_in_fp32(a, b, acc, SHORT_A: tl.constexpr):
     """``acc + a @ b`` to fp32's precision on tensor cores; ``SHORT_A``: fp16 holds ``a``.
 
-    As ``input_precision="tf32x3"``, whose second accumulator spills: 255 registers instead of 174 to
-    pack with feedback at head_dim 128 (sm_90, Triton 3.6).
+    As ``input_precision="tf32x3"``, whose second accumulator spills: 255 registers instead of 174
+    to pack with feedback at head_dim 128 (sm_90, Triton 3.6).
     """
     a_high, b_high = high_part(a), high_part(b)
     if not SHORT_A:
@@ -234,13 +235,12 @@ def pack_groups_with_feedback(
 
 
 @triton.jit
-def centered_numbers(stored, head, rows, keep, channel, fmt: tl.constexpr):
-    """Channels of the tokens at ``rows`` without the mean, fp32; ``keep`` within the head dim."""
+def shifted_numbers(stored, head, rows, keep, channel, fmt: tl.constexpr):
+    """Channels of the tokens at ``rows``, shifted and scaled, in fp32."""
     x = tl.load(rows + channel, mask=keep, other=0.0).to(tl.float32)
-    if fmt.centered:
-        inside = channel < fmt.head_dim
-        center = tl.load(stored.center + head * fmt.head_dim + channel, mask=inside, other=0.0)
-        x -= center.to(tl.float32)
+    if fmt.affine:
+        offset, factor = load_affine(stored, head, channel, channel < fmt.head_dim, fmt)
+        x = tl.div_rn(x - offset, tl.broadcast_to(factor, x.shape))
     return x
 
 
@@ -255,14 +255,14 @@ def basis_tile(stored, kv_head, channel, tile: tl.constexpr, fmt: tl.constexpr):
 @triton.jit
 def latent_tiles(stored, head, kv_head, rows, keep, fmt: tl.constexpr):
     """The tokens at ``rows`` ``[T, 1]`` in the latent frame."""
-    short: tl.constexpr = not fmt.centered and rows.dtype.element_ty.primitive_bitwidth == 16
+    short: tl.constexpr = not fmt.affine and rows.dtype.element_ty.primitive_bitwidth == 16
     tiles = ()
     for _ in tl.static_range(num_tiles(fmt)):
         tiles += (tl.zeros([rows.shape[0], tile_width(fmt)], tl.float32),)
     for first in range(0, fmt.head_dim, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         there = keep & (channel < fmt.head_dim)[None, :]
-        x = centered_numbers(stored, head, rows, there, channel[None, :], fmt)
+        x = shifted_numbers(stored, head, rows, there, channel[None, :], fmt)
         sums = ()
         for t in tl.static_range(num_tiles(fmt)):
             matrix = basis_tile(stored, kv_head, channel[:, None], t, fmt)
@@ -280,7 +280,7 @@ def latent_row(stored, head, kv_head, row, keep, fmt: tl.constexpr):
     for first in range(0, fmt.head_dim, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)[:, None]
         there = keep & (channel < fmt.head_dim)
-        x = centered_numbers(stored, head, row, there, channel, fmt)
+        x = shifted_numbers(stored, head, row, there, channel, fmt)
         sums = ()
         for t in tl.static_range(num_tiles(fmt)):
             sums += (products[t] + x * basis_tile(stored, kv_head, channel, t, fmt),)

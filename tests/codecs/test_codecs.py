@@ -139,10 +139,10 @@ def test_the_format_of_squat(head_dim: int, bits: float, stored: float) -> None:
     key, value = (
         stored_format(Squat(), role, head_dim=head_dim, bits=bits) for role in ("key", "value")
     )
-    assert key.arena_names == ("qdata", "scale", "center", "basis", "dense", "start")
-    assert key.stored_names == ("qdata", "scale", "center", "dense", "start")
+    assert key.arena_names == ("qdata", "scale", "affine", "basis", "dense", "start")
+    assert key.stored_names == ("qdata", "scale", "affine", "dense", "start")
     assert (key.token_group, key.channel_groups) == (1, 1)
-    assert (key.centered, value.centered) == (True, False)
+    assert (key.affine, value.affine) == (True, False)
     assert key.packed_bits_per_element() == pytest.approx(stored)
 
 

@@ -22,7 +22,7 @@ from tests.conftest import left_padding, randn, stored_format, whole_numbers
 SEEDS = st.integers(0, 2**16)
 BITS = st.sampled_from([1, 2, 3, 4, 8, (0, 2, 5, 8)])
 SINKS, RESIDUAL = 4, 8
-PLAIN = Squat(strength=0.0, center=False)
+PLAIN = Squat(strength=0.0, center=False, smooth=False)
 
 
 def format_of(codec: Squat, bits: Any = 2, role: Any = "key", head_dim: int = 64) -> Format:
@@ -74,7 +74,7 @@ def test_the_mean_is_that_of_valid_tokens_after_the_sinks(
     handle = stored(Squat(), shown, valid=left_padding(pads, tokens))
     for row, first in enumerate(pads):
         expected = key[row, :, first + SINKS :].mean(1, keepdim=True).half()
-        assert torch.equal(handle.center[row], expected)
+        assert torch.equal(handle.affine[row, :, :1], expected)
 
 
 def test_tokens_in_the_middle_that_nobody_sees_do_not_touch_the_mean() -> None:
@@ -83,7 +83,7 @@ def test_tokens_in_the_middle_that_nobody_sees_do_not_touch_the_mean() -> None:
     valid[:, 20:30] = False
     handle = stored(Squat(), key.masked_fill(~valid[:, None, :, None], 6e4), valid=valid)
     seen = torch.cat([key[:, :, SINKS:20], key[:, :, 30:]], 2)
-    assert torch.equal(handle.center, seen.mean(2, keepdim=True).half())
+    assert torch.equal(handle.affine[:, :, :1], seen.mean(2, keepdim=True).half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -108,7 +108,8 @@ def test_what_all_keys_share_changes_no_code(
     shared = shift * whole_numbers(1, 2, 1, 64, seed=seed + 1, largest=1)
     codec = Squat(strength)
     ours, shifted = (stored(codec, x, query, bits=bits) for x in (key, key + shared))
-    assert torch.equal(shifted.center, ours.center + shared.half())
+    assert torch.equal(shifted.affine[:, :, :1], ours.affine[:, :, :1] + shared.half())
+    assert torch.equal(shifted.affine[:, :, 1:], ours.affine[:, :, 1:])
     for a, b in zip(packed(ours, 0), packed(shifted, 0), strict=True):
         assert torch.equal(a, b)
 
@@ -124,9 +125,16 @@ def test_without_the_mean_what_all_keys_share_drowns_them() -> None:
 
 def test_values_have_no_mean_and_ask_for_no_queries() -> None:
     handle = stored(Squat(), randn(1, 2, 60, 64) + 5, role="value")
-    assert handle.center.shape == (1, 2, 0, 64)
+    assert handle.affine.shape == (1, 2, 0, 64)
     assert Squat().taps("key") == {"query"}
-    assert Squat().taps("value") == Squat(strength=0.0).taps("key") == frozenset()
+    assert Squat(strength=0.0).taps("key") == Squat(smooth=False).taps("key") == {"query"}
+    assert Squat().taps("value") == PLAIN.taps("key") == frozenset()
+
+
+def assert_identity(affine: Tensor) -> None:
+    """Offsets of zero and factors of one."""
+    assert not affine[:, :, :1].any()
+    assert (affine[:, :, 1:] == 1).all()
 
 
 # too little to learn from -----------------------------------------------------------------------
@@ -136,7 +144,7 @@ def test_values_have_no_mean_and_ask_for_no_queries() -> None:
 def test_a_prompt_of_fewer_tokens_teaches_nothing(
     kept: int, pads: int, bits: Any, seed: int
 ) -> None:
-    """Neither mean nor feedback below 32 valid tokens after the sinks; both from there on."""
+    """No mean, factors, feedback below 32 valid tokens after the sinks; all from there on."""
     tokens = pads + SINKS + kept
     key, query = randn(1, 2, tokens, 64, seed=seed) + 3, correlated(tokens, seed)
     valid = left_padding([pads], tokens)
@@ -144,10 +152,11 @@ def test_a_prompt_of_fewer_tokens_teaches_nothing(
     same = all(map(torch.equal, packed(handle, 0, pads), packed(plain, 0, pads)))
     if kept < SMALLEST_PROMPT:
         assert same
-        assert not handle.center.any()
+        assert_identity(handle.affine)
     else:
         assert not same
-        assert handle.center.any()
+        assert handle.affine[:, :, :1].any()
+        assert (handle.affine[:, :, 1:] != 1).any()
 
 
 def test_each_row_learns_by_itself() -> None:
@@ -156,8 +165,8 @@ def test_each_row_learns_by_itself() -> None:
     key, query = randn(2, 2, tokens, 64) + 3, correlated(tokens, 0, batch=2)
     valid = left_padding(pads, tokens)
     handle, plain = (stored(codec, key, query, valid) for codec in (Squat(), PLAIN))
-    assert handle.center[0].any()
-    assert not handle.center[1].any()
+    assert handle.affine[0, :, :1].any()
+    assert_identity(handle.affine[1:])
     assert torch.equal(packed(handle, 1, 30)[0], packed(plain, 1, 30)[0])
 
 
@@ -178,10 +187,11 @@ def test_tokens_that_are_packed_later_are_centred_and_rounded_without_feedback(
     codes, scale = packed(handle, 0)
     last = codes.shape[1]
     assert last == prompt + tokens - SINKS - RESIDUAL
-    latent = (key[:, :, SINKS + first : SINKS + last] - handle.center.float()) @ rotation(64)
+    mean, factor = handle.affine.float().split(1, 2)
+    latent = (key[:, :, SINKS + first : SINKS + last] - mean) / factor @ rotation(64)
     expected = reference.quantize(
         key[:, :, SINKS + first : SINKS + last], None, handle.format,
-        reference.Fit(handle.center),
+        reference.Fit(handle.affine),
     )  # fmt: skip
     assert_same_rounding((codes[:, first:], scale[:, first:]), expected, handle.format)
     plain, plain_scale = quantize_tokens(latent, handle.format.widths)
@@ -226,7 +236,7 @@ def test_a_row_of_a_batch_is_stored_like_the_row_alone(
     for row, first in enumerate(pads):
         here = slice(row, row + 1)
         alone = stored(Squat(), key[here, :, first:], query[here, :, first:], None, bits, role)
-        assert torch.equal(batch.center[here], alone.center)
+        assert torch.equal(batch.affine[here], alone.affine)
         assert_same_rounding(packed(batch, row, first), packed(alone, 0), batch.format)
         ours, theirs = batch.dequantize()[here, :, first:], alone.dequantize()
         assert torch.equal(ours[:, :, :SINKS], theirs[:, :, :SINKS])
@@ -311,7 +321,7 @@ def test_keys_of_three_bits_and_values_of_two_average_two_and_three_quarters() -
 
 def test_only_the_packed_arenas_grow() -> None:
     short, long = (stored(Squat(), randn(1, 2, n, 64)) for n in (100, 3000))
-    assert short.center.shape == long.center.shape == (1, 2, 1, 64)
+    assert short.affine.shape == long.affine.shape == (1, 2, 2, 64)
     assert short.dense.shape == long.dense.shape
     assert short.basis.shape == long.basis.shape == (2, 2, 0, 0)
 
@@ -330,4 +340,5 @@ def test_the_strength_matters() -> None:
     found = [packed(stored(Squat(s), key, query), 0)[0] for s in (0.0, 1.0, 3.0)]
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[1], found[2])
-    assert replace(Squat(), center=False).centers("key") is False
+    assert PLAIN.affine("key") is False
+    assert replace(PLAIN, center=True).affine("key") is replace(PLAIN, smooth=True).affine("key")

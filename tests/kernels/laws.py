@@ -59,7 +59,7 @@ class Case:
     sinks: bool
     # Of the layout planes/token:
     widths: str = "uniform"  # spread: half a bit more or less than ``bits``, random: 0 to 8
-    centered: bool = False  # values too
+    shifted: bool = False  # and scaled, values too
     calibrated: bool = False  # a basis per head instead of the fixed rotation
 
     @property
@@ -80,7 +80,7 @@ class Case:
             self.sink_length,
             self.per_token and self.calibrated,
         )
-        return replace(fmt, centered=fmt.centered or (self.per_token and self.centered))
+        return replace(fmt, affine=fmt.affine or (self.per_token and self.shifted))
 
     def _widths(self, head_dim: int) -> float | tuple[int, ...]:
         planes = num_planes(head_dim)
@@ -102,12 +102,13 @@ class Case:
         sizes = 0.5 + 1.5 * torch.rand(NUM_KV_HEADS, 1, head_dim, generator=generator).double()
         return torch.stack([left * sizes @ right, right.mT / sizes @ left.mT]).float()
 
-    def center(self, role: Role) -> Tensor:
-        """A mean, fp16 ``[batch, heads, 1 or 0, head_dim]``."""
+    def affine(self, role: Role) -> Tensor:
+        """Offsets and factors, powers of two, fp16 ``[batch, heads, 2 or 0, head_dim]``."""
         fmt = self.format(role)
-        shape = (len(self.pads), NUM_KV_HEADS, int(fmt.centered), fmt.head_dim)
+        shape = (len(self.pads), NUM_KV_HEADS, int(fmt.affine), fmt.head_dim)
         generator = torch.Generator().manual_seed(self.seed + 1)
-        return (2 * torch.randn(shape, generator=generator)).half()
+        offset, exponent = torch.randn(2, *shape, generator=generator)
+        return torch.cat([2 * offset, exponent.round().exp2()], 2).half()
 
     def feedback(self, role: Role) -> Tensor | None:
         """What the codec makes of random queries; None if it feeds nothing back."""
@@ -166,7 +167,7 @@ def random_case(
         softcap=pick.choice((0.0, 0.0, 7.0)),
         sinks=pick.random() < 0.3,
         widths=pick.choice(("uniform", "spread", "random")),
-        centered=pick.random() < 0.3,
+        shifted=pick.random() < 0.3,
         calibrated=pick.random() < 0.5,
     )
 
@@ -182,7 +183,7 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     arenas = reference.empty_arenas(like, slots, fmt, case.basis(role))
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-    return arenas if arenas.center is None else replace(arenas, center=case.center(role))
+    return arenas if arenas.affine is None else replace(arenas, affine=case.affine(role))
 
 
 def stored(case: Case, role: Role) -> tuple[Arenas, Extent]:
@@ -201,9 +202,9 @@ def to(arenas: Arenas, device: str) -> Arenas:
     def there(t: Tensor) -> Tensor:
         return t.to(device, copy=True)
 
-    center, basis = (None if t is None else there(t) for t in (arenas.center, arenas.basis))
+    affine, basis = (None if t is None else there(t) for t in (arenas.affine, arenas.basis))
     packed = tuple(there(t) for t in arenas.packed)
-    return Arenas(packed, there(arenas.dense), there(arenas.start), center, basis)
+    return Arenas(packed, there(arenas.dense), there(arenas.start), affine, basis)
 
 
 def positions_of(*extents: Extent, device: str) -> Tensor:
@@ -225,7 +226,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 def tensors_of(arenas: Arenas) -> tuple[Tensor, ...]:
     """Every tensor of ``arenas``, in the order in which ops take them."""
-    fixed = tuple(t for t in (arenas.center, arenas.basis) if t is not None)
+    fixed = tuple(t for t in (arenas.affine, arenas.basis) if t is not None)
     return (*arenas.packed, *fixed, arenas.dense, arenas.start)
 
 
@@ -280,7 +281,7 @@ def assert_same_storage(
         if not count:
             continue
         fit = Fit(
-            None if actual.center is None else actual.center[row : row + 1],
+            None if actual.affine is None else actual.affine[row : row + 1],
             None if feedback is None else feedback[row : row + 1],
         )
         numbers = x[row : row + 1, :, first : first + count]
@@ -307,9 +308,9 @@ def quantizing_agrees_with_the_reference(
         < 0.5
     )
     valid[0, : fmt.token_group] = False
-    basis, mean = case.basis(role), case.center(role)
-    fit = Fit(mean, case.feedback(role) if with_feedback else None)
-    placed = Fit(*(None if t is None else t.to(device) for t in (fit.mean, fit.feedback)))
+    basis, affine = case.basis(role), case.affine(role)
+    fit = Fit(affine, case.feedback(role) if with_feedback else None)
+    placed = Fit(*(None if t is None else t.to(device) for t in (fit.affine, fit.feedback)))
     placed_basis = None if basis is None else basis.to(device)
     for v in (None, valid):
         on_device = None if v is None else v.to(device)
@@ -339,9 +340,9 @@ def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> No
         named["basis"] = expected.basis
     actual = Arenas.of(fmt, [named[name] for name in fmt.arena_names])
     fit = reference.learn(expected, x, valid, query, fmt, role)
-    if actual.center is not None and expected.center is not None:
-        torch.testing.assert_close(actual.center, expected.center)
-        expected = replace(expected, center=actual.center)
+    if actual.affine is not None and expected.affine is not None:
+        torch.testing.assert_close(actual.affine, expected.affine)
+        expected = replace(expected, affine=actual.affine)
     reference.write(expected, x, valid, Extent(0, 0), fmt, fit.feedback)
     extent = Extent(0, 0).after(tokens, fmt)
     assert_same_storage(actual, expected, x, extent, fmt, fit.feedback)
@@ -362,7 +363,8 @@ def assert_rounded_rightly(
     codes = unpack(packed[0], head_dim, fmt.widths).double()
     y, group = x.double(), 1
     if fmt.layout == "planes/token":
-        y = y if fit.mean is None or not fit.mean.numel() else y - fit.mean.double()
+        if fit.affine is not None and fit.affine.numel():
+            y = (y - fit.affine[:, :, :1].double()) / fit.affine[:, :, 1:].double()
         y = y @ reference.basis_pair(basis, head_dim, x.device)[0].double()
         least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
@@ -523,8 +525,9 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
         qdata, scale = (arena[row, :, :count] for arena in arenas.packed)
         codes = unpack(qdata, fmt.head_dim, fmt.widths).double()
         numbers = ((codes - zero) * step * scale.double()) @ inverse
-        if fmt.centered and arenas.center is not None:
-            numbers = numbers + arenas.center[row].double()
+        if fmt.affine and arenas.affine is not None:
+            offset, factor = arenas.affine[row].double().split(1, 1)
+            numbers = numbers * factor + offset
         out[row, :, first : first + count] = numbers
     return out
 

@@ -166,7 +166,7 @@ def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     schema = ops.overload("append_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     names = format_of(layout, "key").arena_names
-    assert written == [name for name in names if name not in ("center", "basis")]
+    assert written == [name for name in names if name not in ("affine", "basis")]
     assert not schema.returns
 
 
@@ -274,7 +274,7 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
 def test_quantize_returns_fresh_memory(layout: str) -> None:
     fmt = format_of(layout, "key")
     x = randn(1, 1, 32, 40)
-    learned = (torch.zeros(1, 1, 1, 40).half(), reference.no_basis(x))
+    learned = (torch.ones(1, 1, 2, 40).half(), reference.no_basis(x))
     learned = learned if layout == "planes/token" else ()
     packed = ops.overload("quantize", layout)(x, None, *learned, fmt.codec, fmt.to_ints())
     for tensor in (packed,) if isinstance(packed, Tensor) else packed:

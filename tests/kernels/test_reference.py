@@ -97,14 +97,15 @@ def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> 
 def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     """Arenas for all of ``x`` in which whatever was forgotten to be written shows.
 
-    A mean and a basis, if ``fmt`` has them, are the same for every row.
+    Offsets, factors and a basis, if ``fmt`` has them, are the same for every row.
     """
     basis = some_basis(fmt.head_dim) if fmt.latent else None
     arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt, basis)
     for arena in (*arenas.packed, arenas.dense):
         arena.fill_(torch.nan if arena.is_floating_point() else 0xA5)
-    if fmt.centered and arenas.center is not None:
-        arenas.center.copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9))
+    if fmt.affine and arenas.affine is not None:
+        arenas.affine[:, :, :1] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9)
+        arenas.affine[:, :, 1:] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=2, largest=2).exp2()
     return arenas
 
 
@@ -223,7 +224,7 @@ def test_permuting_rows_commutes_with_dequantize(prompt: Prompt, data: st.DataOb
         packed=tuple(a[order] for a in arenas.packed),
         dense=arenas.dense[order],
         start=arenas.start[order],
-        center=None if arenas.center is None else arenas.center[order],
+        affine=None if arenas.affine is None else arenas.affine[order],
     )
     expected = dense_past(arenas, extent, prompt.fmt)[order]
     assert_same_numbers(dense_past(permuted, extent, prompt.fmt), expected, prompt.fmt)
@@ -526,8 +527,8 @@ def test_the_mean_of_keys_is_added_to_their_scores(kind: str, q_len: int) -> Non
     assert ((out - expected).norm() / expected.norm()).item() < 0.03
 
     (arenas, extent, fmt), value_side = sides
-    assert arenas.center is not None
-    arenas.center.zero_()
+    assert arenas.affine is not None
+    arenas.affine[:, :, :1] = 0.0
     wrong = reference.attend(query, None, None, (arenas, extent, fmt), value_side, **options)
     assert ((wrong - expected).norm() / expected.norm()).item() > 0.3
 

@@ -60,8 +60,8 @@ def test_prefill() -> None:
         """\
 inputs: x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
-store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
 
@@ -80,8 +80,8 @@ def test_prefill_of_a_calibrated_layer() -> None:
         text(Prefill(), tokens(3), config=config),
         """\
 inputs: transpose_1_basis, x, mask
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
 
@@ -93,8 +93,8 @@ def test_decode_of_a_calibrated_layer() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -105,14 +105,14 @@ def test_prefill_of_merged_heads() -> None:
         text(Prefill(merged_heads), tokens(3)),
         """\
 inputs: x, mask
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
 return unflatten_3, *store_planes_token, *store_planes_token_1""",
     )
 
 
 @pytest.mark.parametrize(
-    "codec", [Squat(strength=0.0), Kivi(), SquatPaper(strength=0.0), Lossless()]
+    "codec", [Squat(strength=0.0, smooth=False), Kivi(), SquatPaper(strength=0.0), Lossless()]
 )
 def test_a_codec_that_does_not_ask_gets_no_queries(codec: Codec) -> None:
     config = Config(codec=codec)
@@ -183,8 +183,8 @@ def test_decode() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -196,8 +196,8 @@ def test_decode_with_mask_softcap_and_repeated_heads() -> None:
 inputs: positions, x, *past_key, *past_value, mask
 valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, valid_tokens_default, positions, 0, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, valid_tokens_default, positions, 1, 'squat {"center": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_key, transpose_1, valid_tokens_default, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
+squat_fx.append_.planes_token(*past_value, transpose_2, valid_tokens_default, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return attend_planes_token""",
     )
 
