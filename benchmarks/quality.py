@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -47,7 +47,7 @@ from rich.console import Console
 from rich.table import Table
 from simulation import NAME, KiviSimulation
 from torch import Tensor
-from transformers import QuantizedCache
+from transformers import AutoConfig, QuantizedCache
 
 import squat_fx
 from squat_fx.cli import late_progress
@@ -229,7 +229,8 @@ def methods(setup: Setup) -> dict[str, Method]:
         if options.get("calibrated") and setup.calibration_text is None:
             continue
         found[name] = packed(options)
-    found["simulation of kivi G=32, 2 bits"] = simulation
+    if "sliding_attention" not in _layer_types(setup.folder):
+        found["simulation of kivi G=32, 2 bits"] = simulation  # it knows no windows
     if versions()["optimum-quanto"] == "not installed":
         typer.echo("no HF quanto settings: they need optimum-quanto", err=True)
         return found
@@ -238,6 +239,11 @@ def methods(setup: Setup) -> dict[str, Method]:
         "HF quanto 2-bit default": quanto(),
         f"HF quanto 2-bit per-channel keys, g={GROUP_SIZE}": quanto(**per_channel),
     }
+
+
+def _layer_types(folder: Path) -> Sequence[str]:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return getattr(config, "layer_types", None) or ()
 
 
 def measure(
