@@ -421,7 +421,8 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
         torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
         return
     true = dense_past_in_float64(arenas, extent, fmt)
-    slack = step * true.abs() + 2e-6 * true.abs().amax(-1, keepdim=True) + step**2
+    # Tensor cores cut the sums of a product off where fp32 would round them.
+    slack = step * true.abs() + 4e-6 * true.abs().amax(-1, keepdim=True) + step**2
     assert ((actual.double() - true).abs() <= slack).all()
     for row, start in enumerate(arenas.start.tolist()):
         first = start + fmt.sink_length
