@@ -14,10 +14,12 @@ import dataclasses
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
 from squat_fx.codecs.hadamard import rotation_pair
@@ -59,82 +61,160 @@ def attend(
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two launches."""
-    key_arenas, (positions, key_row), key_format = key
-    value_arenas, (_, value_row), value_format = value
-    key_constant, value_constant = stored_format(key_format), stored_format(value_format)
+    """See :func:`squat_fx.kernels.reference.attend`; two launches, three with ``planes/token``."""
+    (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
+    key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
     batch, num_heads, q_len = query.shape[:3]
-    num_kv_heads, head_dim = value_arenas.dense.shape[1], value_format.head_dim
-    queries_per_kv = num_heads // num_kv_heads
-    new_len = 0 if new_key is None else new_key.shape[2]
-    rows = q_len * queries_per_kv
-    per_token = key_constant.per_token
-    kernels = triton_attend_token if per_token else triton_attend
-    if per_token:
-        _check_packed_in_step(key_format, value_format)
-    block_m, num_warps = kernels.tile(rows, max(head_dim, key_format.head_dim))
-    blocks = triton.cdiv(rows, block_m)
-    most_tokens = key_arenas.packed[0].shape[2] + key_format.dense_length + new_len
+    num_kv_heads, head_dim = value_arenas.dense.shape[1], value_constant.head_dim
     if new_key is not None and new_value is not None:
         new_key, new_value = like_dense(new_key, key_arenas), like_dense(new_value, value_arenas)
-    shares = num_shares(batch * num_kv_heads * blocks, most_tokens, kernels.BLOCK_N, query.device)
-    # In the layout planes/token a share leaves what it read packed, and what it read exact.
-    left = 2 * shares if per_token else shares
-    partial = query.new_empty((batch * num_heads * q_len, left, head_dim), dtype=torch.float32)
-    partial_max, partial_sum = partial.new_empty((2, *partial.shape[:2]))
-    output = query.new_empty((batch, num_heads, q_len, head_dim))
+    new_len = 0 if new_key is None else new_key.shape[2]
     mask, mask_strides = _mask_and_strides(mask)
-    key_tensors = stored(key_arenas, key_constant)
-    value_tensors = stored(value_arenas, value_constant)
-    block_d = kernels.MERGE_BLOCK_D
-    merge_grid = (partial.shape[0], triton.cdiv(head_dim, block_d))
-    merged = (partial, partial_max, partial_sum, sinks)
-    block_s = triton.next_power_of_2(shares)
-    rotated = ()
-    with _on(query.device):
-        if per_token:
-            rotated = _rotate(query, key_tensors, key_constant, num_kv_heads)
-        kernels.attend_kernel[(batch * num_kv_heads, blocks, shares)](
-            query, new_key, new_value, key_tensors, value_tensors,
-            positions, key_row, value_row, mask, *rotated, partial, partial_max, partial_sum,
-            num_kv_heads, q_len, new_len, scale,
-            query.stride()[:3], _strides(new_key), _strides(new_value), mask_strides,
-            key_constant, value_constant, queries_per_kv, causal, softcap,
-            BLOCK_M=block_m, BLOCK_N=kernels.BLOCK_N,
-            num_warps=num_warps, num_stages=kernels.NUM_STAGES,
-        )  # fmt: skip
-        if per_token:
-            triton_attend_token.merge_kernel[merge_grid](
-                *merged, value_tensors, output, num_heads, q_len, shares,
-                value_constant, queries_per_kv, PADDED_D=max(16, triton.next_power_of_2(head_dim)),
-                BLOCK_S=block_s, BLOCK_D=block_d,
-            )  # fmt: skip
-        else:
-            triton_attend.merge_kernel[merge_grid](
-                *merged, output, num_heads, q_len, shares,
-                HEAD_DIM=head_dim, BLOCK_S=block_s, BLOCK_D=block_d,
-            )  # fmt: skip
-    return output
-
-
-def _rotate(
-    query: Tensor, key: Stored, constant: StoredFormat, num_kv_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The query in the latent frame of the keys, the size of its rows, and ``query @ offset``."""
-    batch, num_heads, q_len = query.shape[:3]
-    rows = num_heads // num_kv_heads * q_len
-    latent = query.new_empty(
-        (batch * num_kv_heads * rows, LANES * constant.num_planes), dtype=torch.float32
+    work = _Attention(
+        query=query,
+        key=stored(key_arenas, key_constant),
+        value=stored(value_arenas, value_constant),
+        formats=(key_constant, value_constant),
+        positions=positions,
+        new=(new_key, new_value),
+        new_len=new_len,
+        output=query.new_empty((batch, num_heads, q_len, head_dim)),
+        num_kv_heads=num_kv_heads,
+        mask=mask,
+        mask_strides=mask_strides,
+        sinks=sinks,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
     )
-    size, offset = latent.new_empty((2, latent.shape[0]))
-    block_m = triton_attend_token.ROTATE_BLOCK_M
-    triton_attend_token.rotate_kernel[(batch * num_kv_heads, triton.cdiv(rows, block_m))](
-        query, key, latent, size, offset, num_kv_heads, q_len, query.stride()[:3],
-        constant, num_heads // num_kv_heads, BLOCK_M=block_m,
-        PADDED_D=max(16, triton.next_power_of_2(constant.head_dim)),
+    with _on(query.device):
+        if key_constant.per_token:
+            _check_packed_in_step(key_format, value[2])
+            _attend_per_token(work, key_row)
+        else:
+            most = key_arenas.packed[0].shape[2] + key_format.dense_length + new_len
+            _attend_per_channel(work, key_row, value_row, most)
+    return work.output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """What the kernels of both layouts are given."""
+
+    query: Tensor
+    key: Stored
+    value: Stored
+    formats: tuple[StoredFormat, StoredFormat]
+    positions: Tensor
+    new: tuple[Tensor | None, Tensor | None]
+    new_len: int
+    output: Tensor
+    num_kv_heads: int
+    mask: Tensor | None
+    mask_strides: tuple[int, int, int, int]
+    sinks: Tensor | None
+    scale: float
+    causal: int
+    softcap: float
+
+    @property
+    def heads(self) -> int:
+        """KV heads of all sequences."""
+        return self.query.shape[0] * self.num_kv_heads
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share a KV head."""
+        return self.query.shape[1] // self.num_kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head."""
+        return self.query.shape[2] * self.queries_per_kv
+
+    @property
+    def widest(self) -> int:
+        """Channels of a key or a value."""
+        return max(fmt.head_dim for fmt in self.formats)
+
+    def partial(self, left: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for ``left`` outputs of each row, their maxima and their sums."""
+        rows, head_dim = self.heads * self.rows, self.formats[1].head_dim
+        partial = self.query.new_empty((rows, left, head_dim), dtype=torch.float32)
+        maximum, total = partial.new_empty((2, rows, left))
+        return partial, maximum, total
+
+    def strides(self) -> tuple[Strides, ...]:
+        """Those of the query, the new tokens and the mask."""
+        return (
+            self.query.stride()[:3],
+            _strides(self.new[0]),
+            _strides(self.new[1]),
+            self.mask_strides,
+        )
+
+
+def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tokens: int) -> None:
+    """``planes/channel`` and exact storage."""
+    block_m, num_warps = triton_attend.tile(work.rows, work.widest)
+    blocks = triton.cdiv(work.rows, block_m)
+    block_n = triton_attend.BLOCK_N
+    shares = num_shares(work.heads * blocks, most_tokens, block_n, work.query.device)
+    left = work.partial(shares)
+    q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
+    triton_attend.attend_kernel[(work.heads, blocks, shares)](
+        work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
+        *left, work.num_kv_heads, q_len, work.new_len, work.scale, *work.strides(),
+        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
-    return latent, size, offset
+    block_d = triton_attend.MERGE_BLOCK_D
+    triton_attend.merge_kernel[(work.heads * work.rows, triton.cdiv(head_dim, block_d))](
+        *left, work.sinks, work.output, work.query.shape[1], q_len, shares,
+        HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
+    )  # fmt: skip
+
+
+def _attend_per_token(work: _Attention, row: int) -> None:
+    """``planes/token``."""
+    key_format, value_format = work.formats
+    q_len, device = work.query.shape[2], work.query.device
+    block_m, num_warps = triton_attend_token.tile(work.rows)
+    blocks = triton.cdiv(work.rows, block_m)
+    block_n = triton_attend_token.BLOCK_N
+    shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
+    left = work.partial(shares + 1)  # the last is that of the exact tokens
+
+    all_rows = work.heads * work.rows
+    latent = work.query.new_empty((all_rows, LANES * key_format.num_planes), dtype=torch.float32)
+    latent_query = (latent, *latent.new_empty((2, all_rows)))
+    bases = work.num_kv_heads if work.key.basis_stride else 1
+    row_blocks = triton.cdiv(all_rows // bases, block_m)
+    triton_attend_token.prepare_kernel[(row_blocks * bases + work.heads * blocks,)](
+        work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
+        *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+        shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
+        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        BLOCK_M=block_m, BLOCK_N=triton_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
+        num_warps=num_warps,
+    )  # fmt: skip
+    half = work.query.dtype != torch.float32
+    triton_attend_token.attend_kernel[(work.heads, blocks, shares)](
+        work.key, work.value, work.positions, row, work.mask, *latent_query,
+        *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
+        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
+        BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
+    )  # fmt: skip
+    block_d, head_dim = triton_attend_token.MERGE_BLOCK_D, value_format.head_dim
+    triton_attend_token.merge_kernel[(all_rows, triton.cdiv(head_dim, block_d))](
+        *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
+        value_format, work.queries_per_kv, PADDED_D=padded(head_dim),
+        BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
+    )  # fmt: skip
 
 
 def _check_packed_in_step(key: Format, value: Format) -> None:
@@ -326,9 +406,19 @@ def _pack_in_torch(
         arena.scatter_(2, where, torch.where(keep, codes, arena.gather(2, where)))
 
 
+def padded(head_dim: int) -> int:
+    """Channels of a tile that holds a whole head."""
+    return max(LANES, triton.next_power_of_2(head_dim))
+
+
+def takes_asm(kernel: Any) -> bool:
+    """Whether a kernel may hold PTX: the interpreter and AMD's GPUs do not know it."""
+    return isinstance(kernel, JITFunction) and torch.version.hip is None
+
+
 def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -> int:
     """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
-    wanted = -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs)
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
     most = -(-tokens // (TILES_PER_SHARE * block_n))
     return max(1, min(wanted, most, MOST_SHARES))
 

@@ -3,28 +3,33 @@
     score = scale * (token_scale * (latent_query @ code.T) + query @ offset)
     latent_query = ((query * factor) @ inverse.T) * step
 
-The codes are used as they are, as odd integers ``2 * code - largest``: rotation and steps are in
-the query (``rotate_kernel``), the scale of a token is one factor of its score and of its
-probability, and what was removed from all keys comes back as one number per query row, so that
-scores are true ones before softcap, masks, sinks and the exact tokens. The output of packed values
-is taken back from the latent frame once, by ``merge_kernel``.
+The codes are used as they are, whole numbers from 0 on: rotation and steps are in the query
+(``prepare_kernel``), the scale of a token is one factor of its score and of its probability, the
+code of zero is a number per query row, times the scale, and what was removed from all keys comes
+back as one more, so that scores are true ones before softcap, masks, sinks and the exact tokens.
+The output of packed values is taken back from the latent frame once, by ``merge_kernel``.
+
+For models in fp16 and bf16 the bits of a code are the mantissa of an fp16 subnormal, which tensor
+cores multiply exactly: a mask is all that unpacking takes (``half_codes``). Powers of two put the
+products back, in the query, in the scores and in what a share leaves.
 
 A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens, as
 in ``triton_attend.py``. Keys and values of a layer are packed in step: the same tokens of both are
 packed, and the others are exact: sinks, what follows the packed tokens, new tokens. Each share
-leaves two unnormalised outputs, that of its packed tokens in the latent frame and that of its exact
-ones.
+leaves an unnormalised output of packed tokens, in the latent frame; the exact tokens leave one
+more, which ``prepare_kernel`` makes beside the latent queries, so that the main loop keeps its
+registers.
 
 | tensor | shape |
 |---|---|
 | ``latent_query`` | fp32 ``[batch * num_kv_heads * q_len * queries_per_kv, 16 * planes]`` |
 | ``size, offset`` | fp32, what a row's scores are multiplied with, and ``query @ offset`` |
 | ``query``, ``new_key``, ``new_value``, ``mask`` | as in ``triton_attend.py`` |
-| ``partial`` | fp32 ``[batch * num_heads * q_len, 2 * shares, head_dim]``: latent, then exact |
-| ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, 2 * shares]`` |
+| ``partial`` | fp32 ``[batch * num_heads * q_len, shares + 1, head_dim]``: latent, then exact |
+| ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, shares + 1]`` |
 
-Scores take fp16 (fp32 for fp32 models), with the query's rows brought to unit size; the sum of the
-values takes the query's dtype.
+Scores and the sum of packed values take fp16 (fp32 for fp32 models), with the query's rows brought
+to unit size; the exact tokens take the query's dtype. Maxima are in units of log 2.
 """
 
 from __future__ import annotations
@@ -32,76 +37,137 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.kernels.triton_attend import masked_scores
+from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores
 from squat_fx.kernels.triton_planes import (
     exact_rows,
+    half_codes,
     largest_code,
     load_affine,
+    load_or_zero,
     load_words,
     num_pieces,
     num_planes,
     packed_tokens,
+    plane_exponent,
     step,
     unpack_plane,
 )
 
 BLOCK_N = 64
+EXACT_BLOCK_N = 32
 NUM_STAGES = 3
 MERGE_BLOCK_D = 64
-ROTATE_BLOCK_M = 16
 LARGEST_BLOCK_M = 64
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def tile(rows: int, head_dim: int) -> tuple[int, int]:
+def tile(rows: int) -> tuple[int, int]:
     """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows: a warp has 16 rows."""
     block_m = min(max(16, triton.next_power_of_2(rows)), LARGEST_BLOCK_M)
     return block_m, block_m // 16
 
 
-@triton.jit
-def levels(words, plane: tl.constexpr, fmt: tl.constexpr):
-    """The codes of a plane group as odd integers about zero, int16 ``[N, 16]``."""
-    return unpack_plane(words, plane, fmt) * 2 - largest_code(fmt, plane)
+@triton.constexpr_function
+def code_factor(fmt, plane, half):
+    """What ``plane_codes`` multiplies codes with."""
+    return 2.0 ** (plane_exponent(fmt, plane) - 24) if half else 1.0
+
+
+@triton.constexpr_function
+def query_factor(fmt, plane, half):
+    """What rows of unit size are multiplied with: small numbers stay normal halves."""
+    return 2.0 ** (4 - plane_exponent(fmt, plane)) if half else 1.0
+
+
+@triton.constexpr_function
+def score_factor(half):
+    """What takes both factors back."""
+    return 2.0**20 if half else 1.0
 
 
 @triton.jit
-def softmax_step(scores, running_max, running_sum):
-    """Take ``scores`` ``[M, N]`` into the running softmax: probabilities and the old share."""
+def plane_codes(
+    words, plane: tl.constexpr, fmt: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr
+):
+    """The codes of a plane group, ``[N, 16]``, times ``code_factor``; fp16 if ``HALF``."""
+    if HALF:
+        codes = half_codes(words, plane, fmt, ASM)
+    else:
+        codes = unpack_plane(words, plane, fmt).to(tl.float32)
+    return codes
+
+
+@triton.jit
+def softmax_step(scores, running_max):
+    """Take ``scores`` ``[M, N]`` into the running maximum: weights and what is left of old ones."""
     new_max = tl.maximum(running_max, tl.max(scores, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp(scores - base[:, None])
-    alpha = tl.exp(running_max - base)
-    return p, alpha, new_max, running_sum * alpha + tl.sum(p, 1)
+    return tl.exp2(scores - base[:, None]), tl.exp2(running_max - base), new_max
 
 
 @triton.jit
-def flush(
-    acc, running_max, running_sum, partial, partial_max, partial_sum, out, keep_row, used, lane,
-    LATENT: tl.constexpr, fmt: tl.constexpr,
+def attend_packed(
+    latent, row_scale, row_zero, row_offset, acc, running_max, running_sum, running_weight,
+    key, value, head, slot, keep, position, query_token, keep_row,
+    mask, mask_row, mask_stride, kv_len, q_len, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIMPLE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Leave the output, maximum and sum of some tokens at ``out`` ``[M]``."""
-    tl.store(partial_max + out, running_max, mask=keep_row)
-    tl.store(partial_sum + out, running_sum, mask=keep_row)
-    if used:
-        for j in tl.static_range(num_planes(fmt)):
-            channel = 16 * j + lane
-            keep = keep_row[:, None] & (channel < fmt.head_dim)
-            x = acc[j]
-            if LATENT:
-                x *= step(fmt, j) / 2
-            tl.store(partial + out[:, None] * fmt.head_dim + channel, x, mask=keep)
+    """Take the packed tokens at ``slot`` ``[N]`` into the running softmax.
+
+    ``keep`` is ``[N]``, or None if all are there. ``SIMPLE``: nothing is masked, and ``row_scale``
+    has all of the scale.
+    """
+    lane = tl.arange(0, 16)[None, :]
+    there = None if keep is None else keep[:, None]
+    words = load_words(key, head, slot[:, None], there, lane, KEY)
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j in tl.static_range(num_planes(KEY)):
+        if num_pieces(KEY, j) > 0:
+            k = plane_codes(words, j, KEY, HALF, ASM)
+            scores = tl.dot(latent[j], tl.trans(k), scores, input_precision="ieee")
+    key_scale = load_or_zero(key.scale + head * key.capacity + slot, keep).to(tl.float32)
+    value_scale = load_or_zero(value.scale + head * value.capacity + slot, keep).to(tl.float32)
+    scores = scores * row_scale[:, None] - row_zero[:, None]
+    scores = scores * key_scale[None, :] + row_offset[:, None]
+    if SIMPLE:
+        if keep is not None:
+            scores = tl.where(keep[None, :], scores, float("-inf"))
+    else:
+        seen = keep_row[:, None] & (position == position)[None, :]
+        if keep is not None:
+            seen = seen & keep[None, :]
+        scores = masked_scores(
+            scores, mask, mask_row, mask_stride, position[None, :], seen,
+            query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,
+        )  # fmt: skip
+        scores *= LOG2_E
+    p, alpha, running_max = softmax_step(scores, running_max)
+    words = load_words(value, head, slot[:, None], there, lane, VALUE)
+    weight = p * value_scale[None, :]
+    running_sum = running_sum * alpha + tl.sum(p, 1)
+    running_weight = running_weight * alpha + tl.sum(weight, 1)
+    weight = weight.to(latent[0].dtype)
+    sums = ()
+    for j in tl.static_range(num_planes(VALUE)):
+        if num_pieces(VALUE, j) > 0:
+            v = plane_codes(words, j, VALUE, HALF, ASM)
+            sums += (tl.dot(weight, v, acc[j] * alpha[:, None], input_precision="ieee"),)
+        else:
+            sums += (acc[j],)
+    return sums, running_max, running_sum, running_weight
 
 
-@triton.jit(do_not_specialize=["key_row", "value_row"])
+@triton.jit(do_not_specialize=["key_row"])
 def attend_kernel(
-    query, new_key, new_value, key, value, positions, key_row, value_row, mask,
-    latent_query, size, offset, partial, partial_max, partial_sum,
-    num_kv_heads, q_len, new_len, scale,
-    query_strides, new_key_strides, new_value_strides, mask_strides,
+    key, value, positions, key_row, mask, latent_query, size, offset,
+    partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
+    """The packed tokens. Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
     head = tl.program_id(0).to(tl.int64)
     share = tl.program_id(2)
     shares = tl.num_programs(2)
@@ -113,18 +179,142 @@ def attend_kernel(
     kv_len = length + new_len
     start = tl.load(key.start + batch)
     first = start + KEY.sink_length
+    count = packed_tokens(watermark, start, KEY)
+    tiles = tl.cdiv(count, BLOCK_N)
+    tiles_per_share = tl.cdiv(tiles, shares)
+    tile_begin = share * tiles_per_share
+    tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
+    whole_end = tl.minimum(tile_end, count // BLOCK_N)
+
+    lane = tl.arange(0, 16)[None, :]
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    keep_row = query_token < q_len
+    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
+    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    token = tl.arange(0, BLOCK_N)
+    dtype = tl.float16 if HALF else tl.float32
+    out = output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV)
+    out = out * (shares + 1) + share
+
+    SIMPLE: tl.constexpr = mask is None and SOFTCAP == 0 and CAUSAL == NO_CAUSALITY
+    acc = ()
+    for _ in tl.static_range(num_planes(VALUE)):
+        acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    running_weight = tl.zeros([BLOCK_M], tl.float32)
+    if tile_begin < tile_end:
+        rotated = head * q_len * QUERIES_PER_KV + row
+        latent = ()
+        row_zero = tl.zeros([BLOCK_M], tl.float32)
+        for j in tl.static_range(num_planes(KEY)):
+            pointers = latent_query + rotated[:, None] * (16 * num_planes(KEY)) + (16 * j + lane)
+            plane = tl.load(pointers, mask=keep_row[:, None], other=0.0)
+            plane = (plane * (step(KEY, j) * query_factor(KEY, j, HALF))).to(dtype)
+            latent += (plane,)
+            zero = largest_code(KEY, j) / 2 * code_factor(KEY, j, HALF)
+            row_zero += tl.sum(plane.to(tl.float32), 1) * zero
+        row_scale = tl.load(size + rotated, mask=keep_row, other=0.0) * score_factor(HALF)
+        row_offset = tl.zeros([BLOCK_M], tl.float32)
+        if KEY.affine:
+            row_offset = tl.load(offset + rotated, mask=keep_row, other=0.0)
+        if SIMPLE:
+            row_scale *= scale * LOG2_E
+            row_offset *= scale * LOG2_E
+        row_zero *= row_scale
+        for i in range(tile_begin, whole_end):
+            slot = i * BLOCK_N + token
+            acc, running_max, running_sum, running_weight = attend_packed(
+                latent, row_scale, row_zero, row_offset,
+                acc, running_max, running_sum, running_weight,
+                key, value, head, slot, None, first + slot, query_token, keep_row,
+                mask, mask_row, mask_strides[3], kv_len, q_len, scale,
+                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        if whole_end < tile_end:
+            slot = (tile_end - 1) * BLOCK_N + token
+            acc, running_max, running_sum, running_weight = attend_packed(
+                latent, row_scale, row_zero, row_offset,
+                acc, running_max, running_sum, running_weight,
+                key, value, head, slot, slot < count, first + slot, query_token, keep_row,
+                mask, mask_row, mask_strides[3], kv_len, q_len, scale,
+                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+    tl.store(partial_max + out, running_max, mask=keep_row)
+    tl.store(partial_sum + out, running_sum, mask=keep_row)
+    if tile_begin < tile_end:
+        for j in tl.static_range(num_planes(VALUE)):
+            x = acc[j] * (1.0 / code_factor(VALUE, j, HALF))
+            x = (x - (running_weight * (largest_code(VALUE, j) / 2))[:, None]) * step(VALUE, j)
+            channel = 16 * j + lane
+            pointers = partial + out[:, None] * VALUE.head_dim + channel
+            tl.store(pointers, x, mask=keep_row[:, None] & (channel < VALUE.head_dim))
+
+
+@triton.jit
+def output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV: tl.constexpr):
+    """The row of each query row in what is ``[batch * num_heads * q_len, ...]``."""
+    rows = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    return rows.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["key_row"])
+def prepare_kernel(
+    query, new_key, new_value, key, value, positions, key_row, mask,
+    latent_query, size, offset, partial, partial_max, partial_sum,
+    num_kv_heads, q_len, new_len, scale, shares, rows, row_blocks, bases, heads,
+    query_strides, new_key_strides, new_value_strides, mask_strides,
+    KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
+    """What the packed tokens need, and the exact tokens, side by side.
+
+    Grid ``row_blocks * bases + heads * blocks of query rows``; ``heads`` is ``batch *
+    num_kv_heads``.
+    """
+    program = tl.program_id(0)
+    rotations = row_blocks * bases
+    if program < rotations:
+        rotate(
+            query, key, latent_query, size, offset, program % row_blocks, program // row_blocks,
+            bases, rows, num_kv_heads, q_len, query_strides,
+            KEY, QUERIES_PER_KV, BLOCK_M, PADDED_D,
+        )  # fmt: skip
+    else:
+        program -= rotations
+        attend_exact(
+            query, new_key, new_value, key, value, positions, key_row, mask,
+            partial, partial_max, partial_sum, (program % heads).to(tl.int64), program // heads,
+            num_kv_heads, q_len, new_len, scale, shares,
+            query_strides, new_key_strides, new_value_strides, mask_strides,
+            KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP, BLOCK_M, BLOCK_N, PADDED_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def attend_exact(
+    query, new_key, new_value, key, value, positions, key_row, mask,
+    partial, partial_max, partial_sum, head, block, num_kv_heads, q_len, new_len, scale, shares,
+    query_strides, new_key_strides, new_value_strides, mask_strides,
+    KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
+):  # fmt: skip
+    """The exact tokens of a head: sinks, what follows the packed tokens, new tokens."""
+    batch = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    length = tl.load(positions + 2 * key_row).to(tl.int32)
+    watermark = tl.load(positions + 2 * key_row + 1).to(tl.int32)
+    kv_len = length + new_len
+    start = tl.load(key.start + batch)
+    first = start + KEY.sink_length
     last = first + packed_tokens(watermark, start, KEY)
     num_sinks = tl.maximum(tl.minimum(first, length) - start, 0)
     tail = tl.minimum(last, length)
     num_exact = num_sinks + kv_len - tail
-    packed_tiles = tl.cdiv(last - first, BLOCK_N)
-    tiles = packed_tiles + tl.cdiv(num_exact, BLOCK_N)
-    tiles_per_share = tl.cdiv(tiles, shares)
-    tile_begin = share * tiles_per_share
-    tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
 
-    lane = tl.arange(0, 16)[None, :]
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     query_token = row // QUERIES_PER_KV
     query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
     keep_row = query_token < q_len
@@ -136,149 +326,81 @@ def attend_kernel(
     )
     mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
     mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
-    token = tl.arange(0, BLOCK_N)
-    dtype = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
-    out = (
-        ((batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token) * 2 * shares
-        + share
-    ).to(tl.int64)
+    out = output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV)
+    out = out * (shares + 1) + shares
 
-    # packed tokens
-    acc = ()
-    for _ in tl.static_range(num_planes(VALUE)):
-        acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
-    packed_end = tl.minimum(tile_end, packed_tiles)
-    if tile_begin < packed_end:
-        rotated = head * q_len * QUERIES_PER_KV + row
-        latent = ()
-        for j in tl.static_range(num_planes(KEY)):
-            pointers = latent_query + rotated[:, None] * (16 * num_planes(KEY)) + (16 * j + lane)
-            plane = tl.load(pointers, mask=keep_row[:, None], other=0.0) * (step(KEY, j) / 2)
-            latent += (plane.to(dtype),)
-        row_size = tl.load(size + rotated, mask=keep_row, other=0.0)
-        row_offset = tl.zeros([BLOCK_M], tl.float32)
-        if KEY.affine:
-            row_offset = tl.load(offset + rotated, mask=keep_row, other=0.0)
-        for i in range(tile_begin, packed_end):
-            position = first + i * BLOCK_N + token
-            there = (position < last)[:, None]
-            slot = (position - first)[:, None]
-            words = load_words(key, head, slot, there, lane, KEY)
-            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for j in tl.static_range(num_planes(KEY)):
-                if num_pieces(KEY, j) > 0:
-                    k = levels(words, j, KEY).to(latent[j].dtype)
-                    scores = tl.dot(latent[j], tl.trans(k), scores, input_precision="ieee")
-            token_scale = load_scale(key, head, slot, there)
-            scores = scores * row_size[:, None] * tl.trans(token_scale) + row_offset[:, None]
-            seen = keep_row[:, None] & (position < last)[None, :]
-            scores = masked_scores(
-                scores, mask, mask_row, mask_strides[3], position[None, :], seen,
-                query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,
-            )  # fmt: skip
-            p, alpha, running_max, running_sum = softmax_step(scores, running_max, running_sum)
-            words = load_words(value, head, slot, there, lane, VALUE)
-            p *= tl.trans(load_scale(value, head, slot, there))
-            p = p.to(query.dtype.element_ty)
-            new_acc = ()
-            for j in tl.static_range(num_planes(VALUE)):
-                if num_pieces(VALUE, j) > 0:
-                    v = levels(words, j, VALUE).to(p.dtype)
-                    new_acc += (tl.dot(p, v, acc[j] * alpha[:, None], input_precision="ieee"),)
-                else:
-                    new_acc += (acc[j],)
-            acc = new_acc
-    flush(
-        acc, running_max, running_sum, partial, partial_max, partial_sum, out, keep_row,
-        tile_begin < packed_end, lane, True, VALUE,
-    )  # fmt: skip
-
-    # exact tokens
-    acc = ()
-    for _ in tl.static_range(num_planes(VALUE)):
-        acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
-    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    exact_begin = tl.maximum(tile_begin, packed_tiles)
-    if exact_begin < tile_end:
-        q = ()
-        for j in tl.static_range(num_planes(KEY)):
-            channel = 16 * j + lane
-            keep = keep_row[:, None] & (channel < KEY.head_dim)
-            q += (tl.load(query_rows[:, None] + channel, mask=keep, other=0.0),)
-        new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
-        new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
-        for i in range(exact_begin, tile_end):
-            index = (i - packed_tiles) * BLOCK_N + token
-            position = tl.where(index < num_sinks, start + index, tail + index - num_sinks)
-            column = position[:, None]
-            there = (index < num_exact)[:, None]
-            rows = exact_rows(
-                key, new_key, new_key_head, new_key_strides[2], head, column, start, length, KEY
-            )
-            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for j in tl.static_range(num_planes(KEY)):
-                k = exact_plane(rows, there, lane, j, KEY).to(q[j].dtype)
-                scores = tl.dot(q[j], tl.trans(k), scores, input_precision="ieee")
-            seen = keep_row[:, None] & (index < num_exact)[None, :]
-            scores = masked_scores(
-                scores, mask, mask_row, mask_strides[3], position[None, :], seen,
-                query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,
-            )  # fmt: skip
-            p, alpha, running_max, running_sum = softmax_step(scores, running_max, running_sum)
-            p = p.to(query.dtype.element_ty)
-            rows = exact_rows(
-                value, new_value, new_value_head, new_value_strides[2], head, column, start,
-                length, VALUE,
-            )  # fmt: skip
-            new_acc = ()
-            for j in tl.static_range(num_planes(VALUE)):
-                v = exact_plane(rows, there, lane, j, VALUE).to(p.dtype)
-                new_acc += (tl.dot(p, v, acc[j] * alpha[:, None], input_precision="ieee"),)
-            acc = new_acc
-    flush(
-        acc, running_max, running_sum, partial, partial_max, partial_sum, out + shares, keep_row,
-        exact_begin < tile_end, lane, False, VALUE,
-    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    channel = tl.arange(0, PADDED_D)[None, :]
+    keep = keep_row[:, None] & (channel < KEY.head_dim)
+    q = tl.load(query_rows[:, None] + channel, mask=keep, other=0.0)
+    new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
+    new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
+    for i in tl.range(0, tl.cdiv(num_exact, BLOCK_N), num_stages=1):
+        index = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        position = tl.where(index < num_sinks, start + index, tail + index - num_sinks)
+        column = position[:, None]
+        there = (index < num_exact)[:, None]
+        rows = exact_rows(
+            key, new_key, new_key_head, new_key_strides[2], head, column, start, length, KEY
+        )
+        k = tl.load(rows + channel, mask=there & (channel < KEY.head_dim), other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        seen = keep_row[:, None] & (index < num_exact)[None, :]
+        scores = masked_scores(
+            scores, mask, mask_row, mask_strides[3], position[None, :], seen,
+            query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,
+        )  # fmt: skip
+        p, alpha, running_max = softmax_step(scores * LOG2_E, running_max)
+        running_sum = running_sum * alpha + tl.sum(p, 1)
+        rows = exact_rows(
+            value, new_value, new_value_head, new_value_strides[2], head, column, start,
+            length, VALUE,
+        )  # fmt: skip
+        v = tl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0)
+        p = p.to(q.dtype)
+        acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+    tl.store(partial_max + out, running_max, mask=keep_row)
+    tl.store(partial_sum + out, running_sum, mask=keep_row)
+    pointers = partial + out[:, None] * VALUE.head_dim + channel
+    tl.store(pointers, acc, mask=keep_row[:, None] & (channel < VALUE.head_dim))
 
 
 @triton.jit
-def rotate_kernel(
-    query, key, latent, size, offset, num_kv_heads, q_len, query_strides,
+def rotate(
+    query, key, latent, size, offset, block, basis, bases, rows, num_kv_heads, q_len, query_strides,
     FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
     PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    """The query's rows in the latent frame, brought to unit size. Grid ``(batch * num_kv_heads,
-    blocks of query rows)``.
+    """A block of the ``rows`` query rows that share a basis, of whichever sequence, in the latent
+    frame and brought to unit size.
     """
-    head = tl.program_id(0).to(tl.int64)
-    batch = head // num_kv_heads
-    kv_head = head % num_kv_heads
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    keep_row = row < rows
+    head = row // (q_len * QUERIES_PER_KV) * bases + basis
+    row = row % (q_len * QUERIES_PER_KV)
+    out = head * (q_len * QUERIES_PER_KV) + row
     query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    keep_row = query_token < q_len
-    rows = (
+    query_head = head % num_kv_heads * QUERIES_PER_KV + row % QUERIES_PER_KV
+    query_rows = (
         query
-        + batch * query_strides[0]
+        + (head // num_kv_heads).to(tl.int64) * query_strides[0]
         + query_head * query_strides[1]
         + query_token * query_strides[2]
     )
-    out = head * q_len * QUERIES_PER_KV + row
     channel = tl.arange(0, PADDED_D)
     inside = channel < FORMAT.head_dim
     keep = keep_row[:, None] & inside[None, :]
-    q = tl.load(rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
+    q = tl.load(query_rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
     if FORMAT.affine:
-        shift, factor = load_affine(key, head, channel, inside, FORMAT)
-        tl.store(offset + out, tl.sum(q * shift[None, :], 1), mask=keep_row)
-        q *= factor[None, :]
+        shift, factor = load_affine(key, head[:, None], channel[None, :], keep, FORMAT)
+        tl.store(offset + out, tl.sum(q * shift, 1), mask=keep_row)
+        q *= factor
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     tl.store(size + out, largest, mask=keep_row)
     q = q / largest[:, None]
-    inverse = key.basis + key.inverse + kv_head * key.basis_stride
+    inverse = key.basis + key.inverse + basis * key.basis_stride
     lane = tl.arange(0, 16)
     for j in range(num_planes(FORMAT)):
         plane = 16 * j + lane
@@ -288,20 +410,6 @@ def rotate_kernel(
         x = tl.dot(q, matrix, input_precision="tf32x3")
         pointers = latent + out[:, None] * (16 * num_planes(FORMAT)) + plane[None, :]
         tl.store(pointers, x, mask=keep_row[:, None])
-
-
-@triton.jit
-def load_scale(stored, head, slot, there):
-    """The scales of packed tokens, fp32 ``[N, 1]``."""
-    pointers = stored.scale + head * stored.capacity + slot
-    return tl.load(pointers, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def exact_plane(rows, there, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """One plane group of exact tokens, ``[N, 16]``."""
-    channel = 16 * plane + lane
-    return tl.load(rows + channel, mask=there & (channel < fmt.head_dim), other=0.0)
 
 
 @triton.jit
@@ -316,27 +424,26 @@ def merge_kernel(
     head = query_head // QUERIES_PER_KV
     share = tl.arange(0, BLOCK_S)  # [S]
     there = share < shares
-    first = row * 2 * shares
+    first = row * (shares + 1)
     latent_max = tl.load(partial_max + first + share, mask=there, other=float("-inf"))
-    exact_max = tl.load(partial_max + first + shares + share, mask=there, other=float("-inf"))
     latent_sum = tl.load(partial_sum + first + share, mask=there, other=0.0)
-    exact_sum = tl.load(partial_sum + first + shares + share, mask=there, other=0.0)
-    base = tl.maximum(tl.max(latent_max, 0), tl.max(exact_max, 0))
+    exact_max = tl.load(partial_max + first + shares)
+    exact_sum = tl.load(partial_sum + first + shares)
+    base = tl.maximum(tl.max(latent_max, 0), exact_max)
     if sinks is not None:
-        sink = tl.load(sinks + query_head % num_heads).to(tl.float32)
+        sink = tl.load(sinks + query_head % num_heads).to(tl.float32) * LOG2_E
         base = tl.maximum(base, sink)
     base = tl.where(base == float("-inf"), 0.0, base)
-    latent_weight = tl.exp(latent_max - base)
-    exact_weight = tl.exp(exact_max - base)
-    total = tl.sum(latent_sum * latent_weight, 0) + tl.sum(exact_sum * exact_weight, 0)
+    latent_weight = tl.exp2(latent_max - base)
+    exact_weight = tl.exp2(exact_max - base)
+    total = tl.sum(latent_sum * latent_weight, 0) + exact_sum * exact_weight
     if sinks is not None:
-        total += tl.exp(sink - base)
+        total += tl.exp2(sink - base)
 
     # A share without a visible token may have left its output unwritten.
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [D]
-    pointers = partial + (first + shares + share)[:, None] * FORMAT.head_dim + channel[None, :]
-    keep = (exact_max > float("-inf"))[:, None] & (channel < FORMAT.head_dim)[None, :]
-    out = tl.sum(tl.load(pointers, mask=keep, other=0.0) * exact_weight[:, None], 0)
+    pointers = partial + (first + shares) * FORMAT.head_dim + channel
+    out = tl.load(pointers, mask=channel < FORMAT.head_dim, other=0.0) * exact_weight
 
     inner = tl.arange(0, PADDED_D)  # [L]
     pointers = partial + (first + share)[:, None] * FORMAT.head_dim + inner[None, :]

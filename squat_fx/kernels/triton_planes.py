@@ -95,6 +95,35 @@ class StoredFormat:
         """Tiles of a head."""
         return -(-self.head_dim // self.tile_width)
 
+    def words(self, plane: int) -> tuple[int, ...]:
+        """The words that a plane group has pieces in."""
+        assert self.pieces is not None
+        return tuple(dict.fromkeys(word for word, *_ in self.pieces[plane]))
+
+    def exponent(self, plane: int) -> int:
+        """How far above bit 0 a code may stay when it is masked out: a half takes 10 bits."""
+        assert self.pieces is not None
+        if len(self.pieces[plane]) != 1:
+            return 0
+        _, shift, mask, _ = self.pieces[plane][0]
+        return shift if shift + mask.bit_length() <= 10 else shift - min(shift, 6)
+
+    def unpack_asm(self, plane: int) -> str:
+        """PTX that masks a plane group out of its words; a register has two lanes."""
+        assert self.pieces is not None
+        lines, words = [], self.words(plane)
+        for index, (word, shift, mask, code_shift) in enumerate(self.pieces[plane]):
+            place = code_shift + self.exponent(plane)
+            source, target = f"${1 + words.index(word)}", "t" if index else "$0"
+            if shift != place:
+                move = "shr" if shift > place else "shl"
+                lines.append(f"{move}.b32 t, {source}, {abs(shift - place)};")
+                source = "t"
+            lines.append(f"and.b32 {target}, {source}, {(mask << place) * 0x10001};")
+            if index:
+                lines.append("or.b32 $0, $0, t;")
+        return "{ .reg .b32 t; " + " ".join(lines) + " }"
+
 
 @lru_cache(maxsize=256)
 def stored_format(fmt: Format) -> StoredFormat:
@@ -232,18 +261,25 @@ def dense_slot(token, fmt: tl.constexpr):
 
 
 @triton.jit
+def load_or_zero(pointers, keep):
+    """What is at ``pointers``; with ``keep``, zero elsewhere."""
+    return tl.load(pointers) if keep is None else tl.load(pointers, mask=keep, other=0)
+
+
+@triton.jit
 def load_words(stored, head, slot, keep, lane, fmt: tl.constexpr):
-    """The 16-bit words of the lanes of packed ``slot`` ``[N, 1]``: a tuple of int16 ``[N, 16]``."""
+    """The 16-bit words of the lanes of packed ``slot`` ``[N, 1]``: a tuple of int16 ``[N, 16]``.
+
+    ``keep`` may be None: all of them are there.
+    """
     words = ()
     if fmt.pieces is not None:
         rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         for w in tl.static_range(num_words(fmt)):
             if 2 * w + 1 < fmt.whole_bytes:
-                word = tl.load(
-                    rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), mask=keep, other=0
-                )
+                word = load_or_zero(rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), keep)
             elif 2 * w + 1 == fmt.whole_bytes:
-                word = tl.load(rows + (32 * w + lane), mask=keep, other=0).to(tl.int16)
+                word = load_or_zero(rows + (32 * w + lane), keep).to(tl.int16)
                 if num_sections(fmt) > 0:
                     word |= load_sections(rows, keep, lane, fmt) << 8
             else:
@@ -266,7 +302,7 @@ def load_section(rows, keep, lane, index: tl.constexpr, fmt: tl.constexpr):
     """One section, where it belongs in a lane."""
     bits: tl.constexpr = section_width(fmt, index)
     section = rows + (section_offset(fmt, index) + lane % (2 * bits))
-    byte = tl.load(section, mask=keep, other=0).to(tl.int16)
+    byte = load_or_zero(section, keep).to(tl.int16)
     piece_bits = (byte >> (lane // (2 * bits) * bits).to(tl.int16)) & (2**bits - 1)
     return piece_bits << section_shift(fmt, index)
 
@@ -279,6 +315,55 @@ def unpack_plane(words, plane: tl.constexpr, fmt: tl.constexpr):
         word = words[piece(fmt, plane, i, WORD)]
         bits = (word >> piece(fmt, plane, i, SHIFT)) & piece(fmt, plane, i, MASK)
         codes |= bits << piece(fmt, plane, i, CODE_SHIFT)
+    return codes
+
+
+@triton.constexpr_function
+def plane_exponent(fmt, plane):
+    """``half_codes`` gives codes times two to this, less 24."""
+    return fmt.exponent(plane)
+
+
+@triton.constexpr_function
+def num_plane_words(fmt, plane):
+    return len(fmt.words(plane))
+
+
+@triton.constexpr_function
+def plane_word(fmt, plane, index):
+    return fmt.words(plane)[index]
+
+
+@triton.constexpr_function
+def unpack_constraints(fmt, plane):
+    return "=&r" + ",r" * len(fmt.words(plane))
+
+
+@triton.constexpr_function
+def unpack_asm(fmt, plane):
+    return fmt.unpack_asm(plane)
+
+
+@triton.jit
+def half_codes(words, plane: tl.constexpr, fmt: tl.constexpr, ASM: tl.constexpr):
+    """The codes of one plane group as fp16 subnormals: ``code * 2**(plane_exponent - 24)``.
+
+    Nothing is converted: the bits of a code are the mantissa of a subnormal. In Triton's own
+    operators each lane would take a register of its own; with ``ASM`` two share one.
+    """
+    if ASM:
+        args = (words[plane_word(fmt, plane, 0)],)
+        if num_plane_words(fmt, plane) > 1:
+            args += (words[plane_word(fmt, plane, 1)],)
+        if num_plane_words(fmt, plane) > 2:
+            args += (words[plane_word(fmt, plane, 2)],)
+        codes = tl.inline_asm_elementwise(
+            unpack_asm(fmt, plane), unpack_constraints(fmt, plane), args,
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        codes = unpack_plane(words, plane, fmt) << plane_exponent(fmt, plane)
+        codes = codes.to(tl.float16, bitcast=True)
     return codes
 
 
