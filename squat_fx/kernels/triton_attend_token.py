@@ -44,13 +44,13 @@ from squat_fx.kernels.triton_planes import (
     largest_code,
     load_affine,
     load_or_zero,
-    load_words,
     num_pieces,
     num_planes,
     packed_tokens,
     plane_exponent,
     step,
     unpack_plane,
+    words_of_rows,
 )
 
 BLOCK_N = 64
@@ -80,6 +80,18 @@ def query_factor(fmt, plane, half):
 
 
 @triton.constexpr_function
+def zero_code(fmt, plane, half):
+    """The code of zero, in the units of ``plane_codes`` times ``zero_factor``: a normal half."""
+    zero = (2 ** fmt.widths[plane] - 1) / 2
+    return zero * 2.0 ** fmt.exponent(plane) if half and zero else zero
+
+
+@triton.constexpr_function
+def zero_factor(half):
+    return 2.0**24 if half else 1.0
+
+
+@triton.constexpr_function
 def score_factor(half):
     """What takes both factors back."""
     return 2.0**20 if half else 1.0
@@ -106,57 +118,68 @@ def softmax_step(scores, running_max):
 
 
 @triton.jit
+def first_column(x):
+    """The first column of ``[M, N]``."""
+    column = tl.arange(0, x.shape[1])[None, :]
+    return tl.sum(tl.where(column == 0, x, 0.0), 1)
+
+
+@triton.jit
 def attend_packed(
-    latent, row_scale, row_zero, row_offset, acc, running_max, running_sum, running_weight,
-    key, value, head, slot, keep, position, query_token, keep_row,
+    latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+    key, value, first_row, token, keep, position, query_token, keep_row,
     mask, mask_row, mask_stride, kv_len, q_len, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
     SIMPLE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take the packed tokens at ``slot`` ``[N]`` into the running softmax.
+    """Take the packed tokens at ``first_row + token`` ``[N]`` into the running softmax.
 
-    ``keep`` is ``[N]``, or None if all are there. ``SIMPLE``: nothing is masked, and ``row_scale``
-    has all of the scale.
+    ``keep`` is ``[N]``, or None if all are there. ``SIMPLE``: nothing is masked. ``acc`` sums codes
+    of values, ``sums`` ``[M, 8]`` what they are weighed with and, from column 4 on, the weights
+    before the scales of the values.
     """
     lane = tl.arange(0, 16)[None, :]
+    column = tl.arange(0, 8)[None, :]
     there = None if keep is None else keep[:, None]
-    words = load_words(key, head, slot[:, None], there, lane, KEY)
-    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    rows = key.qdata + first_row * KEY.row_size + (token * KEY.row_size)[:, None]
+    words = words_of_rows(rows, there, lane, KEY)
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) - row_zero[:, None]
     for j in tl.static_range(num_planes(KEY)):
         if num_pieces(KEY, j) > 0:
             k = plane_codes(words, j, KEY, HALF, ASM)
             scores = tl.dot(latent[j], tl.trans(k), scores, input_precision="ieee")
-    key_scale = load_or_zero(key.scale + head * key.capacity + slot, keep).to(tl.float32)
-    value_scale = load_or_zero(value.scale + head * value.capacity + slot, keep).to(tl.float32)
-    scores = scores * row_scale[:, None] - row_zero[:, None]
-    scores = scores * key_scale[None, :] + row_offset[:, None]
+    key_scale = load_or_zero(key.scale + first_row + token, keep).to(tl.float32)
+    scores *= (key_scale * score_unit)[None, :]
     if SIMPLE:
         if keep is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
     else:
-        seen = keep_row[:, None] & (position == position)[None, :]
+        seen = keep_row[:, None] & (position >= 0)[None, :]
         if keep is not None:
             seen = seen & keep[None, :]
         scores = masked_scores(
-            scores, mask, mask_row, mask_stride, position[None, :], seen,
+            scores + row_offset[:, None], mask, mask_row, mask_stride, position[None, :], seen,
             query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,
         )  # fmt: skip
         scores *= LOG2_E
     p, alpha, running_max = softmax_step(scores, running_max)
-    words = load_words(value, head, slot[:, None], there, lane, VALUE)
+    p = p.to(latent[0].dtype)
+    value_scale = load_or_zero(value.scale + first_row + token, keep).to(p.dtype)
     weight = p * value_scale[None, :]
-    running_sum = running_sum * alpha + tl.sum(p, 1)
-    running_weight = running_weight * alpha + tl.sum(weight, 1)
-    weight = weight.to(latent[0].dtype)
-    sums = ()
+    rows = value.qdata + first_row * VALUE.row_size + (token * VALUE.row_size)[:, None]
+    words = words_of_rows(rows, there, lane, VALUE)
+    scales = load_or_zero(value.scale + first_row + token[:, None] + column * 0, there)
+    scales = tl.where(column < 4, scales, 1.0).to(p.dtype)
+    sums = tl.dot(p, scales, sums * alpha[:, None], input_precision="ieee")
+    new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if num_pieces(VALUE, j) > 0:
             v = plane_codes(words, j, VALUE, HALF, ASM)
-            sums += (tl.dot(weight, v, acc[j] * alpha[:, None], input_precision="ieee"),)
+            new_acc += (tl.dot(weight, v, acc[j] * alpha[:, None], input_precision="ieee"),)
         else:
-            sums += (acc[j],)
-    return sums, running_max, running_sum, running_weight
+            new_acc += (acc[j],)
+    return new_acc, sums, running_max
 
 
 @triton.jit(do_not_specialize=["key_row"])
@@ -202,52 +225,60 @@ def attend_kernel(
     acc = ()
     for _ in tl.static_range(num_planes(VALUE)):
         acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
+    sums = tl.zeros([BLOCK_M, 8], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    running_sum = tl.zeros([BLOCK_M], tl.float32)
-    running_weight = tl.zeros([BLOCK_M], tl.float32)
+    row_offset = tl.zeros([BLOCK_M], tl.float32)
     if tile_begin < tile_end:
         rotated = head * q_len * QUERIES_PER_KV + row
-        latent = ()
-        row_zero = tl.zeros([BLOCK_M], tl.float32)
-        for j in tl.static_range(num_planes(KEY)):
-            pointers = latent_query + rotated[:, None] * (16 * num_planes(KEY)) + (16 * j + lane)
-            plane = tl.load(pointers, mask=keep_row[:, None], other=0.0)
-            plane = (plane * (step(KEY, j) * query_factor(KEY, j, HALF))).to(dtype)
-            latent += (plane,)
-            zero = largest_code(KEY, j) / 2 * code_factor(KEY, j, HALF)
-            row_zero += tl.sum(plane.to(tl.float32), 1) * zero
-        row_scale = tl.load(size + rotated, mask=keep_row, other=0.0) * score_factor(HALF)
-        row_offset = tl.zeros([BLOCK_M], tl.float32)
+        row_scale = tl.load(size + rotated, mask=keep_row, other=0.0)
         if KEY.affine:
             row_offset = tl.load(offset + rotated, mask=keep_row, other=0.0)
         if SIMPLE:
             row_scale *= scale * LOG2_E
             row_offset *= scale * LOG2_E
-        row_zero *= row_scale
+        # The scale of a row goes into its query as far as fp16 has room; the rest is a power of
+        # two that all rows share.
+        score_unit = tl.exp2(tl.ceil(tl.maximum(tl.log2(tl.max(row_scale, 0) / 256), 0.0)))
+        row_scale /= score_unit
+        score_unit *= score_factor(HALF)
+        latent = ()
+        zeros = tl.zeros([BLOCK_M, 8], tl.float32)
+        for j in tl.static_range(num_planes(KEY)):
+            pointers = latent_query + rotated[:, None] * (16 * num_planes(KEY)) + (16 * j + lane)
+            plane = tl.load(pointers, mask=keep_row[:, None], other=0.0) * row_scale[:, None]
+            plane = (plane * (step(KEY, j) * query_factor(KEY, j, HALF))).to(dtype)
+            latent += (plane,)
+            # A sum of the rows in any other form would move them between layouts in the main loop.
+            zero = tl.full([16, 8], zero_code(KEY, j, HALF), dtype)
+            zeros = tl.dot(plane, zero, zeros, input_precision="ieee")
+        row_zero = first_column(zeros) / zero_factor(HALF)
         for i in range(tile_begin, whole_end):
-            slot = i * BLOCK_N + token
-            acc, running_max, running_sum, running_weight = attend_packed(
-                latent, row_scale, row_zero, row_offset,
-                acc, running_max, running_sum, running_weight,
-                key, value, head, slot, None, first + slot, query_token, keep_row,
+            acc, sums, running_max = attend_packed(
+                latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+                key, value, head * key.capacity + i * BLOCK_N, token, None,
+                first + i * BLOCK_N + token, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if whole_end < tile_end:
-            slot = (tile_end - 1) * BLOCK_N + token
-            acc, running_max, running_sum, running_weight = attend_packed(
-                latent, row_scale, row_zero, row_offset,
-                acc, running_max, running_sum, running_weight,
-                key, value, head, slot, slot < count, first + slot, query_token, keep_row,
+            slot = whole_end * BLOCK_N + token
+            acc, sums, running_max = attend_packed(
+                latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+                key, value, head * key.capacity + whole_end * BLOCK_N, token, slot < count,
+                first + slot, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+    weight = first_column(sums)
+    total = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 4, sums, 0.0), 1)
+    tl.store(partial_sum + out, total, mask=keep_row)
+    if SIMPLE:
+        running_max += row_offset
     tl.store(partial_max + out, running_max, mask=keep_row)
-    tl.store(partial_sum + out, running_sum, mask=keep_row)
     if tile_begin < tile_end:
         for j in tl.static_range(num_planes(VALUE)):
             x = acc[j] * (1.0 / code_factor(VALUE, j, HALF))
-            x = (x - (running_weight * (largest_code(VALUE, j) / 2))[:, None]) * step(VALUE, j)
+            x = (x - (weight * (largest_code(VALUE, j) / 2))[:, None]) * step(VALUE, j)
             channel = 16 * j + lane
             pointers = partial + out[:, None] * VALUE.head_dim + channel
             tl.store(pointers, x, mask=keep_row[:, None] & (channel < VALUE.head_dim))

@@ -272,9 +272,15 @@ def load_words(stored, head, slot, keep, lane, fmt: tl.constexpr):
 
     ``keep`` may be None: all of them are there.
     """
+    rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
+    return words_of_rows(rows, keep, lane, fmt)
+
+
+@triton.jit
+def words_of_rows(rows, keep, lane, fmt: tl.constexpr):
+    """The same of tokens whose codes begin at ``rows`` ``[N, 1]``."""
     words = ()
     if fmt.pieces is not None:
-        rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
         for w in tl.static_range(num_words(fmt)):
             if 2 * w + 1 < fmt.whole_bytes:
                 word = load_or_zero(rows.to(tl.pointer_type(tl.int16)) + (16 * w + lane), keep)
