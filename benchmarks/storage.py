@@ -5,7 +5,7 @@
 The prompt is prefilled once through ``squat_fx.compile(model)``. Then
 
 * every byte of the cache is counted, by what it is: codes, scales, zero points, exact tokens
-  (residual and sinks), start positions, and the room that is kept for the tokens to come;
+  (residual and sinks), means and factors of keys, start positions, and the room that is kept for the tokens to come;
 * every tensor that Python can reach is listed, wrappers opened, parameters and buffers left out. A
   dense past would be a tensor with as many numbers as the keys of one layer, or any memory that
   large. The untouched model is listed first, to show that the list would have it.
@@ -48,6 +48,8 @@ PARTS = {
     "qdata": "codes",
     "scale": "scales",
     "zero_point": "zero points",
+    "affine": "means and factors of keys",
+    "basis": "calibrated bases",
     "dense": "exact tokens",
     "start": "start positions",
 }
@@ -70,7 +72,8 @@ def bytes_by_part(storage: Storage) -> Counter[str]:
         if name in fmt.packed_names:
             used = used * (packed // fmt.tokens_per_slot(name)) // arena.shape[2]
             counted[SPARE] += arena.nbytes - used
-        counted[PARTS[name]] += used
+        if used:
+            counted[PARTS[name]] += used
     return counted
 
 
@@ -152,6 +155,7 @@ def main(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to prefill.", min=2)] = 4096,
     bits: Annotated[int, typer.Option(help="Bits per cached number.", min=1, max=8)] = 2,
+    codec: Annotated[str, typer.Option(help="Codec of the cache, by name.")] = "squat",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     inner: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "inductor",
     out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
@@ -165,7 +169,7 @@ def main(
     dense_numel = cache.layers[0].keys.numel()
     control = len(dense_pasts(live_tensors(loaded), dense_numel))
     del cache
-    squat_fx.compile(loaded, bits, codec="kivi", inner=inner, strict=True)  # pyright: ignore
+    squat_fx.compile(loaded, bits, codec=codec, inner=inner, strict=True)  # pyright: ignore
     with torch.no_grad(), late_progress(f"Prefill of {tokens} tokens"):
         cache = prefill(loaded, prompt, new_cache(loaded))
     live = live_tensors(loaded)
@@ -178,7 +182,7 @@ def main(
     console = Console()
     print_bytes(parts, tokens, numbers, console)
     print_live(live, dense_numel, control, console)
-    options = {"tokens": tokens, "bits": bits, "dtype": dtype, "inner": inner}
+    options = {"tokens": tokens, "bits": bits, "codec": codec, "dtype": dtype, "inner": inner}
     total = parts.total()
     result = {
         "command": command("storage.py", model, out, text=text, **options),
