@@ -5,7 +5,8 @@
 The prompt is prefilled once through ``squat_fx.compile(model)``. Then
 
 * every byte of the cache is counted, by what it is: codes, scales, zero points, exact tokens
-  (residual and sinks), means and factors of keys, start positions, and the room that is kept for the tokens to come;
+  (residual and sinks), means and factors of keys, start positions, and the room that is kept for
+  the tokens to come;
 * every tensor that Python can reach is listed, wrappers opened, parameters and buffers left out. A
   dense past would be a tensor with as many numbers as the keys of one layer, or any memory that
   large. The untouched model is listed first, to show that the list would have it.

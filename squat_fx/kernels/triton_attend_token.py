@@ -9,9 +9,9 @@ code of zero is a number per query row, times the scale, and what was removed fr
 back as one more, so that scores are true ones before softcap, masks, sinks and the exact tokens.
 The output of packed values is taken back from the latent frame once, by ``merge_kernel``.
 
-For models in fp16 and bf16 the bits of a code are the mantissa of an fp16 subnormal, which tensor
-cores multiply exactly: a mask is all that unpacking takes (``half_codes``). Powers of two put the
-products back, in the query, in the scores and in what a share leaves.
+The bits of a code are the mantissa of an fp16 subnormal, which tensor cores multiply exactly: a
+mask is all that unpacking takes (``half_codes``). Powers of two put the products back, in the
+query, in the scores and in what a share leaves.
 
 A program owns one KV head of one sequence, ``BLOCK_M`` query rows and one share of the tokens, as
 in ``triton_attend.py``. Keys and values of a layer are packed in step: the same tokens of both are
@@ -49,9 +49,9 @@ from squat_fx.kernels.triton_planes import (
     packed_tokens,
     plane_exponent,
     step,
-    unpack_plane,
     words_of_rows,
 )
+from squat_fx.kernels.triton_round import high_part
 
 BLOCK_N = 64
 EXACT_BLOCK_N = 32
@@ -68,45 +68,43 @@ def tile(rows: int) -> tuple[int, int]:
 
 
 @triton.constexpr_function
-def code_factor(fmt, plane, half):
+def code_factor(fmt, plane):
     """What ``plane_codes`` multiplies codes with."""
-    return 2.0 ** (plane_exponent(fmt, plane) - 24) if half else 1.0
+    return 2.0 ** (plane_exponent(fmt, plane) - 24)
 
 
 @triton.constexpr_function
-def query_factor(fmt, plane, half):
+def query_factor(fmt, plane):
     """What rows of unit size are multiplied with: small numbers stay normal halves."""
-    return 2.0 ** (4 - plane_exponent(fmt, plane)) if half else 1.0
+    return 2.0 ** (4 - plane_exponent(fmt, plane))
 
 
 @triton.constexpr_function
-def zero_code(fmt, plane, half):
-    """The code of zero, in the units of ``plane_codes`` times ``zero_factor``: a normal half."""
-    zero = (2 ** fmt.widths[plane] - 1) / 2
-    return zero * 2.0 ** fmt.exponent(plane) if half and zero else zero
+def zero_code(fmt, plane):
+    """The code of zero as ``plane_codes`` would have it, times ``ZERO_FACTOR``: a normal half."""
+    return (2 ** fmt.widths[plane] - 1) / 2 * 2.0 ** plane_exponent(fmt, plane)
 
 
-@triton.constexpr_function
-def zero_factor(half):
-    return 2.0**24 if half else 1.0
-
-
-@triton.constexpr_function
-def score_factor(half):
-    """What takes both factors back."""
-    return 2.0**20 if half else 1.0
+SCORE_FACTOR = tl.constexpr(2.0**20)  # takes code_factor and query_factor back
+ZERO_FACTOR = tl.constexpr(2.0**24)
 
 
 @triton.jit
-def plane_codes(
-    words, plane: tl.constexpr, fmt: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr
-):
-    """The codes of a plane group, ``[N, 16]``, times ``code_factor``; fp16 if ``HALF``."""
-    if HALF:
-        codes = half_codes(words, plane, fmt, ASM)
+def plane_codes(words, plane: tl.constexpr, fmt: tl.constexpr, dtype, ASM: tl.constexpr):
+    """The codes of a plane group, ``[N, 16]``, times ``code_factor``."""
+    return half_codes(words, plane, fmt, ASM).to(dtype)
+
+
+@triton.jit
+def dot_short(a, b, acc):
+    """``acc + a @ b`` for ``b`` of 11 bits at most; fp32 ``a`` in two parts, on tensor cores."""
+    if a.dtype == tl.float32:
+        high = high_part(a)
+        acc = tl.dot(high, b, acc, input_precision="tf32")
+        acc = tl.dot(a - high, b, acc, input_precision="tf32")
     else:
-        codes = unpack_plane(words, plane, fmt).to(tl.float32)
-    return codes
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
@@ -130,7 +128,7 @@ def attend_packed(
     key, value, first_row, token, keep, position, query_token, keep_row,
     mask, mask_row, mask_stride, kv_len, q_len, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    SIMPLE: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    SIMPLE: tl.constexpr, ASM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take the packed tokens at ``first_row + token`` ``[N]`` into the running softmax.
@@ -147,8 +145,8 @@ def attend_packed(
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) - row_zero[:, None]
     for j in tl.static_range(num_planes(KEY)):
         if num_pieces(KEY, j) > 0:
-            k = plane_codes(words, j, KEY, HALF, ASM)
-            scores = tl.dot(latent[j], tl.trans(k), scores, input_precision="ieee")
+            k = plane_codes(words, j, KEY, latent[0].dtype, ASM)
+            scores = dot_short(latent[j], tl.trans(k), scores)
     key_scale = load_or_zero(key.scale + first_row + token, keep).to(tl.float32)
     scores *= (key_scale * score_unit)[None, :]
     if SIMPLE:
@@ -171,12 +169,12 @@ def attend_packed(
     words = words_of_rows(rows, there, lane, VALUE)
     scales = load_or_zero(value.scale + first_row + token[:, None] + column * 0, there)
     scales = tl.where(column < 4, scales, 1.0).to(p.dtype)
-    sums = tl.dot(p, scales, sums * alpha[:, None], input_precision="ieee")
+    sums = dot_short(p, scales, sums * alpha[:, None])
     new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if num_pieces(VALUE, j) > 0:
-            v = plane_codes(words, j, VALUE, HALF, ASM)
-            new_acc += (tl.dot(weight, v, acc[j] * alpha[:, None], input_precision="ieee"),)
+            v = plane_codes(words, j, VALUE, latent[0].dtype, ASM)
+            new_acc += (dot_short(weight, v, acc[j] * alpha[:, None]),)
         else:
             new_acc += (acc[j],)
     return new_acc, sums, running_max
@@ -240,25 +238,25 @@ def attend_kernel(
         # two that all rows share.
         score_unit = tl.exp2(tl.ceil(tl.maximum(tl.log2(tl.max(row_scale, 0) / 256), 0.0)))
         row_scale /= score_unit
-        score_unit *= score_factor(HALF)
+        score_unit *= SCORE_FACTOR
         latent = ()
         zeros = tl.zeros([BLOCK_M, 8], tl.float32)
         for j in tl.static_range(num_planes(KEY)):
             pointers = latent_query + rotated[:, None] * (16 * num_planes(KEY)) + (16 * j + lane)
             plane = tl.load(pointers, mask=keep_row[:, None], other=0.0) * row_scale[:, None]
-            plane = (plane * (step(KEY, j) * query_factor(KEY, j, HALF))).to(dtype)
+            plane = (plane * (step(KEY, j) * query_factor(KEY, j))).to(dtype)
             latent += (plane,)
             # A sum of the rows in any other form would move them between layouts in the main loop.
-            zero = tl.full([16, 8], zero_code(KEY, j, HALF), dtype)
-            zeros = tl.dot(plane, zero, zeros, input_precision="ieee")
-        row_zero = first_column(zeros) / zero_factor(HALF)
+            zero = tl.full([16, 8], zero_code(KEY, j), dtype)
+            zeros = dot_short(plane, zero, zeros)
+        row_zero = first_column(zeros) / ZERO_FACTOR
         for i in range(tile_begin, whole_end):
             acc, sums, running_max = attend_packed(
                 latent, row_zero, row_offset, score_unit, acc, sums, running_max,
                 key, value, head * key.capacity + i * BLOCK_N, token, None,
                 first + i * BLOCK_N + token, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
-                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
+                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, ASM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if whole_end < tile_end:
             slot = whole_end * BLOCK_N + token
@@ -267,7 +265,7 @@ def attend_kernel(
                 key, value, head * key.capacity + whole_end * BLOCK_N, token, slot < count,
                 first + slot, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
-                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, HALF, ASM, BLOCK_M, BLOCK_N,
+                KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, ASM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     weight = first_column(sums)
     total = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 4, sums, 0.0), 1)
@@ -277,7 +275,7 @@ def attend_kernel(
     tl.store(partial_max + out, running_max, mask=keep_row)
     if tile_begin < tile_end:
         for j in tl.static_range(num_planes(VALUE)):
-            x = acc[j] * (1.0 / code_factor(VALUE, j, HALF))
+            x = acc[j] * (1.0 / code_factor(VALUE, j))
             x = (x - (weight * (largest_code(VALUE, j) / 2))[:, None]) * step(VALUE, j)
             channel = 16 * j + lane
             pointers = partial + out[:, None] * VALUE.head_dim + channel
@@ -377,7 +375,7 @@ def attend_exact(
             key, new_key, new_key_head, new_key_strides[2], head, column, start, length, KEY
         )
         k = tl.load(rows + channel, mask=there & (channel < KEY.head_dim), other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
         seen = keep_row[:, None] & (index < num_exact)[None, :]
         scores = masked_scores(
             scores, mask, mask_row, mask_strides[3], position[None, :], seen,
@@ -391,7 +389,7 @@ def attend_exact(
         )  # fmt: skip
         v = tl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0)
         p = p.to(q.dtype)
-        acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None], input_precision="tf32x3")
     tl.store(partial_max + out, running_max, mask=keep_row)
     tl.store(partial_sum + out, running_sum, mask=keep_row)
     pointers = partial + out[:, None] * VALUE.head_dim + channel

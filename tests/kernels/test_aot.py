@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
 from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
-from squat_fx.kernels import aot
+from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
 
 MOST_REGISTERS = 255
+MULTIPROCESSOR_BYTES = 227 * 1024  # of shared memory, sm_90
 
 
 def compiled(launches: list[Launch], capability: int) -> dict[str, Resources]:
@@ -88,6 +91,34 @@ def test_a_launch_whose_shapes_are_the_same_is_the_same() -> None:
             for launched in (a, b)
         ]
         assert constants[0] == constants[1]
+
+
+def attend_kernel(shape: Shape) -> Any:
+    """The kernel that reads packed tokens, for sm_90."""
+    launches = aot.attend_launches(shape)
+    (attend,) = (x for x in launches if x.kernel.__name__ == "attend_kernel")
+    return aot.compiled_kernel(attend, 90)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 2.0), (4, 2.1), ((4, 3, 2, 2, 2, 1, 1, 1), 2.2)])
+def test_a_code_takes_few_instructions(bits: float | tuple[int, ...], most: float) -> None:
+    """What keeps attention near the memory limit, so that a compiler's change is seen."""
+    kernel = attend_kernel(Shape(head_dim=128, bits=bits, codec=Squat()))
+    resources = aot.resources_of(kernel)
+    assert resources.spills == 0
+    assert resources.shared <= MULTIPROCESSOR_BYTES // launch.PROGRAMS_PER_MULTIPROCESSOR
+    loop = aot.main_loop(aot.machine_code(kernel))
+    assert aot.instructions_per_code(kernel, 2 * 128 * triton_attend_token.BLOCK_N) <= most
+    assert sum("HMMA.16816" in text for text in loop) >= 2 * 64  # every dot in fp16
+    assert any("LDGSTS.E.BYPASS.128" in text for text in loop), "codes are not copied ahead"
+    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+
+
+def test_wide_heads_in_fp32_fit_shared_memory() -> None:
+    shape = Shape(head_dim=256, bits=2, codec=Squat(), dtype=torch.float32)
+    resources = compiled(aot.attend_launches(shape), 90)
+    assert list(resources) == ["prepare_kernel", "attend_kernel", "merge_kernel"]
+    assert all(r.shared <= MULTIPROCESSOR_BYTES for r in resources.values())
 
 
 @pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda c: c.name)
