@@ -146,7 +146,7 @@ def random_case(
     pads = pick.choice(((0, 0), (0, 0), (3, 0, sum(past) // 2), (sum(past), 0)))
     # Every second case is of the layout planes/token.
     channel: tuple[Codec, ...] = (Kivi(32), Kivi(32), Kivi(64), Kivi(128), SquatPaper(32))
-    token: tuple[Codec, ...] = (Squat(), Squat(strength=0.0, center=False))
+    token: tuple[Codec, ...] = (Squat(), Squat(strength=0.0, center=False, smooth=False))
     codec = pick.choice((token, (*channel, Lossless(32)))[seed % 2])
     return Case(
         seed=seed,
