@@ -408,7 +408,7 @@ def _pack_in_torch(
 
 def padded(head_dim: int) -> int:
     """Channels of a tile that holds a whole head."""
-    return max(LANES, triton.next_power_of_2(head_dim))
+    return max(LANES, 1 << (head_dim - 1).bit_length())
 
 
 def takes_asm(kernel: Any) -> bool:

@@ -153,7 +153,7 @@ def attend_packed(
         if keep is not None:
             scores = tl.where(keep[None, :], scores, float("-inf"))
     else:
-        seen = keep_row[:, None] & (position >= 0)[None, :]
+        seen = tl.broadcast_to(keep_row[:, None], [BLOCK_M, BLOCK_N])
         if keep is not None:
             seen = seen & keep[None, :]
         scores = masked_scores(
@@ -178,6 +178,21 @@ def attend_packed(
         else:
             new_acc += (acc[j],)
     return new_acc, sums, running_max
+
+
+@triton.jit
+def rows_of_block(
+    block, batch, kv_head, num_kv_heads, q_len, mask_strides,
+    QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Query rows ``[M]`` of a KV head: token, head, whether there is one, mask and output row."""
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
+    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    return row, query_token, query_head, query_token < q_len, mask_row, out.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["key_row"])
@@ -208,15 +223,11 @@ def attend_kernel(
     whole_end = tl.minimum(tile_end, count // BLOCK_N)
 
     lane = tl.arange(0, 16)[None, :]
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    keep_row = query_token < q_len
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    row, query_token, _, keep_row, mask_row, out = rows_of_block(
+        tl.program_id(1), batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
+    )
     token = tl.arange(0, BLOCK_N)
     dtype = tl.float16 if HALF else tl.float32
-    out = output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV)
     out = out * (shares + 1) + share
 
     SIMPLE: tl.constexpr = mask is None and SOFTCAP == 0 and CAUSAL == NO_CAUSALITY
@@ -282,13 +293,6 @@ def attend_kernel(
             tl.store(pointers, x, mask=keep_row[:, None] & (channel < VALUE.head_dim))
 
 
-@triton.jit
-def output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV: tl.constexpr):
-    """The row of each query row in what is ``[batch * num_heads * q_len, ...]``."""
-    rows = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
-    return rows.to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["key_row"])
 def prepare_kernel(
     query, new_key, new_value, key, value, positions, key_row, mask,
@@ -343,20 +347,16 @@ def attend_exact(
     tail = tl.minimum(last, length)
     num_exact = num_sinks + kv_len - tail
 
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    keep_row = query_token < q_len
+    _, query_token, query_head, keep_row, mask_row, out = rows_of_block(
+        block, batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
+    )
+    out = out * (shares + 1) + shares
     query_rows = (
         query
         + batch * query_strides[0]
         + query_head * query_strides[1]
         + query_token * query_strides[2]
     )
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
-    out = output_rows(batch, num_kv_heads, query_head, query_token, q_len, QUERIES_PER_KV)
-    out = out * (shares + 1) + shares
 
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
