@@ -52,6 +52,13 @@ def text_tokens(folder: Path, text: Path) -> Tensor:
     return encoded.input_ids[0]
 
 
+def leading_tokens(folder: Path) -> Tensor:
+    """What the model's tokenizer puts before every text, int64 ``[0 or 1]``."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return torch.tensor([tokenizer.bos_token_id] if begins else [], dtype=torch.int64)
+
+
 def new_cache(model: Any) -> DynamicCache:
     """The cache that ``generate()`` would make."""
     return DynamicCache(config=model.config)

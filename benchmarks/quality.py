@@ -3,7 +3,8 @@
     python benchmarks/quality.py --text wikitext2_test_raw.txt --text book_moby_dick.txt \\
         --calibration-text essays_federalist_papers.txt --prompt 1024
 
-Each window of a text is a prompt, fed in one call, and then tokens, fed one by one with
+Each window of a text, after the token that the tokenizer puts before every text (if it does), is a
+prompt, fed in one call, and then tokens, fed one by one with
 ``model(token, past_key_values=cache)``; the prediction after each such token is scored against the
 token that follows in the text. Windows go through in batches; no row of a batch depends on its
 neighbours. Every setting sees the same windows:
@@ -33,6 +34,7 @@ import torch
 import typer
 from common import (
     command,
+    leading_tokens,
     load_model,
     model_folder,
     new_cache,
@@ -338,11 +340,12 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     folder = model_folder(model)
+    leading = leading_tokens(folder)
     cut, names, records = [], [], []
     for path in text:
         ids = text_tokens(folder, path)
-        offsets, found = spread_windows(ids, windows, prompt + tokens + 1)
-        cut.append(found)
+        offsets, found = spread_windows(ids, windows, prompt + tokens + 1 - len(leading))
+        cut.append(torch.cat([leading.expand(windows, -1), found], 1))
         names += [path.name] * windows
         records.append(text_record(path) | {"tokens": len(ids), "window_offsets": offsets})
     setup = Setup(
