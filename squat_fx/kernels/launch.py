@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 DeviceExtent = tuple[Tensor, int]
 Side = tuple[Arenas, DeviceExtent, Format]
+Write = tuple[Arenas, Tensor, DeviceExtent, Format]
 
 Strides = tuple[int, ...]
 
@@ -269,9 +270,8 @@ def write(
     with _on(new.device):
         if new_len == 1 and in_kernel and feedback is None:
             triton_append.append_kernel[(batch * heads,)](
-                tensors, new, _strides(new), valid, valid_strides, *common, constant,
-                PADDED_T=triton.next_power_of_2(fmt.token_group),
-            )  # fmt: skip
+                tensors, new, _strides(new), valid, valid_strides, *common, constant
+            )
             return
         if valid is not None:
             triton_append.start_kernel[(batch,)](
@@ -282,6 +282,26 @@ def write(
         triton_append.ring_kernel[(batch * heads, triton.cdiv(new_len, block_t))](
             tensors, new, _strides(new), *common, new_len, constant, BLOCK_T=block_t
         )
+
+
+def write_both(key: Write, value: Write, valid: Tensor | None) -> None:
+    """See :func:`squat_fx.kernels.reference.write_both`; one launch for one token of each."""
+    if any(new.shape[2] > 1 or not rounds_in_kernel(fmt) for _, new, _, fmt in (key, value)):
+        for arenas, new, extent, fmt in (key, value):
+            write(arenas, new, valid, extent, fmt)
+        return
+    (key_arenas, new_key, (positions, key_row), _) = key
+    (value_arenas, new_value, (_, value_row), _) = value
+    new_key, new_value = like_dense(new_key, key_arenas), like_dense(new_value, value_arenas)
+    batch, heads = new_key.shape[:2]
+    formats = stored_format(key[3]), stored_format(value[3])
+    valid, valid_strides = _valid_and_strides(valid, batch)
+    with _on(new_key.device):
+        triton_append.append_both_kernel[(batch * heads, 2)](
+            stored(key_arenas, formats[0]), stored(value_arenas, formats[1]), new_key, new_value,
+            _strides(new_key), _strides(new_value), valid, valid_strides,
+            positions, key_row, value_row, heads, *formats,
+        )  # fmt: skip
 
 
 def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:

@@ -12,6 +12,7 @@ the reads in front, and need not copy the arenas.
 | ``quantize`` | whole token groups to packed codes and parameters |
 | ``store`` | a whole prompt to fresh arenas, just large enough; the codec learns from it |
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
+| ``append_both_`` | the same for the keys and values of a layer at once |
 | ``attend`` | attention over the packed past and exact new tokens |
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
@@ -50,6 +51,11 @@ def overload(op: str, layout: Layout) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.squat_fx, op), _OVERLOAD[layout])
 
 
+def both(append: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The overload of ``append_both_`` for the layout of an overload of ``append_``."""
+    return getattr(torch.ops.squat_fx.append_both_, append._schema.overload_name)
+
+
 @lru_cache(maxsize=1)
 def _triton() -> ModuleType | None:
     """The launchers, or None with one warning where Triton cannot be imported."""
@@ -75,9 +81,9 @@ def _define(layout: Layout) -> None:
     names = (*packed, *fixed, "dense", "start")
     count = len(names)
 
-    def declare(prefix: str = "", mutable: bool = False) -> str:
+    def declare(prefix: str = "", mutable: bool = False, first: str = "a") -> str:
         written = [n for n in names if mutable and n not in fixed]
-        alias = {n: f"({chr(ord('a') + i)}!)" for i, n in enumerate(written)}
+        alias = {n: f"({chr(ord(first) + i)}!)" for i, n in enumerate(written)}
         return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
 
     def returns(n: int) -> str:
@@ -95,6 +101,12 @@ def _define(layout: Layout) -> None:
     LIBRARY.define(
         f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, "
         "int row, str codec, int[] format, Tensor[]? after=None) -> ()"
+    )
+    LIBRARY.define(
+        f"append_both_.{name}({declare('key_', mutable=True)}, "
+        f"{declare('value_', mutable=True, first='n')}, Tensor new_key, Tensor new_value, "
+        "Tensor? valid, Tensor positions, int key_row, int value_row, str codec, "
+        "int[] key_format, int[] value_format, Tensor[]? after=None) -> ()"
     )
     LIBRARY.define(
         f"attend.{name}(Tensor query, Tensor? new_key, Tensor? new_value, "
@@ -137,6 +149,19 @@ def _define(layout: Layout) -> None:
         implementation = _implementation(new.device)
         extent = Extent.at(positions, row) if implementation is reference else (positions, row)
         implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
+
+    def append_both_(*args) -> None:
+        arenas, rest = (args[:count], args[count : 2 * count]), args[2 * count :]
+        new_key, new_value, valid, positions, key_row, value_row, codec, *formats = rest[:9]
+        implementation = _implementation(new_key.device)
+        writes = []
+        for tensors, new, row, ints in zip(
+            arenas, (new_key, new_value), (key_row, value_row), formats, strict=True
+        ):
+            fmt = Format.from_ints(layout, codec, ints)
+            extent = Extent.at(positions, row) if implementation is reference else (positions, row)
+            writes.append((Arenas.of(fmt, tensors), new, extent, fmt))
+        implementation.write_both(*writes, valid)
 
     def attend(query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args) -> Tensor:
         key, value, rest = args[:count], args[count : 2 * count], args[2 * count :]
@@ -211,6 +236,7 @@ def _define(layout: Layout) -> None:
         ("quantize", quantize, fake_quantize),
         ("store", store, fake_store),
         ("append_", append_, fake_append_),
+        ("append_both_", append_both_, fake_append_),
         ("attend", attend, fake_attend),
         ("dequantize", dequantize, fake_dequantize),
     ):

@@ -99,6 +99,10 @@ class Extent:
         return max(self.watermark - start - fmt.sink_length, 0) // fmt.token_group * fmt.token_group
 
 
+Write = tuple[Arenas, Tensor, Extent, Format]
+"""Where new tokens go, the tokens, what is there, and how it is stored."""
+
+
 # quantize and dequantize whole groups -------------------------------------------------------------
 
 
@@ -275,6 +279,12 @@ def write(
         fit = Fit(affine, None if feedback is None else feedback[rows])
         _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt, fit)
         _keep_recent(arenas.dense[rows], new[rows], start, extent, after, fmt)
+
+
+def write_both(key: Write, value: Write, valid: Tensor | None) -> None:
+    """:func:`write` the new keys and values of a layer."""
+    for arenas, new, extent, fmt in (key, value):
+        write(arenas, new, valid, extent, fmt)
 
 
 def _runs(start: Tensor) -> list[tuple[slice, int]]:

@@ -3,7 +3,8 @@
 Tokens that leave the ring come from its old part or from ``new``; what stays goes to a sink slot or
 a ring slot. ``triton_round.py`` turns numbers into codes.
 
-One new token takes one launch, ``append_kernel``: a ring holds one group more than the residual, so
+One new token takes one launch, ``append_kernel``, and the keys and values of a layer together take
+one, ``append_both_kernel``: a ring holds one group more than the residual, so
 that the token never lands on one that is being packed. More tokens may reuse ring slots, so they
 take ``start_kernel`` (where rows begin, with ``valid``), ``pack_kernel``, ``ring_kernel``, in this
 order.
@@ -43,6 +44,12 @@ TOKEN_BLOCK_T = 64  # planes/token
 def rows_per_program(fmt, block_t):
     """Tokens that one program packs: a token group, or ``block_t`` tokens that share nothing."""
     return fmt.token_group if fmt.token_group > 1 else block_t
+
+
+@triton.constexpr_function
+def padded_group(fmt):
+    """Tokens of a token group, up to a power of two."""
+    return 1 << (fmt.token_group - 1).bit_length()
 
 
 @triton.jit
@@ -123,12 +130,12 @@ def store_new(
     copy_rows(new + new_head + column.to(tl.int64) * new_stride, target, keep, lane, fmt)
 
 
-@triton.jit(do_not_specialize=["row"])
-def append_kernel(
+@triton.jit
+def append_token(
     stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
-    FORMAT: tl.constexpr, PADDED_T: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """One new token. Grid ``(batch * num_kv_heads,)``."""
+    """One new token of the head ``program_id(0)``."""
     head = tl.program_id(0).to(tl.int64)
     batch = head // num_kv_heads
     kv_head = head % num_kv_heads
@@ -144,13 +151,42 @@ def append_kernel(
     if after > before:
         pack_leaving(
             stored, new, new_head, 0, valid, batch * valid_strides[0], 0, None,
-            head, kv_head, 0, start, length, before, after, FORMAT, 1, PADDED_T,
+            head, kv_head, 0, start, length, before, after, FORMAT, 1, padded_group(FORMAT),
         )  # fmt: skip
     lane = tl.arange(0, 16)[None, :]
     column = tl.zeros([1, 1], tl.int32)
     store_new(
         stored, new, new_head, 0, head, column, column == 0, start, length, after, lane, FORMAT
     )
+
+
+@triton.jit(do_not_specialize=["row"])
+def append_kernel(
+    stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """One new token. Grid ``(batch * num_kv_heads,)``."""
+    append_token(
+        stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads, FORMAT
+    )
+
+
+@triton.jit(do_not_specialize=["key_row", "value_row"])
+def append_both_kernel(
+    key, value, new_key, new_value, new_key_strides, new_value_strides, valid, valid_strides,
+    positions, key_row, value_row, num_kv_heads, KEY: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """One new token of keys and of values. Grid ``(batch * num_kv_heads, 2)``."""
+    if tl.program_id(1) == 0:
+        append_token(
+            key, new_key, new_key_strides, valid, valid_strides, positions, key_row, num_kv_heads,
+            KEY,
+        )  # fmt: skip
+    else:
+        append_token(
+            value, new_value, new_value_strides, valid, valid_strides, positions, value_row,
+            num_kv_heads, VALUE,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row"])

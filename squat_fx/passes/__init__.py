@@ -5,6 +5,7 @@ from __future__ import annotations
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import Canonicalize
 from squat_fx.passes.find_cache_edges import FindCacheEdges
+from squat_fx.passes.fuse_appends import FuseAppends
 from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
 from squat_fx.passes.serve_positions import ServePositions
@@ -15,6 +16,7 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     FindCacheEdges,
     ServePositions,
     QuantizeKVCache,
+    FuseAppends,
     Verify,
 )
 

@@ -35,7 +35,7 @@ class Verify(GraphPass):
         for node in rewriting.graph.nodes:
             name = getattr(node.target, "_schema", None)
             op = getattr(name, "name", "")
-            if op == "squat_fx::append_":
+            if op in ("squat_fx::append_", "squat_fx::append_both_"):
                 assert not node.users, f"{node} has readers"
                 appended.update(
                     a for a in node.args if isinstance(a, fx.Node) and a.op == "placeholder"

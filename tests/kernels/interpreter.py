@@ -51,6 +51,11 @@ def test_writing_token_by_token_agrees_with_the_reference(codec: Codec, role: Ro
     laws.writing_agrees_with_the_reference(replace(case, chunks=(1,) * 38), role, "cpu")
 
 
+@pytest.mark.parametrize("seed", range(600, 608))
+def test_writing_both_agrees_with_writing_each(seed: int) -> None:
+    laws.writing_both_agrees_with_writing_each(case_of(seed), "cpu")
+
+
 @pytest.mark.parametrize("seed", range(400, 406))
 def test_writing_a_prompt_with_feedback_agrees_with_the_reference(seed: int) -> None:
     case = with_feedback(case_of(seed))

@@ -261,6 +261,36 @@ def writing_agrees_with_the_reference(
         expected = to(actual, "cpu")  # the next chunk compares from here on
 
 
+def writing_both_agrees_with_writing_each(case: Case, device: str) -> None:
+    """Bit for bit, for single tokens and for several, in one launch or in many."""
+    formats: dict[Role, Format] = {role: case.format(role) for role in ("key", "value")}
+    sides = {role: stored(case, role) for role in formats}
+    batch, extents = len(case.pads), {role: extent for role, (_, extent) in sides.items()}
+    each = {role: to(arenas, device) for role, (arenas, _) in sides.items()}
+    both = {role: to(arenas, device) for role, (arenas, _) in sides.items()}
+    for step, tokens in enumerate((1, 1, 3, 1)):
+        positions = positions_of(*extents.values(), device=device)
+        rows = {role: (positions, row) for row, role in enumerate(formats, 1)}
+        new = {
+            role: case.randn(batch, NUM_KV_HEADS, tokens, fmt.head_dim, seed=step).to(device)
+            for role, fmt in formats.items()
+        }
+        valid = None if step % 2 else torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        for role, fmt in formats.items():
+            launch.write(each[role], new[role], valid, rows[role], fmt)
+        launch.write_both(
+            *((both[role], new[role], rows[role], fmt) for role, fmt in formats.items()), valid
+        )
+        for role, fmt in formats.items():
+            assert_same(tensors_of(both[role]), tensors_of(each[role]))
+            extents[role] = extents[role].after(tokens, fmt)
+    assert any(
+        not torch.equal(as_bytes(a), as_bytes(b))
+        for role, (arenas, _) in sides.items()
+        for a, b in zip(tensors_of(arenas), tensors_of(both[role]), strict=True)
+    ), "nothing was written"
+
+
 def assert_same_storage(
     actual: Arenas,
     expected: Arenas,

@@ -49,6 +49,19 @@ def test_storing_rotated_tokens_needs_no_spills(head_dim: int, bits: int, capabi
     assert not any(r.spills for r in resources.values())
 
 
+def test_one_token_of_keys_and_values_takes_one_launch() -> None:
+    shape = Shape(128, 2, codec=Squat())
+    key, value = (
+        (shape.arenas(role), shape.tokens(1), (aot.POSITIONS, row), shape.format(role))
+        for row, role in enumerate(aot.ROLES)
+    )
+    with aot.recorded() as launches:
+        launch.write_both(key, value, None)
+    resources = compiled(launches, 90)
+    assert list(resources) == ["append_both_kernel"]
+    assert not any(r.spills for r in resources.values())
+
+
 def test_mixed_widths_of_an_uneven_head_compile() -> None:
     shape = Shape(head_dim=72, bits=(0, 1, 3, 8, 5), codec=Squat())
     launches = [*aot.write_launches(shape, "value", 64), *aot.dequantize_launches(shape, "value")]

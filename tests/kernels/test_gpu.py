@@ -55,6 +55,11 @@ def test_writing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.writing_agrees_with_the_reference(case_of(seed), role, "cuda")
 
 
+@pytest.mark.parametrize("seed", range(600, 612))
+def test_writing_both_agrees_with_writing_each(seed: int) -> None:
+    laws.writing_both_agrees_with_writing_each(case_of(seed), "cuda")
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("codec", [Kivi(32), Squat()], ids=lambda c: c.name)
 @pytest.mark.parametrize("role", ROLES)

@@ -122,7 +122,11 @@ def calls(layout: str) -> list[Call]:
     new_key, new_value = (randn(BATCH, HEADS, 3, 40, seed=s) for s in (4, 5))
     mask = left_padding([0, 3], TOKENS + 3)[:, None, None, :]
     sinks = randn(2 * HEADS, seed=6)
-    sides = (*key.tensors, *value.tensors, positions(key, value), 0, 1)
+    both = (*key.tensors, *value.tensors)
+    sides = (*both, positions(key, value), 0, 1)
+    for tokens, after in ((1, None), (3, [x])):
+        news = (new[:, :, :tokens], new[:, :, -tokens:], None, *sides[len(both) :], fmt.codec)
+        numbers.append(Call(f"append_both_.{name}", (*both, *news, *tail, after)))
     attention = [
         Call(f"attend.{name}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
         Call(f"attend.{name}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
@@ -165,9 +169,30 @@ def test_only_what_the_schema_marks_is_written(call: Call) -> None:
 def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     schema = ops.overload("append_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    names = format_of(layout, "key").arena_names
-    assert written == [name for name in names if name not in ("affine", "basis")]
+    names = [n for n in format_of(layout, "key").arena_names if n not in ("affine", "basis")]
+    assert written == names
     assert not schema.returns
+    schema = ops.both(ops.overload("append_", layout))._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == [f"{role}_{name}" for role in ("key", "value") for name in names]
+    assert not schema.returns
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_append_both_is_an_append_of_each(layout: str, tokens: int) -> None:
+    formats = [format_of(layout, role) for role in ("key", "value")]
+    each, both = ([stored(fmt, seed=i) for i, fmt in enumerate(formats)] for _ in range(2))
+    new = [randn(BATCH, HEADS, tokens, 40, seed=s) for s in (1, 2)]
+    valid, where = left_padding([0, 0], tokens), positions(*each)
+    append = ops.overload("append_", layout)
+    for row, (side, x) in enumerate(zip(each, new, strict=True)):
+        append(*side.tensors, x, valid, where, row, side.fmt.codec, side.fmt.to_ints())
+    arenas = (*both[0].tensors, *both[1].tensors)
+    codec, ints = formats[0].codec, [fmt.to_ints() for fmt in formats]
+    ops.both(append)(*arenas, *new, valid, where, 0, 1, codec, *ints)
+    for one, other in zip(each, both, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
 
 def laid_out(result: Any) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]]:

@@ -93,8 +93,7 @@ def test_decode_of_a_calibrated_layer() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -183,8 +182,7 @@ def test_decode() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, None, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, None, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -196,8 +194,7 @@ def test_decode_with_mask_softcap_and_repeated_heads() -> None:
 inputs: positions, x, *past_key, *past_value, mask
 valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
 attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_.planes_token(*past_key, transpose_1, valid_tokens_default, positions, 0, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [attend_planes_token])
-squat_fx.append_.planes_token(*past_value, transpose_2, valid_tokens_default, positions, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, valid_tokens_default, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
 return attend_planes_token""",
     )
 
@@ -208,10 +205,10 @@ def test_decode_of_merged_heads() -> None:
     assert_expected_inline(
         "\n".join(lines[-7:]),
         """\
+mul_2 = mul(flatten, 0.25)
 unflatten_4 = unflatten(mul_2, 0, (-1, 4))
 attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [attend_dense])
-squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
 flatten_3 = flatten(attend_dense, 0, 1)
 unflatten_3 = unflatten(flatten_3, 0, (-1, 4))
 return unflatten_3""",
@@ -250,8 +247,7 @@ def test_key_with_a_second_reader_gets_the_numbers_and_the_cache_still_grows_pac
 inputs: positions, x, past_key, *past_key, *past_value
 cat = cat([past_key, transpose_1], -2)
 attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_.dense(*past_key, transpose_1, None, positions, 0, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [attend_dense])
-squat_fx.append_.dense(*past_value, transpose_2, None, positions, 1, 'none {"group_size": 4}', [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
 mean = mean(cat)""",
     )
     assert_same_over_steps(module, rewritten)
