@@ -1,0 +1,266 @@
+"""Whole models on a GPU: prefill, step time and peak memory, with full-precision and packed caches.
+
+    python benchmarks/gpu_generate.py --case llama-3.1-8b:64:8192:64 --case llama-2-7b:256:160:338
+
+Unmodified transformers models of published shapes with random weights in fp16, greedy
+``generate()``. A case is ``shape:batch:prompt tokens:new tokens``. Every cache runs in a process of
+its own:
+
+    eager         DynamicCache, nothing compiled
+    compiled      StaticCache, torch.compile(mode="reduce-overhead"): the best fp16 a user can get
+    squat         squat_fx.compile(model, bits=2)
+    squat graphs  the same with cuda_graphs=True
+
+A step is the median time between two tokens, by events on the GPU's own clock, without the first
+three; throughput counts the whole generation after the first token. Peaks are the allocator's, of
+the prefill and of all. The floor of a step is the time in which the GPU reads the weights once, at
+the speed at which it copies memory in the same process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import versions, write_result
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
+
+import squat_fx
+
+LLAMA: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+CACHES = ("eager", "compiled", "squat", "squat graphs")
+WARM_STEPS = 3
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated."""
+
+    shape: str
+    batch: int
+    prompt: int
+    new: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """``shape:batch:prompt:new``."""
+        try:
+            shape, *numbers = text.split(":")
+            batch, prompt, new = map(int, numbers)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not shape:batch:prompt:new") from None
+        if shape not in LLAMA:
+            raise typer.BadParameter(f"unknown shape {shape!r}, choose one of {', '.join(LLAMA)}")
+        return cls(shape, batch, prompt, new)
+
+    def __str__(self) -> str:
+        return f"{self.shape}:{self.batch}:{self.prompt}:{self.new}"
+
+
+class Ticks(StoppingCriteria):
+    """Notes when each token is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.ticks: list[Any] = []
+        self.prefill_peak = 0
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            if not self.ticks:
+                self.prefill_peak = torch.cuda.max_memory_allocated()
+            self.ticks.append(event)
+        else:
+            self.ticks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def milliseconds(self) -> list[float]:
+        """Between one token and the next."""
+        pairs = list(zip(self.ticks, self.ticks[1:], strict=False))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in pairs]
+        return [1e3 * (b - a) for a, b in pairs]
+
+
+def make_model(shape: str, longest: int, device: str) -> Any:
+    """A model with normal weights, made where it runs."""
+    config = LlamaConfig(**LLAMA[shape], max_position_embeddings=longest)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that the GPU reads and writes in a copy."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        y.copy_(x)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * x.nbytes / median(times)
+
+
+def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
+    """One case with one cache, in this process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(case.shape, case.prompt + case.new, device)
+    weights = sum(p.nbytes for p in model.parameters())
+    options: dict[str, Any] = {}
+    if cache == "compiled":
+        options = {"cache_implementation": "static"}
+        model.forward = torch.compile(model.forward, mode="reduce-overhead")
+    elif cache.startswith("squat"):
+        squat_fx.compile(model, bits, cuda_graphs=cache == "squat graphs")
+    ids = torch.randint(1, model.config.vocab_size, (case.batch, case.prompt), device=device)
+    options |= {"do_sample": False, "min_new_tokens": case.new, "max_new_tokens": case.new}
+
+    def generate() -> tuple[Ticks, float]:
+        ticks = Ticks()
+        started = time.perf_counter()
+        with torch.no_grad():
+            model.generate(ids, stopping_criteria=[ticks], **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return ticks, time.perf_counter() - started
+
+    _, first_seconds = generate()  # compiles
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ticks, seconds = generate()
+    steps = ticks.milliseconds()
+    decoding = sum(steps) / 1e3
+    found: dict[str, Any] = {
+        "step_ms": round(median(steps[WARM_STEPS:] or steps), 3),
+        "tokens_per_second": round(case.batch * len(steps) / decoding, 1),
+        "seconds_to_first_token": round(seconds - decoding, 3),
+        "first_generation_seconds": round(first_seconds, 1),
+    }
+    if device == "cuda":
+        found |= {
+            "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+            "prefill_peak_gib": round(ticks.prefill_peak / GIB, 2),
+            "weight_floor_ms": round(1e3 * weights / copy_bandwidth(), 3),
+        }
+    if cache.startswith("squat"):
+        found["report"] = str(squat_fx.report(model)).splitlines()
+    return found
+
+
+def run_in_process(case: Case, cache: str, bits: int) -> dict[str, Any]:
+    """The same in a process that starts with nothing allocated; what went wrong as ``error``."""
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        str(case),
+        "--single",
+        cache,
+        "--bits",
+        str(bits),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return {"error": lines[-1][:300] if lines else f"exit status {done.returncode}"}
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table("case", "cache", "ms a step", "tokens/s", "first token s", "peak GiB",
+                  "in prefill", "× floor", "compile s", box=None)  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        name = ":".join(str(row[key]) for key in ("shape", "batch", "prompt", "new"))
+        if "error" in row:
+            table.add_row(name, row["cache"], row["error"])
+            continue
+        floor = row.get("weight_floor_ms")
+        table.add_row(
+            name, row["cache"], f"{row['step_ms']:.2f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row['seconds_to_first_token']:.2f}", str(row.get("peak_gib", "-")),
+            str(row.get("prefill_peak_gib", "-")),
+            f"{row['step_ms'] / floor:.2f}" if floor else "-",
+            f"{row['first_generation_seconds']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(
+    case: Annotated[list[str], typer.Option(help="shape:batch:prompt tokens:new tokens; repeat.")],
+    cache: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(CACHES)}; repeat. All if left out.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits per cached number.", min=1, max=8)] = 2,
+    single: Annotated[str | None, typer.Option(help="Run this cache here, print json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
+) -> None:
+    """Step time, throughput and peak memory of whole models."""
+    cases = [Case.parse(text) for text in case]
+    if single is not None:
+        typer.echo(json.dumps(run_one(cases[0], single, bits)))
+        return
+    rows = []
+    for chosen in cases:
+        for name in cache or CACHES:
+            found = run_in_process(chosen, name, bits)
+            rows.append(asdict(chosen) | {"cache": name} | found)
+            typer.echo(f"{chosen} {name}: {found}"[:300], err=True)
+    print_rows(rows, Console(width=150))
+    command = " ".join(["python benchmarks/gpu_generate.py", *(f"--case {c}" for c in cases)])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"command": command, "versions": versions(), "device": device, "bits": bits}
+    write_result(out, result | {"rows": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
