@@ -55,12 +55,12 @@ def test_inductor_copies_no_arena_and_mutates_them_in_place() -> None:
     _, code = run_and_get_code(
         model.generate, prompt(1, 20), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
-    decode = next(text for text in code if "squat_fx.append_" in text)
+    decode = next(text for text in code if "squat_fx.append_both_" in text)
     # Two layers, keys and values: six arenas each go straight from the call's arguments into the
     # op.
-    calls = re.findall(r"squat_fx\.append_\.planes_token\((.*)\)", decode)
-    assert len(calls) == 4
-    arenas = [argument for call in calls for argument in call.split(", ")[:6]]
+    calls = re.findall(r"squat_fx\.append_both_\.planes_token\((.*)\)", decode)
+    assert len(calls) == 2
+    arenas = [argument for call in calls for argument in call.split(", ")[:12]]
     assert all(re.fullmatch(r"arg\d+_1", argument) for argument in arenas), arenas
     assert len(set(arenas)) == 24
     assert "clone" not in decode.split("def call(")[1]
