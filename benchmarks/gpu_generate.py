@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 
 import squat_fx
 
-LLAMA: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -86,8 +86,8 @@ class Case:
             batch, prompt, new = map(int, numbers)
         except ValueError:
             raise typer.BadParameter(f"{text!r} is not shape:batch:prompt:new") from None
-        if shape not in LLAMA:
-            raise typer.BadParameter(f"unknown shape {shape!r}, choose one of {', '.join(LLAMA)}")
+        if shape not in SHAPES:
+            raise typer.BadParameter(f"unknown shape {shape!r}, choose one of {', '.join(SHAPES)}")
         return cls(shape, batch, prompt, new)
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ class Ticks(StoppingCriteria):
 
 def make_model(shape: str, longest: int, device: str) -> Any:
     """A model with normal weights, made where it runs."""
-    config = LlamaConfig(**LLAMA[shape], max_position_embeddings=longest)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=longest)
     dtype = torch.float16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):

@@ -36,7 +36,8 @@ class Statistics:
 
     def add(self, key: Tensor, query: Tensor) -> None:
         """A batch of prompts: ``[batch, heads, tokens, head_dim]`` each."""
-        centred = (key.float() - key.float().mean(2, keepdim=True)).double()
+        key = key.float()
+        centred = (key - key.mean(2, keepdim=True)).double()
         moment = (centred.mT @ centred).sum(0).cpu() / key.shape[2]
         keep = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         gram = query_gram(query, keep, key.shape[1]).sum(0).cpu() / key.shape[2]

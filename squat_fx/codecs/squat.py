@@ -89,8 +89,7 @@ class Squat(Codec):
         if not self.affine(role) and not self.taps(role):
             return Fit()
         batch, heads, _, head_dim = x.shape
-        enough = keep.sum(1) >= SMALLEST_PROMPT
-        learned_from = keep & enough[:, None]
+        learned_from = keep & (keep.sum(1, keepdim=True) >= SMALLEST_PROMPT)
         mean = x.new_zeros((batch, heads, 1, head_dim), dtype=torch.float16)
         factor = torch.ones_like(mean)
         feedback = None
@@ -106,7 +105,7 @@ class Squat(Codec):
                 pair = rotation_pair(head_dim, x.device) if basis is None else basis
                 latent = pair[1].double() * factor.double()  # queries go there with its transpose
                 h = metric(latent @ gram @ latent.transpose(-1, -2), self.strength, relative=True)
-                feedback = feedback_matrix(h, LANES) * enough[:, None, None, None]
+                feedback = feedback_matrix(h, LANES)  # zeros where nothing is learned
         return Fit(torch.cat([mean, factor], 2) if self.affine(role) else None, feedback)
 
 

@@ -74,6 +74,11 @@ def _implementation(device: torch.device) -> ModuleType:
     return (_triton() or reference) if device.type == "cuda" else reference
 
 
+def _extent(implementation: ModuleType, positions: Tensor, row: int) -> Extent | tuple[Tensor, int]:
+    """A row of positions: numbers for the reference, for kernels where to read them."""
+    return Extent.at(positions, row) if implementation is reference else (positions, row)
+
+
 def _define(layout: Layout) -> None:
     """Register the five ops of one layout."""
     name = _OVERLOAD[layout]
@@ -147,7 +152,7 @@ def _define(layout: Layout) -> None:
         tensors, (new, valid, positions, row, codec, format) = args[:count], args[count : count + 6]
         fmt = Format.from_ints(layout, codec, format)
         implementation = _implementation(new.device)
-        extent = Extent.at(positions, row) if implementation is reference else (positions, row)
+        extent = _extent(implementation, positions, row)
         implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
 
     def append_both_(*args) -> None:
@@ -159,7 +164,7 @@ def _define(layout: Layout) -> None:
             arenas, (new_key, new_value), (key_row, value_row), formats, strict=True
         ):
             fmt = Format.from_ints(layout, codec, ints)
-            extent = Extent.at(positions, row) if implementation is reference else (positions, row)
+            extent = _extent(implementation, positions, row)
             writes.append((Arenas.of(fmt, tensors), new, extent, fmt))
         implementation.write_both(*writes, valid)
 
@@ -180,7 +185,7 @@ def _define(layout: Layout) -> None:
         implementation = _implementation(query.device)
         sides = []
         for tensors, row, ints in ((key, key_row, key_format), (value, value_row, value_format)):
-            extent = Extent.at(positions, row) if implementation is reference else (positions, row)
+            extent = _extent(implementation, positions, row)
             fmt = Format.from_ints(layout, "", ints)
             sides.append((Arenas.of(fmt, tensors), extent, fmt))
         return implementation.attend(

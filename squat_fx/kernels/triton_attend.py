@@ -84,6 +84,21 @@ def masked_scores(
 
 
 @triton.jit
+def rows_of_block(
+    block, batch, kv_head, num_kv_heads, q_len, mask_strides,
+    QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Query rows ``[M]`` of a KV head: token, head, whether there is one, mask and output row."""
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
+    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    return row, query_token, query_head, query_token < q_len, mask_row, out.to(tl.int64)
+
+
+@triton.jit
 def tile_groups(slot, keep, tile_token, BLOCK_N: tl.constexpr, fmt: tl.constexpr):
     """The token group of each slot of a packed tile and whether it exists.
 
@@ -215,10 +230,10 @@ def attend_kernel(
     tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
 
     lane = tl.arange(0, 16)[None, :]
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    keep_row = query_token < q_len
+    _, query_token, query_head, keep_row, mask_row, out = rows_of_block(
+        tl.program_id(1), batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
+    )
+    out = out * shares + share
     query_rows = (
         query
         + batch * query_strides[0]
@@ -232,8 +247,6 @@ def attend_kernel(
         q += (tl.load(query_rows[:, None] + channel, mask=keep, other=0.0),)
     new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
     new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
 
     acc = ()
     for _ in tl.static_range(num_planes(VALUE)):
@@ -264,10 +277,6 @@ def attend_kernel(
             KEY, VALUE, CAUSAL, SOFTCAP, True, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
-    out = (
-        ((batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token) * shares
-        + share
-    ).to(tl.int64)
     tl.store(partial_max + out, running_max, mask=keep_row)
     tl.store(partial_sum + out, running_sum, mask=keep_row)
     if tile_begin < tile_end:

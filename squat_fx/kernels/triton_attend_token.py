@@ -37,7 +37,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores
+from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores, rows_of_block
 from squat_fx.kernels.triton_planes import (
     exact_rows,
     half_codes,
@@ -180,21 +180,6 @@ def attend_packed(
     return new_acc, sums, running_max
 
 
-@triton.jit
-def rows_of_block(
-    block, batch, kv_head, num_kv_heads, q_len, mask_strides,
-    QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Query rows ``[M]`` of a KV head: token, head, whether there is one, mask and output row."""
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
-    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
-    return row, query_token, query_head, query_token < q_len, mask_row, out.to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["key_row"])
 def attend_kernel(
     key, value, positions, key_row, mask, latent_query, size, offset,
@@ -247,7 +232,7 @@ def attend_kernel(
             row_offset *= scale * LOG2_E
         # The scale of a row goes into its query as far as fp16 has room; the rest is a power of
         # two that all rows share.
-        score_unit = tl.exp2(tl.ceil(tl.maximum(tl.log2(tl.max(row_scale, 0) / 256), 0.0)))
+        score_unit = tl.exp2(tl.ceil(tl.maximum(tl.log2(tl.max(tl.abs(row_scale), 0) / 256), 0.0)))
         row_scale /= score_unit
         score_unit *= SCORE_FACTOR
         latent = ()
