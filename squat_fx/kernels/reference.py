@@ -107,15 +107,21 @@ Write = tuple[Arenas, Tensor, Extent, Format]
 
 
 def quantize(
-    x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit = NO_FIT, basis: Tensor | None = None
+    x: Tensor,
+    valid: Tensor | None,
+    fmt: Format,
+    fit: Fit = NO_FIT,
+    basis: Tensor | None = None,
+    first_slot: int = 0,
 ) -> tuple[Tensor, ...]:
-    """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``;
-    valid ``[batch, tokens]``.
+    """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``,
+    for the slots from ``first_slot`` on; valid ``[batch, tokens]``.
     """
     if fmt.layout == "dense":
         return (x.contiguous(),)
     if fmt.layout == "planes/token":
-        codes, scale = quantize_tokens(to_latent(x, fit.affine, basis), fmt.widths, fit.feedback)
+        latent = to_latent(x, fit.affine, basis)
+        codes, scale = quantize_tokens(latent, fmt.widths, fit.feedback, first_slot)
         return pack(codes, fmt.widths), scale
     if valid is not None:
         valid = valid.unflatten(1, (-1, fmt.token_group))[:, None, :, :, None, None]
@@ -319,8 +325,9 @@ def _pack_leaving(
         known = valid.new_ones((valid.shape[0], in_ring - first))
         valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
     slots = _packed_slots(arenas, rows, first, end, fmt)
-    for slot, packed in zip(slots, quantize(leaving, valid, fmt, fit, arenas.basis), strict=True):
-        slot.copy_(packed)
+    packed = quantize(leaving, valid, fmt, fit, arenas.basis, first)
+    for slot, numbers in zip(slots, packed, strict=True):
+        slot.copy_(numbers)
 
 
 def _keep_recent(

@@ -9,7 +9,7 @@ are computed, bit for bit as there):
 over the valid numbers of a group. ``planes/token`` (``codecs/symmetric.py``):
 
     y = ((x - offset) / factor) @ basis
-    scale = max(sqrt(mean(y**2)), max(|y| * least_scale(bits))), fp16
+    scale = max(sqrt(mean(y**2)), max(|y| * least_scale(bits))), fp16, negative in odd slots
     code = clamp(round_half_even(y / (scale * step) + zero), 0, 2**bits - 1)
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
@@ -304,6 +304,7 @@ def pack_tokens(stored, head, slot, keep, tiles, feedback, lane, fmt: tl.constex
             asked = tl.maximum(asked, tl.abs(plane_of(tiles, j, fmt)) * scale_asked(fmt, j))
     scale = tl.maximum(scale, tl.max(asked, 1, keep_dims=True))
     scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF).to(tl.float16)
+    scale = tl.where(slot % 2 == 0, scale, -scale)
     tl.store(stored.scale + head * stored.capacity + slot, scale, mask=keep)
     words = no_words(slot, fmt)
     for j in tl.static_range(num_planes(fmt)):

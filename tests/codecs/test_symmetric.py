@@ -46,9 +46,9 @@ def roundtrip(y: Tensor, widths: tuple[int, ...]) -> Tensor:
 
 
 def units(scale: Tensor, widths: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor]:
-    """What a step of a code is worth, and the number of the outermost level."""
+    """The size of a step of a code, and of the number of the outermost level."""
     step, zero = step_and_zero(widths, head_dim, scale.device)
-    return scale.float() * step, scale.float() * step * zero
+    return scale.float().abs() * step, scale.float().abs() * step * zero
 
 
 @lru_cache(maxsize=1)
@@ -140,6 +140,22 @@ def test_one_bit_is_the_sign_and_no_bits_say_nothing() -> None:
     assert not restored[..., 16:].any()
 
 
+@given(schedule=schedules(smallest=1), first_slot=st.integers(0, 9), seed=SEEDS)
+def test_the_sign_of_a_scale_is_that_of_its_slot_and_changes_no_number(
+    schedule: tuple[int, tuple[int, ...]], first_slot: int, seed: int
+) -> None:
+    head_dim, widths = schedule
+    y = randn(2, 2, 5, head_dim, seed=seed)
+    codes, scale = quantize_tokens(y, widths, first_slot=first_slot)
+    odd = (torch.arange(first_slot, first_slot + 5) % 2 == 1)[:, None]
+    assert torch.equal(scale < 0, odd.expand_as(scale))
+    mirrored, opposite = quantize_tokens(y, widths, first_slot=first_slot + 1)
+    assert torch.equal(scale, -opposite)
+    restored = dequantize_tokens(codes, scale, widths)
+    ties = restored != dequantize_tokens(mirrored, opposite, widths)
+    assert ties.float().mean() < 0.01
+
+
 # what it never does -----------------------------------------------------------------------------
 
 
@@ -162,7 +178,7 @@ def test_a_token_of_zeros_comes_back_as_good_as_zero(
     head_dim, widths = schedule
     feedback = torch.ones(1, 1, head_dim, head_dim).triu(1) if with_feedback else None
     codes, scale = quantize_tokens(torch.zeros(1, 1, 3, head_dim), widths, feedback)
-    assert torch.equal(scale, torch.full_like(scale, SMALLEST_SCALE))
+    assert torch.equal(scale.abs(), torch.full_like(scale, SMALLEST_SCALE))
     assert dequantize_tokens(codes, scale, widths).abs().max() < 1e-4
 
 
@@ -181,7 +197,7 @@ def test_numbers_beyond_fp16_stay_finite(
     codes, scale = quantize_tokens(y, widths, feedback)
     restored = dequantize_tokens(codes, scale, widths)
     assert restored.isfinite().all()
-    assert (scale <= LARGEST_HALF).all()
+    assert (scale.abs() <= LARGEST_HALF).all()
     assert (restored.sign() == y.sign()).all()
 
 
@@ -194,7 +210,9 @@ def test_a_token_does_not_depend_on_others(
     among = y.clone()
     among[:, :, 1::2] = garbage
     for alone, found in zip(
-        quantize_tokens(y[:, :, 2:3], widths), quantize_tokens(among, widths), strict=True
+        quantize_tokens(y[:, :, 2:3], widths, first_slot=2),
+        quantize_tokens(among, widths),
+        strict=True,
     ):
         assert torch.equal(alone, found[:, :, 2:3])
 
@@ -240,7 +258,9 @@ def test_each_plane_is_rounded_after_the_errors_of_those_before_it(
     before = y.clone()
     codes, scale = quantize_tokens(y, widths, feedback)
     assert torch.equal(y, before), "the numbers are the caller's"
-    assert torch.equal(scale, token_scale(y, widths)), "the scale is that of the numbers themselves"
+    assert torch.equal(scale.abs(), token_scale(y, widths)), (
+        "the scale is that of the numbers themselves"
+    )
     restored = dequantize_tokens(codes, scale, widths).double()
     # restored - y = own + own @ feedback, own the rounding error of each channel
     identity = torch.eye(head_dim, dtype=torch.float64)

@@ -27,7 +27,7 @@ from squat_fx.codecs import (
     make_format,
 )
 from squat_fx.codecs.planes import LANES, num_planes, unpack
-from squat_fx.codecs.symmetric import STEP, least_scale
+from squat_fx.codecs.symmetric import STEP, alternating_signs, least_scale
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
@@ -399,7 +399,8 @@ def assert_rounded_rightly(
         least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
         scale = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
-        assert_nearest_halves(packed[1], scale[..., None], 1e-6 * largest_number)
+        sign = alternating_signs(x.shape[2], 0, x.device).double()
+        assert_nearest_halves(packed[1] * sign, scale[..., None], 1e-6 * largest_number)
     else:
         group = fmt.token_group
         assert fmt.channel_group == 1
