@@ -25,6 +25,7 @@ from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
 from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import (
+    gluon_attend_token,
     reference,
     triton_append,
     triton_attend,
@@ -184,7 +185,8 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     q_len, device = work.query.shape[2], work.query.device
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
-    block_n = triton_attend_token.BLOCK_N
+    swapped = gluon_attend_token.takes(work)
+    block_n = gluon_attend_token.BLOCK_N if swapped else triton_attend_token.BLOCK_N
     shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
 
@@ -193,28 +195,41 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     latent_query = (latent, *latent.new_empty((2, all_rows)))
     bases = work.num_kv_heads if work.key.basis_stride else 1
     row_blocks = triton.cdiv(all_rows // bases, block_m)
-    triton_attend_token.prepare_kernel[(row_blocks * bases + work.heads * blocks,)](
+    rotations = row_blocks * bases * key_format.num_tiles
+    exact_n = triton_attend_token.exact_block_n(work.widest)
+    triton_attend_token.prepare_kernel[(rotations + work.heads * blocks,)](
         work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
         *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
         shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        BLOCK_M=block_m, BLOCK_N=triton_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
-        num_warps=num_warps,
+        BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
+        num_warps=triton_attend_token.PREPARE_WARPS,
     )  # fmt: skip
-    half = work.query.dtype != torch.float32
-    triton_attend_token.attend_kernel[(work.heads, blocks, shares)](
-        work.key, work.value, work.positions, row, work.mask, *latent_query,
-        *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
-        *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
-        BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
-    )  # fmt: skip
-    block_d, head_dim = triton_attend_token.MERGE_BLOCK_D, value_format.head_dim
-    triton_attend_token.merge_kernel[(all_rows, triton.cdiv(head_dim, block_d))](
+    if swapped:
+        gluon_attend_token.attend_kernel[(work.heads, 1, shares)](
+            work.key, work.value, work.positions, row, *latent_query, *left,
+            work.num_kv_heads, q_len, work.scale, *work.formats, work.queries_per_kv,
+            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n,
+            STAGES=gluon_attend_token.NUM_STAGES, num_warps=1,
+        )  # fmt: skip
+    else:
+        half = work.query.dtype != torch.float32
+        triton_attend_token.attend_kernel[(work.heads, blocks, shares)](
+            work.key, work.value, work.positions, row, work.mask, *latent_query,
+            *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
+            *work.formats, work.queries_per_kv, work.causal, work.softcap,
+            HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
+            BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
+        )  # fmt: skip
+    block_m, block_d = triton_attend_token.merge_tile(shares, value_format.head_dim)
+    bases = work.num_kv_heads if work.value.basis_stride else 1
+    row_blocks, head_dim = triton.cdiv(all_rows // bases, block_m), value_format.head_dim
+    triton_attend_token.merge_kernel[(row_blocks * bases, triton.cdiv(head_dim, block_d))](
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
-        value_format, work.queries_per_kv, PADDED_D=padded(head_dim),
-        BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
+        all_rows // bases, row_blocks, bases, value_format, work.queries_per_kv,
+        PADDED_D=padded(head_dim), BLOCK_M=block_m, BLOCK_S=triton.next_power_of_2(shares),
+        BLOCK_D=block_d,
     )  # fmt: skip
 
 

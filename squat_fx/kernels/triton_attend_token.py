@@ -46,17 +46,21 @@ from squat_fx.kernels.triton_planes import (
     load_or_zero,
     num_pieces,
     num_planes,
+    num_tiles,
     packed_tokens,
     plane_exponent,
     step,
+    tile_width,
     words_of_rows,
 )
 from squat_fx.kernels.triton_round import high_part
 
 BLOCK_N = 64
-EXACT_BLOCK_N = 32
+EXACT_BLOCK_N = 64  # of 128 channels
+PREPARE_WARPS = 4
 NUM_STAGES = 3
 MERGE_BLOCK_D = 64
+MERGE_SHARES = 4  # so many at most leave room for 16 query rows
 LARGEST_BLOCK_M = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -65,6 +69,17 @@ def tile(rows: int) -> tuple[int, int]:
     """``BLOCK_M`` and ``num_warps`` for ``rows`` query rows: a warp has 16 rows."""
     block_m = min(max(16, triton.next_power_of_2(rows)), LARGEST_BLOCK_M)
     return block_m, block_m // 16
+
+
+def exact_block_n(head_dim: int) -> int:
+    """How many exact tokens ``prepare_kernel`` takes at once."""
+    return max(16, EXACT_BLOCK_N * 128 // max(128, triton.next_power_of_2(head_dim)))
+
+
+def merge_tile(shares: int, head_dim: int) -> tuple[int, int]:
+    """Query rows and channels of a program of ``merge_kernel``."""
+    block_d = MERGE_BLOCK_D * 128 // max(128, triton.next_power_of_2(head_dim))
+    return (16 if shares <= MERGE_SHARES else 1), block_d
 
 
 @triton.constexpr_function
@@ -124,7 +139,7 @@ def first_column(x):
 
 @triton.jit
 def attend_packed(
-    latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+    latent, row_zero, row_offset, score_unit, acc, weights, total, running_max,
     key, value, first_row, token, keep, position, query_token, keep_row,
     mask, mask_row, mask_stride, kv_len, q_len, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -134,11 +149,10 @@ def attend_packed(
     """Take the packed tokens at ``first_row + token`` ``[N]`` into the running softmax.
 
     ``keep`` is ``[N]``, or None if all are there. ``SIMPLE``: nothing is masked. ``acc`` sums codes
-    of values, ``sums`` ``[M, 8]`` what they are weighed with and, from column 4 on, the weights
-    before the scales of the values.
+    of values, each column of ``weights`` ``[M, 8]`` what they are weighed with, and of ``total``
+    what the softmax divides by.
     """
     lane = tl.arange(0, 16)[None, :]
-    column = tl.arange(0, 8)[None, :]
     there = None if keep is None else keep[:, None]
     rows = key.qdata + first_row * KEY.row_size + (token * KEY.row_size)[:, None]
     words = words_of_rows(rows, there, lane, KEY)
@@ -167,9 +181,10 @@ def attend_packed(
     weight = p * value_scale[None, :]
     rows = value.qdata + first_row * VALUE.row_size + (token * VALUE.row_size)[:, None]
     words = words_of_rows(rows, there, lane, VALUE)
-    scales = load_or_zero(value.scale + first_row + token[:, None] + column * 0, there)
-    scales = tl.where(column < 4, scales, 1.0).to(p.dtype)
-    sums = dot_short(p, scales, sums * alpha[:, None])
+    # Of the very numbers that weigh the codes: the code of zero is up to four times their spread.
+    ones = tl.full([BLOCK_N, 8], 1.0, p.dtype)
+    weights = dot_short(weight, ones, weights * alpha[:, None])
+    total = dot_short(p, ones, total * alpha[:, None])
     new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if num_pieces(VALUE, j) > 0:
@@ -177,7 +192,7 @@ def attend_packed(
             new_acc += (dot_short(weight, v, acc[j] * alpha[:, None]),)
         else:
             new_acc += (acc[j],)
-    return new_acc, sums, running_max
+    return new_acc, weights, total, running_max
 
 
 @triton.jit(do_not_specialize=["key_row"])
@@ -219,7 +234,8 @@ def attend_kernel(
     acc = ()
     for _ in tl.static_range(num_planes(VALUE)):
         acc += (tl.zeros([BLOCK_M, 16], tl.float32),)
-    sums = tl.zeros([BLOCK_M, 8], tl.float32)
+    weights = tl.zeros([BLOCK_M, 8], tl.float32)
+    total = tl.zeros([BLOCK_M, 8], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_offset = tl.zeros([BLOCK_M], tl.float32)
     if tile_begin < tile_end:
@@ -247,8 +263,8 @@ def attend_kernel(
             zeros = dot_short(plane, zero, zeros)
         row_zero = first_column(zeros) / ZERO_FACTOR
         for i in range(tile_begin, whole_end):
-            acc, sums, running_max = attend_packed(
-                latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+            acc, weights, total, running_max = attend_packed(
+                latent, row_zero, row_offset, score_unit, acc, weights, total, running_max,
                 key, value, head * key.capacity + i * BLOCK_N, token, None,
                 first + i * BLOCK_N + token, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
@@ -256,16 +272,15 @@ def attend_kernel(
             )  # fmt: skip
         if whole_end < tile_end:
             slot = whole_end * BLOCK_N + token
-            acc, sums, running_max = attend_packed(
-                latent, row_zero, row_offset, score_unit, acc, sums, running_max,
+            acc, weights, total, running_max = attend_packed(
+                latent, row_zero, row_offset, score_unit, acc, weights, total, running_max,
                 key, value, head * key.capacity + whole_end * BLOCK_N, token, slot < count,
                 first + slot, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, ASM, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    weight = first_column(sums)
-    total = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 4, sums, 0.0), 1)
-    tl.store(partial_sum + out, total, mask=keep_row)
+    weight = first_column(weights)
+    tl.store(partial_sum + out, first_column(total), mask=keep_row)
     if SIMPLE:
         running_max += row_offset
     tl.store(partial_max + out, running_max, mask=keep_row)
@@ -289,14 +304,15 @@ def prepare_kernel(
 ):  # fmt: skip
     """What the packed tokens need, and the exact tokens, side by side.
 
-    Grid ``row_blocks * bases + heads * blocks of query rows``; ``heads`` is ``batch *
-    num_kv_heads``.
+    Grid ``row_blocks * bases * tiles of channels + heads * blocks of query rows``; ``heads`` is
+    ``batch * num_kv_heads``.
     """
     program = tl.program_id(0)
-    rotations = row_blocks * bases
+    rotations = row_blocks * bases * num_tiles(KEY)
     if program < rotations:
         rotate(
-            query, key, latent_query, size, offset, program % row_blocks, program // row_blocks,
+            query, key, latent_query, size, offset, program % row_blocks,
+            program // row_blocks % bases, program // (row_blocks * bases),
             bases, rows, num_kv_heads, q_len, query_strides,
             KEY, QUERIES_PER_KV, BLOCK_M, PADDED_D,
         )  # fmt: skip
@@ -360,6 +376,11 @@ def attend_exact(
             key, new_key, new_key_head, new_key_strides[2], head, column, start, length, KEY
         )
         k = tl.load(rows + channel, mask=there & (channel < KEY.head_dim), other=0.0)
+        rows = exact_rows(
+            value, new_value, new_value_head, new_value_strides[2], head, column, start,
+            length, VALUE,
+        )  # fmt: skip
+        v = tl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
         seen = keep_row[:, None] & (index < num_exact)[None, :]
         scores = masked_scores(
@@ -368,11 +389,6 @@ def attend_exact(
         )  # fmt: skip
         p, alpha, running_max = softmax_step(scores * LOG2_E, running_max)
         running_sum = running_sum * alpha + tl.sum(p, 1)
-        rows = exact_rows(
-            value, new_value, new_value_head, new_value_strides[2], head, column, start,
-            length, VALUE,
-        )  # fmt: skip
-        v = tl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0)
         p = p.to(q.dtype)
         acc = tl.dot(p, v.to(q.dtype), acc * alpha[:, None], input_precision="tf32x3")
     tl.store(partial_max + out, running_max, mask=keep_row)
@@ -382,21 +398,30 @@ def attend_exact(
 
 
 @triton.jit
+def rows_of_basis(
+    block, basis, bases, rows, q_len, QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """A block of the ``rows`` query rows that share a basis, of whichever sequence: KV head,
+    query token, query head of the KV head, and whether there is one, ``[M]``.
+    """
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = row // (q_len * QUERIES_PER_KV) * bases + basis
+    query_token = row // QUERIES_PER_KV % q_len
+    return head, query_token, row % QUERIES_PER_KV, row < rows
+
+
+@triton.jit
 def rotate(
-    query, key, latent, size, offset, block, basis, bases, rows, num_kv_heads, q_len, query_strides,
-    FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
+    query, key, latent, size, offset, block, basis, tile, bases, rows, num_kv_heads, q_len,
+    query_strides, FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
     PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of the ``rows`` query rows that share a basis, of whichever sequence, in the latent
-    frame and brought to unit size.
-    """
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    keep_row = row < rows
-    head = row // (q_len * QUERIES_PER_KV) * bases + basis
-    row = row % (q_len * QUERIES_PER_KV)
-    out = head * (q_len * QUERIES_PER_KV) + row
-    query_token = row // QUERIES_PER_KV
-    query_head = head % num_kv_heads * QUERIES_PER_KV + row % QUERIES_PER_KV
+    """Query rows in the latent frame, brought to unit size: one tile of channels."""
+    head, query_token, query_head, keep_row = rows_of_basis(
+        block, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_M
+    )
+    out = (head * q_len + query_token) * QUERIES_PER_KV + query_head
+    query_head += head % num_kv_heads * QUERIES_PER_KV
     query_rows = (
         query
         + (head // num_kv_heads).to(tl.int64) * query_strides[0]
@@ -406,74 +431,81 @@ def rotate(
     channel = tl.arange(0, PADDED_D)
     inside = channel < FORMAT.head_dim
     keep = keep_row[:, None] & inside[None, :]
+    latent_channel = tile * tile_width(FORMAT) + tl.arange(0, tile_width(FORMAT))[None, :]
+    pointers = key.basis + key.inverse + basis * key.basis_stride
+    pointers += latent_channel * FORMAT.head_dim + channel[:, None]
+    there = (latent_channel < FORMAT.head_dim) & inside[:, None]
+    matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, tile]
     q = tl.load(query_rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
     if FORMAT.affine:
         shift, factor = load_affine(key, head[:, None], channel[None, :], keep, FORMAT)
-        tl.store(offset + out, tl.sum(q * shift, 1), mask=keep_row)
+        if tile == 0:
+            tl.store(offset + out, tl.sum(q * shift, 1), mask=keep_row)
         q *= factor
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
-    tl.store(size + out, largest, mask=keep_row)
-    q = q / largest[:, None]
-    inverse = key.basis + key.inverse + basis * key.basis_stride
-    lane = tl.arange(0, 16)
-    for j in range(num_planes(FORMAT)):
-        plane = 16 * j + lane
-        there = (plane < FORMAT.head_dim)[None, :] & inside[:, None]
-        pointers = inverse + plane[None, :] * FORMAT.head_dim + channel[:, None]
-        matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, 16]
-        x = tl.dot(q, matrix, input_precision="tf32x3")
-        pointers = latent + out[:, None] * (16 * num_planes(FORMAT)) + plane[None, :]
-        tl.store(pointers, x, mask=keep_row[:, None])
+    if tile == 0:
+        tl.store(size + out, largest, mask=keep_row)
+    x = tl.dot(q / largest[:, None], matrix, input_precision="tf32x3")
+    pointers = latent + out[:, None] * (16 * num_planes(FORMAT)) + latent_channel
+    tl.store(pointers, x, mask=keep_row[:, None] & (latent_channel < 16 * num_planes(FORMAT)))
 
 
 @triton.jit
 def merge_kernel(
     partial, partial_max, partial_sum, sinks, value, output, num_heads, q_len, shares,
+    rows, row_blocks, bases,
     FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, PADDED_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of one query row. Grid ``(batch * num_heads * q_len, blocks of channels)``."""
-    row = tl.program_id(0).to(tl.int64)
-    query_head = row // q_len
-    head = query_head // QUERIES_PER_KV
+    """Add the shares of query rows. Grid ``(row_blocks * bases, blocks of channels)``."""
+    basis = tl.program_id(0) // row_blocks
+    head, query_token, query_head, keep_row = rows_of_basis(
+        tl.program_id(0) % row_blocks, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_M
+    )
+    query_head += head * QUERIES_PER_KV  # of all sequences
+    row = query_head.to(tl.int64) * q_len + query_token  # [M]
     share = tl.arange(0, BLOCK_S)  # [S]
-    there = share < shares
     first = row * (shares + 1)
-    latent_max = tl.load(partial_max + first + share, mask=there, other=float("-inf"))
-    latent_sum = tl.load(partial_sum + first + share, mask=there, other=0.0)
-    exact_max = tl.load(partial_max + first + shares)
-    exact_sum = tl.load(partial_sum + first + shares)
-    base = tl.maximum(tl.max(latent_max, 0), exact_max)
+    left = first[:, None] + share[None, :]  # [M, S]
+    there = keep_row[:, None] & (share < shares)[None, :]
+    latent_max = tl.load(partial_max + left, mask=there, other=float("-inf"))
+    latent_sum = tl.load(partial_sum + left, mask=there, other=0.0)
+    exact_max = tl.load(partial_max + first + shares, mask=keep_row, other=float("-inf"))
+    exact_sum = tl.load(partial_sum + first + shares, mask=keep_row, other=0.0)
+    base = tl.maximum(tl.max(latent_max, 1), exact_max)
     if sinks is not None:
-        sink = tl.load(sinks + query_head % num_heads).to(tl.float32) * LOG2_E
+        pointers = sinks + query_head % num_heads
+        sink = tl.load(pointers, mask=keep_row, other=0.0).to(tl.float32) * LOG2_E
         base = tl.maximum(base, sink)
     base = tl.where(base == float("-inf"), 0.0, base)
-    latent_weight = tl.exp2(latent_max - base)
+    latent_weight = tl.exp2(latent_max - base[:, None])
     exact_weight = tl.exp2(exact_max - base)
-    total = tl.sum(latent_sum * latent_weight, 0) + exact_sum * exact_weight
+    latent_total = tl.sum(latent_sum * latent_weight, 1)
+    total = latent_total + exact_sum * exact_weight
     if sinks is not None:
         total += tl.exp2(sink - base)
 
-    # A share without a visible token may have left its output unwritten.
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [D]
-    pointers = partial + (first + shares) * FORMAT.head_dim + channel
-    out = tl.load(pointers, mask=channel < FORMAT.head_dim, other=0.0) * exact_weight
-
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, D]
+    inside = channel < FORMAT.head_dim
     inner = tl.arange(0, PADDED_D)  # [L]
-    pointers = partial + (first + share)[:, None] * FORMAT.head_dim + inner[None, :]
-    keep = (latent_max > float("-inf"))[:, None] & (inner < FORMAT.head_dim)[None, :]
-    latent = tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent_weight[:, None], 0)
-    matrix = value.basis + value.inverse + head % (num_heads // QUERIES_PER_KV) * value.basis_stride
-    pointers = matrix + inner[:, None] * FORMAT.head_dim + channel[None, :]
-    keep = (inner < FORMAT.head_dim)[:, None] & (channel < FORMAT.head_dim)[None, :]
-    packed = tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent[:, None], 0)
+    pointers = value.basis + value.inverse + basis * value.basis_stride
+    pointers += inner[:, None] * FORMAT.head_dim + channel
+    matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
+    # A share without a visible token may have left its output unwritten.
+    pointers = partial + left[:, :, None] * FORMAT.head_dim + inner[None, None, :]
+    keep = (latent_max > float("-inf"))[:, :, None] & (inner < FORMAT.head_dim)[None, None, :]
+    latent = tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent_weight[:, :, None], 1)
+    if BLOCK_M == 1:
+        packed = tl.sum(matrix * tl.trans(latent), 0, keep_dims=True)
+    else:
+        packed = tl.dot(latent, matrix, input_precision="tf32x3")
     if FORMAT.affine:
-        shift, factor = load_affine(value, head, channel, channel < FORMAT.head_dim, FORMAT)
-        packed = packed * factor + shift * tl.sum(latent_sum * latent_weight, 0)
-    out += packed
+        shift, factor = load_affine(value, head[:, None], channel, keep_row[:, None] & inside, FORMAT)
+        packed = packed * factor + shift * latent_total[:, None]
+    pointers = partial + (first + shares)[:, None] * FORMAT.head_dim + channel
+    there = keep_row[:, None] & inside
+    out = tl.load(pointers, mask=there, other=0.0) * exact_weight[:, None] + packed
+    total = total[:, None]
     out = tl.where(total > 0, out / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(
-        output + row * FORMAT.head_dim + channel,
-        out.to(output.dtype.element_ty),
-        mask=channel < FORMAT.head_dim,
-    )
+    pointers = output + row[:, None] * FORMAT.head_dim + channel
+    tl.store(pointers, out.to(output.dtype.element_ty), mask=there)

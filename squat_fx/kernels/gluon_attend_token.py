@@ -1,0 +1,311 @@
+"""The packed tokens of ``triton_attend_token.py`` with tokens where tensor cores have 16 rows.
+
+There, a tensor core's 16 rows are query rows, of which most decoding steps fill one to eight. Here
+the operands change sides: keys and values, as they are stored, are the 16-row operand, and up to
+eight query rows the other one. That halves the tensor core instructions, the numbers of a softmax
+and the accumulators, for what is written in Gluon, Triton's language of explicit layouts: a
+program is one warp, which copies its tiles asynchronously itself.
+
+    scores [tokens, rows] = codes [tokens, 16] @ latent_query [16, rows], plane group by plane group
+    output [16, rows]     = codes.T [16, tokens] @ weights [tokens, rows]
+
+It takes fp16 and bf16 models without mask, causality and softcap, from formats of whole 16-bit
+words; ``launch.py`` asks :func:`takes`. Arguments and results are those of
+``triton_attend_token.attend_kernel``.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from squat_fx.kernels.triton_attend_token import (
+    LOG2_E,
+    SCORE_FACTOR,
+    code_factor,
+    query_factor,
+    zero_code,
+)
+from squat_fx.kernels.triton_planes import (
+    StoredFormat,
+    largest_code,
+    num_pieces,
+    num_plane_words,
+    num_planes,
+    num_words,
+    plane_word,
+    step,
+    unpack_asm,
+    unpack_constraints,
+)
+
+BLOCK_M = 8  # query rows
+BLOCK_N = 64
+NUM_STAGES = 3
+
+# Triton 3.9 has renamed it.
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+def takes(work) -> bool:
+    """Whether the tokens of ``fmt`` are rows of whole 16-bit words."""
+    fits = (not fmt.sections and fmt.whole_bytes % 2 == 0 and fmt.whole_bytes > 0 for fmt in work.formats)
+    simple = work.mask is None and work.softcap == 0 and work.causal == 0
+    return all(fits) and simple and work.rows <= BLOCK_M and work.query.dtype != torch.float32 and work.key.capacity % 16 == 0 and work.query.is_cuda
+
+
+# layouts -----------------------------------------------------------------------------------------
+
+SCORES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+CODES = gl.constexpr(gl.DotOperandLayout(0, SCORES.value, 2))
+WEIGHTS = gl.constexpr(gl.DotOperandLayout(1, SCORES.value, 2))
+ROWS = gl.constexpr(gl.SliceLayout(0, SCORES.value))
+TOKENS = gl.constexpr(gl.SliceLayout(1, SCORES.value))
+WEIGHT_ROWS = gl.constexpr(gl.SliceLayout(0, WEIGHTS.value))
+WEIGHT_TOKENS = gl.constexpr(gl.SliceLayout(1, WEIGHTS.value))
+COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 1], [1, 0]))
+COPIED_TOKENS = gl.constexpr(gl.SliceLayout(1, COPIED.value))
+COPIED_LANES = gl.constexpr(gl.SliceLayout(0, COPIED.value))
+COPIED_SCALES = gl.constexpr(gl.BlockedLayout([8], [32], [1], [0]))
+WORDS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
+SCALES_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+# tiles -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def codes_of(words, plane: gl.constexpr, fmt: gl.constexpr):
+    """``triton_planes.half_codes``, always in PTX."""
+    args = (words[plane_word(fmt, plane, 0)],)
+    if num_plane_words(fmt, plane) > 1:
+        args += (words[plane_word(fmt, plane, 1)],)
+    if num_plane_words(fmt, plane) > 2:
+        args += (words[plane_word(fmt, plane, 2)],)
+    return gl.inline_asm_elementwise(
+        unpack_asm(fmt, plane),
+        unpack_constraints(fmt, plane),
+        args,
+        dtype=gl.float16,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def word_memory(fmt: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Room for the words of tiles."""
+    memory = ()
+    for _ in gl.static_range(num_words(fmt)):
+        memory += (gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 16], WORDS_IN_MEMORY),)
+    return memory
+
+
+@gluon.jit
+def copy_words(memory, stage, qdata, first_row, last, fmt: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Begin to copy the words of the tokens ``first_row + [0, BLOCK_N)``, of which ``last`` is the
+    last there is.
+    """
+    token = gl.minimum(gl.arange(0, BLOCK_N, COPIED_TOKENS), last)
+    lane = gl.arange(0, 16, COPIED_LANES)
+    rows = (qdata + first_row * fmt.row_size).to(gl.pointer_type(gl.int16))
+    rows = rows + (token * (fmt.row_size // 2))[:, None]
+    for w in gl.static_range(num_words(fmt)):
+        copy_to_shared(memory[w].index(stage), rows + (16 * w + lane)[None, :])
+
+
+@gluon.jit
+def copy_scales(memory, stage, scale, first_row, BLOCK_N: gl.constexpr):
+    """The same of scales; all tokens are there."""
+    token = gl.arange(0, BLOCK_N, COPIED_SCALES)
+    copy_to_shared(memory.index(stage), scale + first_row + token)
+
+
+@gluon.jit
+def key_words(memory, stage, fmt: gl.constexpr):
+    """Keys as the 16-row operand."""
+    words = ()
+    for w in gl.static_range(num_words(fmt)):
+        words += (memory[w].index(stage).load(CODES),)
+    return words
+
+
+@gluon.jit
+def value_words(memory, stage, fmt: gl.constexpr):
+    """Values as the 16-row operand, channels first."""
+    words = ()
+    for w in gl.static_range(num_words(fmt)):
+        words += (memory[w].index(stage).permute((1, 0)).load(CODES),)
+    return words
+
+
+@gluon.jit
+def attend_tile(
+    latent, row_zero, acc, weight_sum, total, running_max, k_words, v_words, key_scale,
+    value_scale, keep, KEY: gl.constexpr, VALUE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Take a tile into the running softmax.
+
+    ``key_scale`` is fp32 and has the factors of scores; ``keep`` is ``[BLOCK_N]``, or None if all
+    tokens are there. Every row of ``weight_sum`` and ``total`` ``[16, BLOCK_M]`` is the sum.
+    """
+    scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES) - row_zero[None, :]
+    for j in gl.static_range(num_planes(KEY)):
+        if num_pieces(KEY, j) > 0:
+            scores = mma_v2(codes_of(k_words, j, KEY), latent[j], scores)
+    scores *= key_scale[:, None]
+    if keep is not None:
+        scores = gl.where(keep[:, None], scores, float("-inf"))
+    new_max = gl.maximum(running_max, gl.max(scores, 0))
+    alpha = gl.exp2(running_max - new_max)[None, :]
+    p = gl.exp2(scores - new_max[None, :]).to(gl.float16)
+    p = gl.convert_layout(p, WEIGHTS)
+    weights = p * value_scale[:, None]
+    ones = gl.full([16, BLOCK_N], 1.0, gl.float16, CODES)
+    total = mma_v2(ones, p, total * alpha)
+    weight_sum = mma_v2(ones, weights, weight_sum * alpha)
+    new_acc = ()
+    for j in gl.static_range(num_planes(VALUE)):
+        if num_pieces(VALUE, j) > 0:
+            new_acc += (mma_v2(codes_of(v_words, j, VALUE), weights, acc[j] * alpha),)
+        else:
+            new_acc += (acc[j],)
+    return new_acc, weight_sum, total, new_max
+
+
+@gluon.jit(do_not_specialize=["key_row"])
+def attend_kernel(
+    key, value, positions, key_row, latent_query, size, offset,
+    partial, partial_max, partial_sum, num_kv_heads, q_len, scale,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
+    head = gl.program_id(0).to(gl.int64)
+    share = gl.program_id(2)
+    shares = gl.num_programs(2)
+    batch = head // num_kv_heads
+    kv_head = head % num_kv_heads
+
+    watermark = gl.load(positions + 2 * key_row + 1).to(gl.int32)
+    start = gl.load(key.start + batch)
+    count = gl.maximum(watermark - start - KEY.sink_length, 0)
+    tiles = (count + BLOCK_N - 1) // BLOCK_N
+    tiles_per_share = (tiles + shares - 1) // shares
+    tile_begin = share * tiles_per_share
+    tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
+    whole_end = gl.minimum(tile_end, count // BLOCK_N)
+
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    keep_row = query_token < q_len
+    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    out = out.to(gl.int64) * (shares + 1) + share
+
+    if tile_begin >= tile_end:
+        gl.store(partial_max + out, gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS), keep_row)
+        gl.store(partial_sum + out, gl.zeros([BLOCK_M], gl.float32, ROWS), keep_row)
+    else:
+        key_memory = word_memory(KEY, STAGES, BLOCK_N)
+        value_memory = word_memory(VALUE, STAGES, BLOCK_N)
+        key_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
+        value_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
+        first_row = head * key.capacity
+        for s in gl.static_range(STAGES - 1):
+            tile = tile_begin + s
+            if tile < whole_end:
+                tile_row = first_row + tile * BLOCK_N
+                copy_words(key_memory, s, key.qdata, tile_row, BLOCK_N - 1, KEY, BLOCK_N)
+                copy_words(value_memory, s, value.qdata, tile_row, BLOCK_N - 1, VALUE, BLOCK_N)
+                copy_scales(key_scales, s, key.scale, tile_row, BLOCK_N)
+                copy_scales(value_scales, s, value.scale, tile_row, BLOCK_N)
+            async_copy.commit_group()
+
+        # The latent queries, each row at a size that fp16 has room for (see triton_attend_token).
+        rotated = head * q_len * QUERIES_PER_KV
+        row_scale = gl.load(size + rotated + row, mask=keep_row, other=0.0) * (scale * LOG2_E)
+        row_offset = gl.zeros([BLOCK_M], gl.float32, ROWS)
+        if KEY.affine:
+            row_offset = gl.load(offset + rotated + row, mask=keep_row, other=0.0)
+            row_offset *= scale * LOG2_E
+        largest = gl.max(gl.abs(row_scale), 0)
+        score_unit = gl.exp2(gl.ceil(gl.maximum(gl.log2(largest / 256), 0.0)))
+        row_scale = gl.convert_layout(row_scale / score_unit, WEIGHT_ROWS)
+        score_unit *= SCORE_FACTOR
+        lane = gl.arange(0, 16, WEIGHT_TOKENS)
+        query_row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
+        keep_query = (query_row // QUERIES_PER_KV < q_len)[None, :]
+        pointers = latent_query + (rotated + query_row)[None, :] * (16 * num_planes(KEY))
+        latent = ()
+        zero = gl.zeros([BLOCK_M], gl.float32, WEIGHT_ROWS)
+        for j in gl.static_range(num_planes(KEY)):
+            plane = gl.load(pointers + (16 * j + lane)[:, None], mask=keep_query, other=0.0)
+            plane = plane * row_scale[None, :] * (step(KEY, j) * query_factor(KEY, j))
+            plane = plane.to(gl.float16)
+            zero += gl.sum(plane.to(gl.float32), 0) * (zero_code(KEY, j) / 2**24)
+            latent += (plane,)
+        row_zero = gl.convert_layout(zero, ROWS)
+
+        acc = ()
+        for _ in gl.static_range(num_planes(VALUE)):
+            acc += (gl.zeros([16, BLOCK_M], gl.float32, SCORES),)
+        weight_sum = gl.zeros([16, BLOCK_M], gl.float32, SCORES)
+        total = gl.zeros([16, BLOCK_M], gl.float32, SCORES)
+        running_max = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+
+        stage = 0
+        for i in range(tile_begin, whole_end):
+            async_copy.wait_group(STAGES - 2)
+            k_words = key_words(key_memory, stage, KEY)
+            v_words = value_words(value_memory, stage, VALUE)
+            key_scale = key_scales.index(stage).load(TOKENS).to(gl.float32) * score_unit
+            value_scale = value_scales.index(stage).load(WEIGHT_TOKENS)
+            tile = i + STAGES - 1
+            if tile < whole_end:
+                free = stage - 1
+                free = gl.where(free < 0, free + STAGES, free)
+                tile_row = first_row + tile * BLOCK_N
+                copy_words(key_memory, free, key.qdata, tile_row, BLOCK_N - 1, KEY, BLOCK_N)
+                copy_words(value_memory, free, value.qdata, tile_row, BLOCK_N - 1, VALUE, BLOCK_N)
+                copy_scales(key_scales, free, key.scale, tile_row, BLOCK_N)
+                copy_scales(value_scales, free, value.scale, tile_row, BLOCK_N)
+            async_copy.commit_group()
+            stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+            acc, weight_sum, total, running_max = attend_tile(
+                latent, row_zero, acc, weight_sum, total, running_max, k_words, v_words,
+                key_scale, value_scale, None, KEY, VALUE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+        if whole_end < tile_end:
+            left = count - whole_end * BLOCK_N
+            tile_row = first_row + whole_end * BLOCK_N
+            async_copy.wait_group(0)
+            copy_words(key_memory, 0, key.qdata, tile_row, left - 1, KEY, BLOCK_N)
+            copy_words(value_memory, 0, value.qdata, tile_row, left - 1, VALUE, BLOCK_N)
+            async_copy.commit_group()
+            row_token = gl.arange(0, BLOCK_N, TOKENS)
+            keep = row_token < left
+            key_scale = gl.load(key.scale + tile_row + row_token, mask=keep, other=0.0)
+            key_scale = key_scale.to(gl.float32) * score_unit
+            token = gl.arange(0, BLOCK_N, WEIGHT_TOKENS)
+            value_scale = gl.load(value.scale + tile_row + token, mask=token < left, other=0.0)
+            async_copy.wait_group(0)
+            acc, weight_sum, total, running_max = attend_tile(
+                latent, row_zero, acc, weight_sum, total, running_max,
+                key_words(key_memory, 0, KEY), value_words(value_memory, 0, VALUE),
+                key_scale, value_scale, keep, KEY, VALUE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+        gl.store(partial_sum + out, gl.max(total, 0), mask=keep_row)
+        gl.store(partial_max + out, running_max + row_offset, mask=keep_row)
+        lane = gl.arange(0, 16, TOKENS)
+        pointers = partial + out[None, :] * VALUE.head_dim
+        for j in gl.static_range(num_planes(VALUE)):
+            x = acc[j] * (1.0 / code_factor(VALUE, j))
+            x = (x - weight_sum * (largest_code(VALUE, j) / 2)) * step(VALUE, j)
+            channel = (16 * j + lane)[:, None]
+            gl.store(pointers + channel, x, mask=keep_row[None, :] & (channel < VALUE.head_dim))
