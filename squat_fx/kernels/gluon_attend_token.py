@@ -29,12 +29,13 @@ from squat_fx.kernels.triton_attend_token import (
     zero_code,
 )
 from squat_fx.kernels.triton_planes import (
-    StoredFormat,
+    exact_rows,
     largest_code,
     num_pieces,
     num_plane_words,
     num_planes,
     num_words,
+    packed_tokens,
     plane_word,
     step,
     unpack_asm,
@@ -44,6 +45,7 @@ from squat_fx.kernels.triton_planes import (
 BLOCK_M = 8  # query rows
 BLOCK_N = 64
 NUM_STAGES = 3
+EXACT_BLOCK_N = 16
 
 # Triton 3.9 has renamed it.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -69,6 +71,9 @@ COPIED = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [1, 1], [1, 0]))
 COPIED_TOKENS = gl.constexpr(gl.SliceLayout(1, COPIED.value))
 COPIED_LANES = gl.constexpr(gl.SliceLayout(0, COPIED.value))
 COPIED_SCALES = gl.constexpr(gl.BlockedLayout([8], [32], [1], [0]))
+LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [1, 1], [1, 0]))
+LOADED_TOKENS = gl.constexpr(gl.SliceLayout(1, LOADED.value))
+LOADED_CHANNELS = gl.constexpr(gl.SliceLayout(0, LOADED.value))
 WORDS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))
 SCALES_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -176,36 +181,142 @@ def attend_tile(
     return new_acc, weight_sum, total, new_max
 
 
-@gluon.jit(do_not_specialize=["key_row"])
-def attend_kernel(
-    key, value, positions, key_row, latent_query, size, offset,
-    partial, partial_max, partial_sum, num_kv_heads, q_len, scale,
-    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+@gluon.jit
+def rows_of_block(
+    block, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
-    head = gl.program_id(0).to(gl.int64)
-    share = gl.program_id(2)
-    shares = gl.num_programs(2)
+    """``triton_attend.rows_of_block``, without masks: row of the KV head, query token and head,
+    whether there is one, output row.
+    """
+    row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout)
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    return row, query_token, query_head, query_token < q_len, out.to(gl.int64)
+
+
+@gluon.jit
+def attend_exact(
+    query, new_key, new_value, key, value, positions, key_row,
+    partial, partial_max, partial_sum, head, num_kv_heads, q_len, new_len, scale, shares,
+    query_strides, new_key_strides, new_value_strides,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr,
+):  # fmt: skip
+    """The exact tokens of a head, as ``triton_attend_token.attend_exact``."""
     batch = head // num_kv_heads
     kv_head = head % num_kv_heads
+    dtype = query.dtype.element_ty
+    _, query_token, query_head, keep_row, _ = rows_of_block(
+        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, WEIGHT_ROWS
+    )
+    query_rows = query + batch * query_strides[0] + query_head * query_strides[1]
+    query_rows += query_token * query_strides[2]
+    inner = gl.arange(0, PADDED_D, WEIGHT_TOKENS)[:, None]
+    keep = keep_row[None, :] & (inner < KEY.head_dim)
+    q = gl.load(query_rows[None, :] + inner, mask=keep, other=0.0)  # [PADDED_D, BLOCK_M]
 
+    length = gl.load(positions + 2 * key_row).to(gl.int32)
     watermark = gl.load(positions + 2 * key_row + 1).to(gl.int32)
     start = gl.load(key.start + batch)
-    count = gl.maximum(watermark - start - KEY.sink_length, 0)
+    first = start + KEY.sink_length
+    last = first + packed_tokens(watermark, start, KEY)
+    num_sinks = gl.maximum(gl.minimum(first, length) - start, 0)
+    tail = gl.minimum(last, length)
+    num_exact = num_sinks + length + new_len - tail
+    new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
+    new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
+
+    channel = gl.arange(0, PADDED_D, LOADED_CHANNELS)[None, :]
+    acc = gl.zeros([PADDED_D, BLOCK_M], gl.float32, SCORES)
+    total = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    running_max = gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS)
+    for first_index in range(0, num_exact, BLOCK_N):
+        index = first_index + gl.arange(0, BLOCK_N, LOADED_TOKENS)
+        position = gl.where(index < num_sinks, start + index, tail + index - num_sinks)[:, None]
+        there = (index < num_exact)[:, None]
+        rows = exact_rows(
+            key, new_key, new_key_head, new_key_strides[2], head, position, start, length, KEY
+        )
+        k = gl.load(rows + channel, mask=there & (channel < KEY.head_dim), other=0.0).to(dtype)
+        rows = exact_rows(
+            value, new_value, new_value_head, new_value_strides[2], head, position, start,
+            length, VALUE,
+        )  # fmt: skip
+        v = gl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0).to(dtype)
+        scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
+        scores = mma_v2(gl.convert_layout(k, CODES), q, scores) * (scale * LOG2_E)
+        seen = first_index + gl.arange(0, BLOCK_N, TOKENS) < num_exact
+        scores = gl.where(seen[:, None], scores, float("-inf"))
+        new_max = gl.maximum(running_max, gl.max(scores, 0))
+        alpha = gl.exp2(running_max - new_max)
+        p = gl.exp2(scores - new_max[None, :])
+        total = total * alpha + gl.sum(p, 0)
+        p = gl.convert_layout(p.to(dtype), WEIGHTS)
+        v = gl.convert_layout(v.permute((1, 0)), CODES)
+        acc = mma_v2(v, p, acc * alpha[None, :])
+        running_max = new_max
+
+    _, _, _, keep_out, out = rows_of_block(
+        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, ROWS
+    )
+    out = out * (shares + 1) + shares
+    gl.store(partial_max + out, running_max, mask=keep_out)
+    gl.store(partial_sum + out, total, mask=keep_out)
+    inner = gl.arange(0, PADDED_D, TOKENS)[:, None]
+    pointers = partial + out[None, :] * VALUE.head_dim + inner
+    gl.store(pointers, acc, mask=keep_out[None, :] & (inner < VALUE.head_dim))
+
+
+@gluon.jit
+def wait_for_previous_launch():
+    """What the launch before has written is there from here on."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def unit_rows(
+    latent_query, first, q_len, fmt: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """The latent queries of a block of rows, fp32 ``[16, BLOCK_M]`` for each plane group."""
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
+    lane = gl.arange(0, 16, WEIGHT_TOKENS)
+    pointers = latent_query + (first + row)[None, :] * (16 * num_planes(fmt)) + lane[:, None]
+    keep = (row // QUERIES_PER_KV < q_len)[None, :]
+    planes = ()
+    for j in gl.static_range(num_planes(fmt)):
+        planes += (gl.load(pointers + 16 * j, mask=keep, other=0.0),)
+    return planes
+
+
+@gluon.jit
+def attend_packed(
+    key, value, positions, key_row, latent_query, size, offset,
+    partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """A share of the packed tokens of a head."""
+    batch = head // num_kv_heads
+    kv_head = head % num_kv_heads
+    watermark = gl.load(positions + 2 * key_row + 1).to(gl.int32)
+    start = gl.load(key.start + batch)
+
+    row, query_token, query_head, keep_row, out = rows_of_block(
+        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, ROWS
+    )
+    out = out * (shares + 1) + share
+    count = packed_tokens(watermark, start, KEY)
     tiles = (count + BLOCK_N - 1) // BLOCK_N
     tiles_per_share = (tiles + shares - 1) // shares
     tile_begin = share * tiles_per_share
     tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = gl.minimum(tile_end, count // BLOCK_N)
-
-    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    keep_row = query_token < q_len
-    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
-    out = out.to(gl.int64) * (shares + 1) + share
-
     if tile_begin >= tile_end:
         gl.store(partial_max + out, gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS), keep_row)
         gl.store(partial_sum + out, gl.zeros([BLOCK_M], gl.float32, ROWS), keep_row)
@@ -225,26 +336,24 @@ def attend_kernel(
                 copy_scales(value_scales, s, value.scale, tile_row, BLOCK_N)
             async_copy.commit_group()
 
-        # The latent queries, each row at a size that fp16 has room for (see triton_attend_token).
+        if DEPENDENT:
+            wait_for_previous_launch()
         rotated = head * q_len * QUERIES_PER_KV
+        unit_query = unit_rows(latent_query, rotated, q_len, KEY, QUERIES_PER_KV, BLOCK_M)
         row_scale = gl.load(size + rotated + row, mask=keep_row, other=0.0) * (scale * LOG2_E)
         row_offset = gl.zeros([BLOCK_M], gl.float32, ROWS)
         if KEY.affine:
             row_offset = gl.load(offset + rotated + row, mask=keep_row, other=0.0)
             row_offset *= scale * LOG2_E
+        # Each row at a size that fp16 has room for (see triton_attend_token).
         largest = gl.max(gl.abs(row_scale), 0)
         score_unit = gl.exp2(gl.ceil(gl.maximum(gl.log2(largest / 256), 0.0)))
-        row_scale = gl.convert_layout(row_scale / score_unit, WEIGHT_ROWS)
+        query_scale = gl.convert_layout(row_scale / score_unit, WEIGHT_ROWS)
         score_unit *= SCORE_FACTOR
-        lane = gl.arange(0, 16, WEIGHT_TOKENS)
-        query_row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
-        keep_query = (query_row // QUERIES_PER_KV < q_len)[None, :]
-        pointers = latent_query + (rotated + query_row)[None, :] * (16 * num_planes(KEY))
         latent = ()
         zero = gl.zeros([BLOCK_M], gl.float32, WEIGHT_ROWS)
         for j in gl.static_range(num_planes(KEY)):
-            plane = gl.load(pointers + (16 * j + lane)[:, None], mask=keep_query, other=0.0)
-            plane = plane * row_scale[None, :] * (step(KEY, j) * query_factor(KEY, j))
+            plane = unit_query[j] * query_scale[None, :] * (step(KEY, j) * query_factor(KEY, j))
             plane = plane.to(gl.float16)
             zero += gl.sum(plane.to(gl.float32), 0) * (zero_code(KEY, j) / 2**24)
             latent += (plane,)
@@ -309,3 +418,31 @@ def attend_kernel(
             x = (x - weight_sum * (largest_code(VALUE, j) / 2)) * step(VALUE, j)
             channel = (16 * j + lane)[:, None]
             gl.store(pointers + channel, x, mask=keep_row[None, :] & (channel < VALUE.head_dim))
+
+
+@gluon.jit(do_not_specialize=["key_row"])
+def attend_kernel(
+    query, new_key, new_value, key, value, positions, key_row, latent_query, size, offset,
+    partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale,
+    query_strides, new_key_strides, new_value_strides,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    EXACT_BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr, DEPENDENT: gl.constexpr,
+):  # fmt: skip
+    """Grid ``(batch * num_kv_heads, blocks of query rows, 1 + shares)``; first the exact tokens."""
+    head = gl.program_id(0).to(gl.int64)
+    share = gl.program_id(2) - 1
+    shares = gl.num_programs(2) - 1
+    if share < 0:
+        attend_exact(
+            query, new_key, new_value, key, value, positions, key_row,
+            partial, partial_max, partial_sum, head, num_kv_heads, q_len, new_len, scale, shares,
+            query_strides, new_key_strides, new_value_strides,
+            KEY, VALUE, QUERIES_PER_KV, BLOCK_M, EXACT_BLOCK_N, PADDED_D,
+        )  # fmt: skip
+    else:
+        attend_packed(
+            key, value, positions, key_row, latent_query, size, offset,
+            partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
+            KEY, VALUE, QUERIES_PER_KV, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
+        )  # fmt: skip

@@ -186,6 +186,8 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
     swapped = gluon_attend_token.takes(work)
+    dependent = launches_early(device)
+    options = {"launch_pdl": True} if dependent else {}
     block_n = gluon_attend_token.BLOCK_N if swapped else triton_attend_token.BLOCK_N
     shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
@@ -197,7 +199,8 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     row_blocks = triton.cdiv(all_rows // bases, block_m)
     rotations = row_blocks * bases * key_format.num_tiles
     exact_n = triton_attend_token.exact_block_n(work.widest)
-    triton_attend_token.prepare_kernel[(rotations + work.heads * blocks,)](
+    exact = 0 if swapped else work.heads * blocks
+    triton_attend_token.prepare_kernel[(rotations + exact,)](
         work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
         *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
         shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
@@ -206,11 +209,14 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         num_warps=triton_attend_token.PREPARE_WARPS,
     )  # fmt: skip
     if swapped:
-        gluon_attend_token.attend_kernel[(work.heads, 1, shares)](
-            work.key, work.value, work.positions, row, *latent_query, *left,
-            work.num_kv_heads, q_len, work.scale, *work.formats, work.queries_per_kv,
+        gluon_attend_token.attend_kernel[(work.heads, 1, 1 + shares)](
+            work.query, *work.new, work.key, work.value, work.positions, row,
+            *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+            *work.strides()[:3], *work.formats, work.queries_per_kv,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n,
-            STAGES=gluon_attend_token.NUM_STAGES, num_warps=1,
+            STAGES=gluon_attend_token.NUM_STAGES,
+            EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
+            DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
     else:
         half = work.query.dtype != torch.float32
@@ -229,7 +235,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
         all_rows // bases, row_blocks, bases, value_format, work.queries_per_kv,
         PADDED_D=padded(head_dim), BLOCK_M=block_m, BLOCK_S=triton.next_power_of_2(shares),
-        BLOCK_D=block_d,
+        BLOCK_D=block_d, DEPENDENT=dependent, **options,
     )  # fmt: skip
 
 
@@ -456,6 +462,14 @@ def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
     most = -(-tokens // (TILES_PER_SHARE * block_n))
     return max(1, min(wanted, most, MOST_SHARES))
+
+
+@lru_cache(maxsize=16)
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends (programmatic dependent launch)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=16)

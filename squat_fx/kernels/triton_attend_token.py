@@ -455,9 +455,12 @@ def merge_kernel(
     partial, partial_max, partial_sum, sinks, value, output, num_heads, q_len, shares,
     rows, row_blocks, bases,
     FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, PADDED_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of query rows. Grid ``(row_blocks * bases, blocks of channels)``."""
+    """Add the shares of query rows. Grid ``(row_blocks * bases, blocks of channels)``.
+
+    ``DEPENDENT``: it was launched while the launch before runs, and waits for it here.
+    """
     basis = tl.program_id(0) // row_blocks
     head, query_token, query_head, keep_row = rows_of_basis(
         tl.program_id(0) % row_blocks, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_M
@@ -468,6 +471,19 @@ def merge_kernel(
     first = row * (shares + 1)
     left = first[:, None] + share[None, :]  # [M, S]
     there = keep_row[:, None] & (share < shares)[None, :]
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, D]
+    inside = channel < FORMAT.head_dim
+    inner = tl.arange(0, PADDED_D)  # [L]
+    pointers = value.basis + value.inverse + basis * value.basis_stride
+    pointers += inner[:, None] * FORMAT.head_dim + channel
+    matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
+    if DEPENDENT:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    pointers = partial + left[:, :, None] * FORMAT.head_dim + inner[None, None, :]
+    keep = there[:, :, None] & (inner < FORMAT.head_dim)[None, None, :]
+    latent = tl.load(pointers, mask=keep, other=0.0)
     latent_max = tl.load(partial_max + left, mask=there, other=float("-inf"))
     latent_sum = tl.load(partial_sum + left, mask=there, other=0.0)
     exact_max = tl.load(partial_max + first + shares, mask=keep_row, other=float("-inf"))
@@ -485,16 +501,9 @@ def merge_kernel(
     if sinks is not None:
         total += tl.exp2(sink - base)
 
-    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, D]
-    inside = channel < FORMAT.head_dim
-    inner = tl.arange(0, PADDED_D)  # [L]
-    pointers = value.basis + value.inverse + basis * value.basis_stride
-    pointers += inner[:, None] * FORMAT.head_dim + channel
-    matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
     # A share without a visible token may have left its output unwritten.
-    pointers = partial + left[:, :, None] * FORMAT.head_dim + inner[None, None, :]
-    keep = (latent_max > float("-inf"))[:, :, None] & (inner < FORMAT.head_dim)[None, None, :]
-    latent = tl.sum(tl.load(pointers, mask=keep, other=0.0) * latent_weight[:, :, None], 1)
+    seen = (latent_max > float("-inf"))[:, :, None]
+    latent = tl.sum(tl.where(seen, latent * latent_weight[:, :, None], 0.0), 1)
     if BLOCK_M == 1:
         packed = tl.sum(matrix * tl.trans(latent), 0, keep_dims=True)
     else:
