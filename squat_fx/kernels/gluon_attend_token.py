@@ -10,13 +10,12 @@ program is one warp, which copies its tiles asynchronously itself.
     output [16, rows]     = codes.T [16, tokens] @ weights [tokens, rows]
 
 It takes fp16 and bf16 models without mask, causality and softcap, from formats of whole 16-bit
-words; ``launch.py`` asks :func:`takes`. Arguments and results are those of
-``triton_attend_token.attend_kernel``.
+words; ``launch.py`` chooses. The exact tokens, in the query's dtype, are programs of the same
+launch, so that ``prepare_kernel`` only rotates. Results are those of ``triton_attend_token.py``.
 """
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -29,6 +28,7 @@ from squat_fx.kernels.triton_attend_token import (
     zero_code,
 )
 from squat_fx.kernels.triton_planes import (
+    StoredFormat,
     exact_rows,
     largest_code,
     num_pieces,
@@ -43,19 +43,22 @@ from squat_fx.kernels.triton_planes import (
 )
 
 BLOCK_M = 8  # query rows
-BLOCK_N = 64
-NUM_STAGES = 3
+SHORT_ROW = 32  # bytes
+CAPACITY_MULTIPLE = 16  # so that scales are copied 16 bytes at a time
 EXACT_BLOCK_N = 16
 
 # Triton 3.9 has renamed it.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
-def takes(work) -> bool:
+def takes(fmt: StoredFormat) -> bool:
     """Whether the tokens of ``fmt`` are rows of whole 16-bit words."""
-    fits = (not fmt.sections and fmt.whole_bytes % 2 == 0 and fmt.whole_bytes > 0 for fmt in work.formats)
-    simple = work.mask is None and work.softcap == 0 and work.causal == 0
-    return all(fits) and simple and work.rows <= BLOCK_M and work.query.dtype != torch.float32 and work.key.capacity % 16 == 0 and work.query.is_cuda
+    return fmt.whole_bytes > 0 and fmt.whole_bytes % 2 == 0 and not fmt.sections
+
+
+def tile(formats: tuple[StoredFormat, StoredFormat]) -> tuple[int, int]:
+    """``BLOCK_N`` and ``STAGES`` for keys and values: 128 tokens where registers allow it."""
+    return (128, 2) if max(fmt.row_size for fmt in formats) <= SHORT_ROW else (64, 3)
 
 
 # layouts -----------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ Strides = tuple[int, ...]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_STRIDES: Strides = (0, 0, 0)
-MOST_SHARES = 64
+MOST_SHARES = 128
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SHARE = 4
 
@@ -185,10 +185,12 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     q_len, device = work.query.shape[2], work.query.device
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
-    swapped = gluon_attend_token.takes(work)
+    swapped = _tokens_take_rows(work)
     dependent = launches_early(device)
     options = {"launch_pdl": True} if dependent else {}
-    block_n = gluon_attend_token.BLOCK_N if swapped else triton_attend_token.BLOCK_N
+    block_n, stages = triton_attend_token.BLOCK_N, triton_attend_token.NUM_STAGES
+    if swapped:
+        block_n, stages = gluon_attend_token.tile(work.formats)
     shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
 
@@ -214,7 +216,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
             *work.strides()[:3], *work.formats, work.queries_per_kv,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n,
-            STAGES=gluon_attend_token.NUM_STAGES,
+            STAGES=stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
@@ -226,7 +228,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             *work.formats, work.queries_per_kv, work.causal, work.softcap,
             HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
             BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
+            num_warps=num_warps, num_stages=stages,
         )  # fmt: skip
     block_m, block_d = triton_attend_token.merge_tile(shares, value_format.head_dim)
     bases = work.num_kv_heads if work.value.basis_stride else 1
@@ -237,6 +239,18 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         PADDED_D=padded(head_dim), BLOCK_M=block_m, BLOCK_S=triton.next_power_of_2(shares),
         BLOCK_D=block_d, DEPENDENT=dependent, **options,
     )  # fmt: skip
+
+
+def _tokens_take_rows(work: _Attention) -> bool:
+    """Whether ``gluon_attend_token.py`` takes this attention."""
+    return (
+        work.query.dtype in (torch.float16, torch.bfloat16)
+        and (work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0)
+        and work.rows <= gluon_attend_token.BLOCK_M
+        and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
+        and all(gluon_attend_token.takes(fmt) for fmt in work.formats)
+        and _runs_gluon(work.query.device)
+    )
 
 
 def _check_packed_in_step(key: Format, value: Format) -> None:
@@ -462,6 +476,14 @@ def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -
     wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
     most = -(-tokens // (TILES_PER_SHARE * block_n))
     return max(1, min(wanted, most, MOST_SHARES))
+
+
+@lru_cache(maxsize=16)
+def _runs_gluon(device: torch.device) -> bool:
+    """Whether tensor cores take tiles of 16 x 8 from 16-bit operands, with asynchronous copies."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @lru_cache(maxsize=16)

@@ -509,7 +509,9 @@ def merge_kernel(
     else:
         packed = tl.dot(latent, matrix, input_precision="tf32x3")
     if FORMAT.affine:
-        shift, factor = load_affine(value, head[:, None], channel, keep_row[:, None] & inside, FORMAT)
+        shift, factor = load_affine(
+            value, head[:, None], channel, keep_row[:, None] & inside, FORMAT
+        )
         packed = packed * factor + shift * latent_total[:, None]
     pointers = partial + (first + shares)[:, None] * FORMAT.head_dim + channel
     there = keep_row[:, None] & inside

@@ -8,6 +8,7 @@ holds NaN or 255.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,6 +206,18 @@ def to(arenas: Arenas, device: str) -> Arenas:
     affine, basis = (None if t is None else there(t) for t in (arenas.affine, arenas.basis))
     packed = tuple(there(t) for t in arenas.packed)
     return Arenas(packed, there(arenas.dense), there(arenas.start), affine, basis)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A kernel that says so when it is launched."""
+
+    kernel: Any
+    say: Callable[[Any], None]
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.say(grid)
+        return self.kernel[grid]
 
 
 def positions_of(*extents: Extent, device: str) -> Tensor:
@@ -453,7 +466,7 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
         return
     true = dense_past_in_float64(arenas, extent, fmt)
     # Tensor cores cut the sums of a product off where fp32 would round them.
-    slack = step * true.abs() + 4e-6 * true.abs().amax(-1, keepdim=True) + step**2
+    slack = step * true.abs() + 2e-5 * true.abs().amax(-1, keepdim=True) + step**2
     assert ((actual.double() - true).abs() <= slack).all()
     for row, start in enumerate(arenas.start.tolist()):
         first = start + fmt.sink_length
@@ -495,7 +508,9 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
 
     assert actual.dtype == case.dtype
     assert actual.isfinite().all()
-    assert_as_close_as(actual, rounded, expected)
+    # Tensor cores cut off what fp32 would round, of sums that are several times their outcome.
+    cut_off = case.per_token and case.dtype == torch.float32 and device == "cuda"
+    assert_as_close_as(actual, rounded, expected, slack=3e-4 if cut_off else 2e-6)
 
 
 def attention_in_float64(
@@ -564,11 +579,15 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
     return out
 
 
-def assert_as_close_as(actual: Tensor, rounded: Tensor, expected: Tensor) -> None:
-    """``actual`` is about as far from ``expected`` as ``rounded``, torch's in the same dtype."""
+def assert_as_close_as(
+    actual: Tensor, rounded: Tensor, expected: Tensor, slack: float = 2e-6
+) -> None:
+    """``actual`` is about as far from ``expected`` as ``rounded``, torch's in the same dtype.
+
+    ``slack`` is at least what a GPU's exponential is good to.
+    """
     ours, torchs = (distance(x, expected) for x in (actual, rounded))
-    # A GPU's exponential is good to some 2e-6.
-    assert ours <= 2.5 * torchs + 2e-6, (ours, torchs)
+    assert ours <= 2.5 * torchs + slack, (ours, torchs)
 
 
 def distance(x: Tensor, expected: Tensor) -> float:

@@ -19,6 +19,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
+from squat_fx.kernels import launch  # noqa: E402
 from tests.kernels import laws  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -47,6 +48,43 @@ def test_attending_works_for_every_head_dim(
         widths="uniform", pads=(0, 70), chunks=(210,), residual_length=32, sink_length=4, q_len=1,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "widths", "queries_per_kv", "q_len", "dtype"),
+    [
+        (64, 4, "uniform", 3, 1, torch.float16),
+        (64, 8, "uniform", 1, 3, torch.bfloat16),
+        (128, 2, "uniform", 4, 1, torch.float16),
+        (128, 2, "uniform", 1, 8, torch.bfloat16),
+        (128, 4, "uniform", 8, 1, torch.float16),
+        (128, 6, "uniform", 2, 2, torch.bfloat16),
+        (128, 8, "uniform", 4, 2, torch.float16),
+        (256, 1, "uniform", 2, 4, torch.float16),
+        (256, 2, "uniform", 4, 1, torch.bfloat16),
+        (256, 4, "uniform", 8, 1, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("extras", [False, True])
+def test_tokens_on_the_side_of_16_rows_agree_with_float64(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, widths: str, queries_per_kv: int,
+    q_len: int, dtype: torch.dtype, extras: bool,
+) -> None:  # fmt: skip
+    """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
+    taken = []
+    attend = launch.gluon_attend_token.attend_kernel
+    monkeypatch.setattr(
+        launch.gluon_attend_token, "attend_kernel", laws.Recorded(attend, taken.append)
+    )
+    case = replace(
+        case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
+        bits=bits, widths=widths, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
+        pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
+        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
+        calibrated=extras,
+    )  # fmt: skip
+    laws.attending_agrees_with_float64(case, "cuda")
+    assert taken
 
 
 @pytest.mark.parametrize("seed", range(100, 124))
