@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_spec, make_format
@@ -41,6 +42,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def recorded() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | named
         launches.append(Launch(kernel, arguments, options))
 
@@ -80,6 +82,18 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         JITFunction.run = original
+
+
+@contextmanager
+def _capable(gpu: str) -> Iterator[None]:
+    """Launches as they are for a GPU that is not there."""
+    originals = launch.runs_gluon, launch.launches_early
+    launch.runs_gluon = lambda _: gpu in ("ampere", "hopper")
+    launch.launches_early = lambda _: gpu == "hopper"
+    try:
+        yield
+    finally:
+        launch.runs_gluon, launch.launches_early = originals
 
 
 def compile_launch(launched: Launch, capability: int) -> Resources:
@@ -100,7 +114,8 @@ def compiled_kernel(launched: Launch, capability: int) -> Any:
         else:
             specialize = not parameter.do_not_specialize
             signature[parameter.name] = _type(value, path, specialize, constants, attributes)
-    source = ASTSource(launched.kernel, signature, constants, attributes)
+    made_of = GluonASTSource if launched.kernel.is_gluon() else ASTSource
+    source = made_of(launched.kernel, signature, constants, attributes)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options=launched.options
     )
@@ -149,9 +164,10 @@ def machine_code(compiled: Any) -> list[tuple[int, str]]:
 
 
 def main_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The loop that does the work of a kernel: of the innermost loops around tensor core
-    instructions, the longest; empty if there is none.
+    """The loop that does the work of a kernel: the innermost one with the most tensor core
+    instructions, the longest of several; empty if there is none.
     """
+    multiplying = [address for address, text in code if re.search(r"\b[HIQ]G?MMA", text)]
     loops = []
     for address, text in code:
         target = re.search(r"\bBRA(?:\.\w+)* .*?(0x[0-9a-f]+)", text)
@@ -160,14 +176,18 @@ def main_loop(code: list[tuple[int, str]]) -> list[str]:
     loops = [
         (first, last)
         for first, last in loops
-        if any(first <= a <= last and re.search(r"\b[HIQ]G?MMA", text) for a, text in code)
+        if any(first <= address <= last for address in multiplying)
     ]
     innermost = [
         (first, last)
         for first, last in loops
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
     ]
-    first, last = max(innermost, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    first, last = max(
+        innermost,
+        key=lambda loop: (sum(loop[0] <= a <= loop[1] for a in multiplying), loop[1] - loop[0]),
+        default=(0, -1),
+    )
     return [text for address, text in code if first <= address <= last]
 
 
@@ -230,14 +250,22 @@ POSITIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
 def attend_launches(
-    shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None
+    shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None, gpu: str = ""
 ) -> list[Launch]:
-    """Attention of ``q_len`` queries over a past and as many new tokens."""
+    """Attention of ``q_len`` queries over a past and as many new tokens.
+
+    Args:
+        shape: what it works on.
+        mask: of scores.
+        sinks: logits of the heads.
+        gpu: ``""`` has Triton's kernels alone, ``"ampere"`` Gluon's too where they apply,
+            ``"hopper"`` also launches that begin early.
+    """
     key, value = (
         (shape.arenas(role), (POSITIONS, i), shape.format(role)) for i, role in enumerate(ROLES)
     )
     query, new = shape.tokens(shape.q_len, 2 * shape.queries_per_kv), shape.tokens(shape.q_len)
-    with recorded() as launches:
+    with recorded() as launches, _capable(gpu):
         launch.attend(
             query, new, new, key, value, mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0
         )
@@ -281,6 +309,9 @@ def feeds_back(shape: Shape, role: Role) -> bool:
 def representative(shape: Shape) -> Iterator[tuple[str, Launch]]:
     """Every kernel at ``shape``, with what it works on."""
     yield from (("both", launched) for launched in attend_launches(shape))
+    for launched in attend_launches(shape, gpu="ampere"):
+        if launched.kernel.is_gluon():
+            yield "both", launched
     for role in ROLES:
         for launches in (write_launches(shape, role, 1), write_launches(shape, role, 64)):
             yield from ((role, launched) for launched in launches)
@@ -314,7 +345,7 @@ def main() -> None:
             for what, launched in representative(shape):
                 compiled = compiled_kernel(launched, capability)
                 r, per_code = resources_of(compiled), ""
-                if r.kernel == "attend_kernel":
+                if r.kernel.endswith("attend_kernel"):
                     codes = 2 * shape.head_dim * launched.arguments["BLOCK_N"]
                     per_code = f"{instructions_per_code(compiled, codes):.2f}"
                 numbers = (r.registers, r.spills, r.shared, r.instructions)

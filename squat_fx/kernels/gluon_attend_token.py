@@ -243,11 +243,6 @@ def attend_exact(
             key, new_key, new_key_head, new_key_strides[2], head, position, start, length, KEY
         )
         k = gl.load(rows + channel, mask=there & (channel < KEY.head_dim), other=0.0).to(dtype)
-        rows = exact_rows(
-            value, new_value, new_value_head, new_value_strides[2], head, position, start,
-            length, VALUE,
-        )  # fmt: skip
-        v = gl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0).to(dtype)
         scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES)
         scores = mma_v2(gl.convert_layout(k, CODES), q, scores) * (scale * LOG2_E)
         seen = first_index + gl.arange(0, BLOCK_N, TOKENS) < num_exact
@@ -257,6 +252,11 @@ def attend_exact(
         p = gl.exp2(scores - new_max[None, :])
         total = total * alpha + gl.sum(p, 0)
         p = gl.convert_layout(p.to(dtype), WEIGHTS)
+        rows = exact_rows(
+            value, new_value, new_value_head, new_value_strides[2], head, position, start,
+            length, VALUE,
+        )  # fmt: skip
+        v = gl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0).to(dtype)
         v = gl.convert_layout(v.permute((1, 0)), CODES)
         acc = mma_v2(v, p, acc * alpha[None, :])
         running_max = new_max
@@ -310,7 +310,7 @@ def attend_packed(
     watermark = gl.load(positions + 2 * key_row + 1).to(gl.int32)
     start = gl.load(key.start + batch)
 
-    row, query_token, query_head, keep_row, out = rows_of_block(
+    row, _query_token, _query_head, keep_row, out = rows_of_block(
         gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, ROWS
     )
     out = out * (shares + 1) + share
@@ -424,7 +424,7 @@ def attend_packed(
 
 
 @gluon.jit(do_not_specialize=["key_row"])
-def attend_kernel(
+def swapped_attend_kernel(
     query, new_key, new_value, key, value, positions, key_row, latent_query, size, offset,
     partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale,
     query_strides, new_key_strides, new_value_strides,

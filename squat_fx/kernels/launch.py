@@ -198,9 +198,11 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     latent = work.query.new_empty((all_rows, LANES * key_format.num_planes), dtype=torch.float32)
     latent_query = (latent, *latent.new_empty((2, all_rows)))
     bases = work.num_kv_heads if work.key.basis_stride else 1
-    row_blocks = triton.cdiv(all_rows // bases, block_m)
-    rotations = row_blocks * bases * key_format.num_tiles
-    exact_n = triton_attend_token.exact_block_n(work.widest)
+    rotated_rows = triton_attend_token.ROTATED_ROWS
+    row_blocks = triton.cdiv(all_rows // bases, rotated_rows)
+    block_d = triton_attend_token.matrix_block(key_format.head_dim)
+    rotations = row_blocks * bases * triton.cdiv(LANES * key_format.num_planes, block_d)
+    exact_n = triton_attend_token.exact_block_n(work.widest, work.query.element_size())
     exact = 0 if swapped else work.heads * blocks
     triton_attend_token.prepare_kernel[(rotations + exact,)](
         work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
@@ -208,10 +210,11 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
         BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
+        BLOCK_R=rotated_rows, BLOCK_D=block_d,
         num_warps=triton_attend_token.PREPARE_WARPS,
     )  # fmt: skip
     if swapped:
-        gluon_attend_token.attend_kernel[(work.heads, 1, 1 + shares)](
+        gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
             *work.strides()[:3], *work.formats, work.queries_per_kv,
@@ -230,13 +233,16 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=num_warps, num_stages=stages,
         )  # fmt: skip
-    block_m, block_d = triton_attend_token.merge_tile(shares, value_format.head_dim)
     bases = work.num_kv_heads if work.value.basis_stride else 1
-    row_blocks, head_dim = triton.cdiv(all_rows // bases, block_m), value_format.head_dim
+    rows, head_dim = triton_attend_token.merged_rows(shares), value_format.head_dim
+    row_blocks, block_d = (
+        triton.cdiv(all_rows // bases, rows),
+        triton_attend_token.matrix_block(head_dim),
+    )
     triton_attend_token.merge_kernel[(row_blocks * bases, triton.cdiv(head_dim, block_d))](
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
         all_rows // bases, row_blocks, bases, value_format, work.queries_per_kv,
-        PADDED_D=padded(head_dim), BLOCK_M=block_m, BLOCK_S=triton.next_power_of_2(shares),
+        PADDED_D=padded(head_dim), BLOCK_M=rows, BLOCK_S=triton.next_power_of_2(shares),
         BLOCK_D=block_d, DEPENDENT=dependent, **options,
     )  # fmt: skip
 
@@ -249,7 +255,7 @@ def _tokens_take_rows(work: _Attention) -> bool:
         and work.rows <= gluon_attend_token.BLOCK_M
         and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and all(gluon_attend_token.takes(fmt) for fmt in work.formats)
-        and _runs_gluon(work.query.device)
+        and runs_gluon(work.query.device)
     )
 
 
@@ -479,7 +485,7 @@ def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -
 
 
 @lru_cache(maxsize=16)
-def _runs_gluon(device: torch.device) -> bool:
+def runs_gluon(device: torch.device) -> bool:
     """Whether tensor cores take tiles of 16 x 8 from 16-bit operands, with asynchronous copies."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False

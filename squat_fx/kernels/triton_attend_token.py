@@ -46,20 +46,19 @@ from squat_fx.kernels.triton_planes import (
     load_or_zero,
     num_pieces,
     num_planes,
-    num_tiles,
     packed_tokens,
     plane_exponent,
     step,
-    tile_width,
     words_of_rows,
 )
 from squat_fx.kernels.triton_round import high_part
 
 BLOCK_N = 64
-EXACT_BLOCK_N = 64  # of 128 channels
+EXACT_BLOCK_N = 64  # of 128 channels of 16 bits
 PREPARE_WARPS = 4
+MATRIX_CHANNELS = 64  # of the 128 of a matrix
+ROTATED_ROWS = 16
 NUM_STAGES = 3
-MERGE_BLOCK_D = 64
 MERGE_SHARES = 4  # so many at most leave room for 16 query rows
 LARGEST_BLOCK_M = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -71,15 +70,19 @@ def tile(rows: int) -> tuple[int, int]:
     return block_m, block_m // 16
 
 
-def exact_block_n(head_dim: int) -> int:
+def exact_block_n(head_dim: int, itemsize: int) -> int:
     """How many exact tokens ``prepare_kernel`` takes at once."""
-    return max(16, EXACT_BLOCK_N * 128 // max(128, triton.next_power_of_2(head_dim)))
+    return EXACT_BLOCK_N * 256 // (itemsize * max(128, triton.next_power_of_2(head_dim)))
 
 
-def merge_tile(shares: int, head_dim: int) -> tuple[int, int]:
-    """Query rows and channels of a program of ``merge_kernel``."""
-    block_d = MERGE_BLOCK_D * 128 // max(128, triton.next_power_of_2(head_dim))
-    return (16 if shares <= MERGE_SHARES else 1), block_d
+def matrix_block(head_dim: int) -> int:
+    """How many columns of a matrix of ``head_dim`` rows a program holds."""
+    return MATRIX_CHANNELS * 128 // max(128, triton.next_power_of_2(head_dim))
+
+
+def merged_rows(shares: int) -> int:
+    """Query rows of a program of ``merge_kernel``."""
+    return ROTATED_ROWS if shares <= MERGE_SHARES else 1
 
 
 @triton.constexpr_function
@@ -301,20 +304,21 @@ def prepare_kernel(
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What the packed tokens need, and the exact tokens, side by side.
 
-    Grid ``row_blocks * bases * tiles of channels + heads * blocks of query rows``; ``heads`` is
-    ``batch * num_kv_heads``.
+    Grid ``row_blocks * bases * blocks of channels + heads * blocks of query rows``; ``heads`` is
+    ``batch * num_kv_heads``. Rotated are ``BLOCK_R`` rows and ``BLOCK_D`` channels at once.
     """
     program = tl.program_id(0)
-    rotations = row_blocks * bases * num_tiles(KEY)
+    rotations = row_blocks * bases * tl.cdiv(16 * num_planes(KEY), BLOCK_D)
     if program < rotations:
         rotate(
             query, key, latent_query, size, offset, program % row_blocks,
             program // row_blocks % bases, program // (row_blocks * bases),
             bases, rows, num_kv_heads, q_len, query_strides,
-            KEY, QUERIES_PER_KV, BLOCK_M, PADDED_D,
+            KEY, QUERIES_PER_KV, BLOCK_R, BLOCK_D, PADDED_D,
         )  # fmt: skip
     else:
         program -= rotations
@@ -412,13 +416,13 @@ def rows_of_basis(
 
 @triton.jit
 def rotate(
-    query, key, latent, size, offset, block, basis, tile, bases, rows, num_kv_heads, q_len,
-    query_strides, FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
-    PADDED_D: tl.constexpr,
+    query, key, latent, size, offset, block, basis, channel_block, bases, rows, num_kv_heads, q_len,
+    query_strides, FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    """Query rows in the latent frame, brought to unit size: one tile of channels."""
+    """Query rows in the latent frame, brought to unit size: one block of channels."""
     head, query_token, query_head, keep_row = rows_of_basis(
-        block, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_M
+        block, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_R
     )
     out = (head * q_len + query_token) * QUERIES_PER_KV + query_head
     query_head += head % num_kv_heads * QUERIES_PER_KV
@@ -431,19 +435,19 @@ def rotate(
     channel = tl.arange(0, PADDED_D)
     inside = channel < FORMAT.head_dim
     keep = keep_row[:, None] & inside[None, :]
-    latent_channel = tile * tile_width(FORMAT) + tl.arange(0, tile_width(FORMAT))[None, :]
+    latent_channel = channel_block * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     pointers = key.basis + key.inverse + basis * key.basis_stride
     pointers += latent_channel * FORMAT.head_dim + channel[:, None]
     there = (latent_channel < FORMAT.head_dim) & inside[:, None]
-    matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, tile]
+    matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, BLOCK_D]
     q = tl.load(query_rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
     if FORMAT.affine:
         shift, factor = load_affine(key, head[:, None], channel[None, :], keep, FORMAT)
-        if tile == 0:
+        if channel_block == 0:
             tl.store(offset + out, tl.sum(q * shift, 1), mask=keep_row)
         q *= factor
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
-    if tile == 0:
+    if channel_block == 0:
         tl.store(size + out, largest, mask=keep_row)
     x = tl.dot(q / largest[:, None], matrix, input_precision="tf32x3")
     pointers = latent + out[:, None] * (16 * num_planes(FORMAT)) + latent_channel

@@ -15,6 +15,7 @@ from squat_fx.kernels.aot import Launch, Resources, Shape
 
 MOST_REGISTERS = 255
 MULTIPROCESSOR_BYTES = 227 * 1024  # of shared memory, sm_90
+AMPERE_BYTES = 163 * 1024  # sm_80
 
 
 def compiled(launches: list[Launch], capability: int) -> dict[str, Resources]:
@@ -127,11 +128,40 @@ def test_a_code_takes_few_instructions(bits: float | tuple[int, ...], most: floa
     assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
 
 
-def test_wide_heads_in_fp32_fit_shared_memory() -> None:
-    shape = Shape(head_dim=256, bits=2, codec=Squat(), dtype=torch.float32)
-    resources = compiled(aot.attend_launches(shape), 90)
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "most"),
+    [(128, 2, 1.25), (128, 4, 1.45), (128, (4, 3, 2, 2, 2, 1, 1, 1), 1.45), (256, 2, 1.15)],
+)
+def test_a_code_takes_still_fewer_instructions_with_tokens_on_the_side_of_16_rows(
+    head_dim: int, bits: float | tuple[int, ...], most: float, capability: int
+) -> None:
+    launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="ampere")
+    assert [x.kernel.__name__ for x in launches][1] == "swapped_attend_kernel"
+    kernel = aot.compiled_kernel(launches[1], capability)
+    assert aot.resources_of(kernel).spills == 0
+    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[1].arguments["BLOCK_N"]
+    assert aot.instructions_per_code(kernel, 2 * head_dim * tokens) <= most
+    # A tile of 16 x 16 codes an instruction, and the two sums of weights.
+    multiplications = sum("HMMA.16816" in text for text in loop)
+    assert multiplications == 2 * (head_dim // 16 + 1) * tokens // 16
+    assert any("LDGSTS.E.BYPASS.128" in text for text in loop), "codes are not copied ahead"
+    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+
+
+def test_kernels_that_begin_early_wait_for_the_one_before() -> None:
+    launches = aot.attend_launches(Shape(128, 2, codec=Squat()), gpu="hopper")
+    assert [bool(x.options.get("launch_pdl")) for x in launches] == [False, True, True]
+    for early in launches[1:]:
+        assert "griddepcontrol.wait" in aot.compiled_kernel(early, 90).asm["ptx"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_many_rows_of_wide_heads_fit_shared_memory(dtype: torch.dtype) -> None:
+    shape = Shape(head_dim=256, bits=2, codec=Squat(), dtype=dtype, q_len=16)
+    resources = compiled(aot.attend_launches(shape), 80)
     assert list(resources) == ["prepare_kernel", "attend_kernel", "merge_kernel"]
-    assert all(r.shared <= MULTIPROCESSOR_BYTES for r in resources.values())
+    assert all(r.shared <= AMPERE_BYTES for r in resources.values())
 
 
 @pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda c: c.name)

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from squat_fx.kernels import launch  # noqa: E402
+from squat_fx.kernels import gluon_attend_token  # noqa: E402
 from tests.kernels import laws  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -72,10 +72,9 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
 ) -> None:  # fmt: skip
     """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
     taken = []
-    attend = launch.gluon_attend_token.attend_kernel
-    monkeypatch.setattr(
-        launch.gluon_attend_token, "attend_kernel", laws.Recorded(attend, taken.append)
-    )
+    kernel = gluon_attend_token.swapped_attend_kernel
+    recorded = laws.Recorded(kernel, taken.append)
+    monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
     case = replace(
         case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
         bits=bits, widths=widths, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
