@@ -7,10 +7,7 @@ names, so that two machines write the same command.
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import squat_fx
+from squat_fx.bench.record import versions, write_json
 from squat_fx.cli import late_progress, stay_offline
 from squat_fx.demo import smollm2_folder
 
-PACKAGES = ("torch", "transformers", "optimum-quanto")
+__all__ = ["versions", "write_json"]  # beside what is defined here
 
 
 def model_folder(chosen: Path | None) -> Path:
@@ -100,17 +98,6 @@ def innermost(tensor: Tensor) -> Iterator[Tensor]:
         yield from innermost(getattr(tensor, name))
 
 
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    found = {"python": platform.python_version(), "squat_fx": squat_fx.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def text_record(text: Path) -> dict[str, str]:
     """Which text it was."""
     return {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
@@ -139,6 +126,5 @@ def write_result(out: Path | None, result: dict[str, Any]) -> None:
     """Write ``result`` as json, if a file was asked for."""
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(out, result)
     typer.echo(f"wrote {out}", err=True)

@@ -1,4 +1,4 @@
-"""The command line: ``squat-fx demo | explain MODEL | version``.
+"""The command line: ``squat-fx demo | explain MODEL | bench kernel | bench generate | version``.
 
 Results go to stdout, progress and errors to stderr. A failure that the user can mend is one
 sentence and exit code 1. Importing this module imports neither transformers nor Triton.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,6 +33,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+bench = typer.Typer(help="Measure on this machine; json and pictures if asked.")
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+Out = Annotated[Path | None, typer.Option(help="Where to write the json.")]
+Plot = Annotated[Path | None, typer.Option(help="Where to draw a PNG.")]
 Bits = Annotated[int, typer.Option(help="Bits per cached number.", min=1, max=8)]
 
 
@@ -91,6 +96,95 @@ def explain(
         with late_progress("Tracing"):
             report = squat_fx.explain(loaded, {"input_ids": tokens}, bits=bits)
     typer.echo(str(report))
+
+
+@bench.command("kernel")
+def bench_kernel(
+    out: Out = None,
+    plot: Plot = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes, to see that it runs.")] = False,
+) -> None:
+    """Attention, append and store on a GPU, beside the fastest fp16 attention of torch."""
+    with one_sentence_errors():
+        require_for_plot(plot)
+        import torch
+
+        if not torch.cuda.is_available():
+            raise DemoError("`bench kernel` needs a CUDA GPU, and torch sees none here")
+        smollm2.require_packages("triton", extra="bench")
+        from squat_fx.bench import kernel
+        from squat_fx.bench.plot import plot_kernel
+
+        result = kernel.measure(quick, say)
+        for table in kernel.tables(result):
+            Console(width=140).print(table)
+        command = "squat-fx bench kernel" + " --quick" * quick
+        keep_measurement(command, result, out, plot, plot_kernel)
+
+
+@bench.command("generate")
+def bench_generate(
+    case: Annotated[list[str], typer.Option(help="shape:batch:prompt tokens:new tokens; repeat.")],
+    cache: Annotated[
+        list[str] | None, typer.Option(help="A cache to measure; repeat. All when left out.")
+    ] = None,
+    bits: Bits = 2,
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Whole models with random weights: step time, throughput and peak memory of each cache."""
+    with one_sentence_errors():
+        check_options(bits)
+        require_for_plot(plot)
+        smollm2.require_packages("transformers")
+        from squat_fx.bench import generate
+        from squat_fx.bench.plot import plot_generate
+
+        try:
+            cases = [generate.Case.parse(text) for text in case]
+        except ValueError as error:
+            raise DemoError(str(error)) from error
+        caches = cache or list(generate.CACHES)
+        for name in caches:
+            if name not in generate.CACHES:
+                known = ", ".join(generate.CACHES)
+                raise DemoError(f"there is no cache {name!r}; choose from {known}")
+        result = generate.measure(cases, caches, bits, say)
+        Console(width=150).print(generate.table(result))
+        command = " ".join(["squat-fx bench generate", *(f"--case {c}" for c in cases)])
+        command += "".join(f' --cache "{name}"' for name in cache or ()) + f" --bits {bits}"
+        keep_measurement(command, result, out, plot, plot_generate)
+
+
+def say(line: str) -> None:
+    """Progress of a measurement."""
+    typer.echo(line, err=True)
+
+
+def require_for_plot(plot: Path | None) -> None:
+    """Refuse a picture that could not be drawn, before anything is measured."""
+    if plot is not None:
+        smollm2.require_packages("matplotlib", extra="bench")
+
+
+def keep_measurement(
+    command: str,
+    result: dict[str, Any],
+    out: Path | None,
+    plot: Path | None,
+    draw: Callable[[list[dict[str, Any]], Path], None],
+) -> None:
+    """Write the json and draw the picture, where they were asked for."""
+    from squat_fx.bench.record import device_name, versions, write_json
+
+    if out is not None:
+        head = {"command": command, "versions": versions(), "device": device_name()}
+        write_json(out, head | result)
+    if plot is not None:
+        draw(result["rows"], plot)
+    for path in (out, plot):
+        if path is not None:
+            say(f"wrote {path}")
 
 
 @app.command()

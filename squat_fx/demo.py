@@ -87,13 +87,13 @@ def smollm2_folder(steps: Steps = silent) -> Path:
     return folder
 
 
-def require_packages(*names: str) -> None:
-    """Refuse early, before anything is downloaded, when a package is missing."""
+def require_packages(*names: str, extra: str = "demo") -> None:
+    """Refuse early, before anything is downloaded, when a package of an extra is missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise DemoError(
             f"this needs {' and '.join(missing)}, which this Python lacks; "
-            "run: pip install 'squat_fx[demo]'"
+            f"run: pip install 'squat_fx[{extra}]'"
         )
 
 

@@ -1,6 +1,6 @@
 """Whole models on a GPU: prefill, step time and peak memory, with full-precision and packed caches.
 
-    python benchmarks/gpu_generate.py --case llama-3.1-8b:64:8192:64 --case llama-2-7b:256:160:338
+    squat-fx bench generate --case llama-3.1-8b:64:8192:64 --case llama-2-7b:256:160:338
 
 Unmodified transformers models of published shapes with random weights in fp16, greedy
 ``generate()``. A case is ``shape:batch:prompt tokens:new tokens``. Every cache runs in a process of
@@ -23,15 +23,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from common import versions, write_result
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria
 
@@ -80,14 +77,23 @@ class Case:
 
     @classmethod
     def parse(cls, text: str) -> Case:
-        """``shape:batch:prompt:new``."""
+        """``shape:batch:prompt:new``.
+
+        Raises:
+            ValueError: the text is something else, or no such shape is known.
+        """
         try:
             shape, *numbers = text.split(":")
             batch, prompt, new = map(int, numbers)
         except ValueError:
-            raise typer.BadParameter(f"{text!r} is not shape:batch:prompt:new") from None
+            raise ValueError(
+                f"a case is shape:batch:prompt tokens:new tokens, as llama-2-7b:32:160:338; "
+                f"got {text!r}"
+            ) from None
         if shape not in SHAPES:
-            raise typer.BadParameter(f"unknown shape {shape!r}, choose one of {', '.join(SHAPES)}")
+            raise ValueError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}")
+        if min(batch, prompt) < 1 or new < 2:
+            raise ValueError(f"a case needs a batch, a prompt and 2 new tokens; got {text!r}")
         return cls(shape, batch, prompt, new)
 
     def __str__(self) -> str:
@@ -196,16 +202,7 @@ def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
 
 def run_in_process(case: Case, cache: str, bits: int) -> dict[str, Any]:
     """The same in a process that starts with nothing allocated; what went wrong as ``error``."""
-    command = [
-        sys.executable,
-        __file__,
-        "--case",
-        str(case),
-        "--single",
-        cache,
-        "--bits",
-        str(bits),
-    ]
+    command = [sys.executable, "-m", __name__, str(case), cache, str(bits)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
@@ -214,12 +211,26 @@ def run_in_process(case: Case, cache: str, bits: int) -> dict[str, Any]:
     return {"error": lines[-1][:300] if lines else f"exit status {done.returncode}"}
 
 
-def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+def measure(
+    cases: Sequence[Case], caches: Sequence[str], bits: int, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every case with every cache, as json takes it; ``log`` is told of each."""
+    rows = []
+    for case in cases:
+        for cache in caches:
+            found = run_in_process(case, cache, bits)
+            rows.append(asdict(case) | {"cache": cache} | found)
+            log(f"{case} {cache}: {found}"[:300])
+    return {"bits": bits, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What :func:`measure` found."""
     table = Table("case", "cache", "ms a step", "tokens/s", "first token s", "peak GiB",
                   "in prefill", "× floor", "compile s", box=None)  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
-    for row in rows:
+    for row in result["rows"]:
         name = ":".join(str(row[key]) for key in ("shape", "batch", "prompt", "new"))
         if "error" in row:
             table.add_row(name, row["cache"], row["error"])
@@ -232,35 +243,9 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
             f"{row['step_ms'] / floor:.2f}" if floor else "-",
             f"{row['first_generation_seconds']:.0f}",
         )  # fmt: skip
-    console.print(table)
-
-
-def main(
-    case: Annotated[list[str], typer.Option(help="shape:batch:prompt tokens:new tokens; repeat.")],
-    cache: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(CACHES)}; repeat. All if left out.")
-    ] = None,
-    bits: Annotated[int, typer.Option(help="Bits per cached number.", min=1, max=8)] = 2,
-    single: Annotated[str | None, typer.Option(help="Run this cache here, print json.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
-) -> None:
-    """Step time, throughput and peak memory of whole models."""
-    cases = [Case.parse(text) for text in case]
-    if single is not None:
-        typer.echo(json.dumps(run_one(cases[0], single, bits)))
-        return
-    rows = []
-    for chosen in cases:
-        for name in cache or CACHES:
-            found = run_in_process(chosen, name, bits)
-            rows.append(asdict(chosen) | {"cache": name} | found)
-            typer.echo(f"{chosen} {name}: {found}"[:300], err=True)
-    print_rows(rows, Console(width=150))
-    command = " ".join(["python benchmarks/gpu_generate.py", *(f"--case {c}" for c in cases)])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"command": command, "versions": versions(), "device": device, "bits": bits}
-    write_result(out, result | {"rows": rows})
+    return table
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    text, cache, bits = sys.argv[1:]
+    print(json.dumps(run_one(Case.parse(text), cache, int(bits))))

@@ -1,6 +1,6 @@
 """Attend, append and store on a GPU beside the fastest fp16 attention of torch, in one process.
 
-    python benchmarks/gpu_kernels.py --out benchmarks/results/gpu_kernels.json
+    squat-fx bench kernel --out kernel.json --plot kernel.png
 
 Random normal data, fp16, head_dim 128 unless said. Every time is the median of CUDA-graph replays
 that walk through copies of the data which together exceed three times the L2 cache. Attend includes
@@ -11,19 +11,14 @@ the same dense shape.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
-from common import versions, write_result
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +27,8 @@ from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
+Log = Callable[[str], None]
+ROLES: tuple[Role, ...] = ("key", "value")
 RESIDUAL_LENGTH, SINK_LENGTH = 32, 4
 REPLAYS = 30
 L2_MULTIPLE = 3
@@ -132,7 +129,7 @@ def copied(arenas: Arenas) -> Arenas:
     )
 
 
-def baseline(shape: Shape) -> dict[str, Any]:
+def baseline(shape: Shape, log: Log) -> dict[str, Any]:
     """The faster of torch's fp16 attentions, and what it reads a second."""
     copies = copies_for(shape.dense_bytes)
     past = (shape.batch, shape.num_kv_heads, shape.tokens, shape.head_dim)
@@ -149,7 +146,7 @@ def baseline(shape: Shape) -> dict[str, Any]:
             with sdpa_kernel(backend):
                 times[backend.name] = median_microseconds(run, copies)
         except RuntimeError as error:
-            typer.echo(f"{shape}: {backend.name} does not run: {error}", err=True)
+            log(f"{shape}: {backend.name} does not run: {error}")
     name, fastest = min(times.items(), key=lambda item: item[1])
     rate = shape.dense_bytes / fastest / 1e6
     return {"backend": name, "microseconds": round(fastest, 2), "TB/s": round(rate, 2)}
@@ -159,11 +156,11 @@ def attend(shape: Shape, codec: Codec, bits: float | tuple[int, ...]) -> dict[st
     """Time, bytes read a second and error of our attention."""
     if isinstance(bits, tuple) and len(bits) * 16 != shape.head_dim:
         bits = sum(bits) / len(bits)
-    formats = [format_of(codec, role, bits, shape.head_dim) for role in ("key", "value")]
+    formats = [format_of(codec, role, bits, shape.head_dim) for role in ROLES]
     past = (shape.batch, shape.num_kv_heads, shape.tokens, shape.head_dim)
     sides = [
         stored(randn(*past, seed=seed), fmt, role)
-        for seed, fmt, role in zip((1, 2), formats, ("key", "value"), strict=True)
+        for seed, fmt, role in zip((1, 2), formats, ROLES, strict=True)
     ]
     query = randn(shape.batch, shape.num_heads, 1, shape.head_dim, seed=3)
     new = [randn(shape.batch, shape.num_kv_heads, 1, shape.head_dim, seed=s) for s in (4, 5)]
@@ -180,7 +177,7 @@ def attend(shape: Shape, codec: Codec, bits: float | tuple[int, ...]) -> dict[st
             (arenas, (positions, row), fmt)
             for row, (arenas, fmt) in enumerate(zip(placed[i], formats, strict=True))
         )
-        return launch.attend(query, *new, key, value, **options)
+        return launch.attend(query, new[0], new[1], key, value, **options)
 
     error = relative_error(run(0), query, new, sides, extents, formats, options)
     taken = median_microseconds(run, copies)
@@ -219,15 +216,18 @@ def relative_error(
 def append(batch: int, heads: int, codec: Codec, bits: float) -> dict[str, Any]:
     """One token of keys and one of values into storage."""
     head_dim, tokens = 128, 1024
-    fmts = [format_of(codec, role, bits) for role in ("key", "value")]
-    sides = [stored(randn(batch, heads, tokens, head_dim, seed=1), f, "key") for f in fmts]
+    past = randn(batch, heads, tokens, head_dim, seed=1)
     new = randn(batch, heads, 1, head_dim, seed=2)
-    extents = [Extent(0, 0).after(tokens - 64, f) for f in fmts]
+    formats = [format_of(codec, role, bits) for role in ROLES]
+    extents = [Extent(0, 0).after(tokens - 64, fmt) for fmt in formats]
     positions = torch.tensor([[e.length, e.watermark] for e in extents], device="cuda")
+    key, value = (
+        (stored(past, fmt, role), new, (positions, row), fmt)
+        for row, (fmt, role) in enumerate(zip(formats, ROLES, strict=True))
+    )
 
     def run(_: int) -> None:
-        for row, (arenas, fmt) in enumerate(zip(sides, fmts, strict=True)):
-            launch.write(arenas, new, None, (positions, row), fmt)
+        launch.write_both(key, value, None)
 
     return {"microseconds": round(median_microseconds(run, 20), 2)}
 
@@ -237,7 +237,7 @@ def store(tokens: int, heads: int, num_heads: int, codec: Codec, bits: float) ->
     head_dim = 128
     x = randn(1, heads, tokens, head_dim, seed=1)
     query = randn(1, num_heads, tokens, head_dim, seed=2)
-    fmts = {role: format_of(codec, role, bits) for role in ("key", "value")}
+    fmts: dict[Role, Format] = {role: format_of(codec, role, bits) for role in ROLES}
     arenas = {role: reference.empty_arenas(x, tokens, fmt) for role, fmt in fmts.items()}
     feedback = reference.learn(arenas["key"], x, None, query, fmts["key"], "key").feedback
 
@@ -259,27 +259,19 @@ def store(tokens: int, heads: int, num_heads: int, codec: Codec, bits: float) ->
     }
 
 
-def log(line: str) -> None:
-    """Progress, for who waits: most of the time kernels are compiled."""
-    typer.echo(line, err=True)
+def measure(quick: bool, log: Log) -> dict[str, Any]:
+    """Everything, as json takes it.
 
-
-def main(
-    out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
-    quick: Annotated[bool, typer.Option(help="Small shapes only, to see that it runs.")] = False,
-) -> None:
-    """Print the table, write the json."""
+    Args:
+        quick: small shapes only, to see that it runs.
+        log: is told what is done: most of the time kernels are compiled.
+    """
     shapes = tuple(Shape(32, 8, 2, 2048, s.head_dim) for s in SHAPES[-3:]) if quick else SHAPES
-    table = Table("shape", "head_dim", "cache", "bits", "µs", "TB/s", "speedup", "error", box=None)
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        dense = baseline(shape)
+        dense = baseline(shape, log)
         log(f"{shape} fp16: {dense}")
         torch.cuda.empty_cache()
-        table.add_row(
-            str(shape), str(shape.head_dim), f"fp16, {dense['backend'].lower()}", "16",
-            f"{dense['microseconds']:.1f}", f"{dense['TB/s']:.2f}", "1.00", "",
-        )  # fmt: skip
         rows.append(asdict(shape) | {"cache": "fp16"} | dense)
         for name, codec, bits in CODECS:
             began = time.perf_counter()
@@ -287,13 +279,7 @@ def main(
             log(f"{shape} {name}: {found}, {time.perf_counter() - began:.1f} s in all")
             torch.cuda.empty_cache()
             speedup = dense["microseconds"] / found["microseconds"]
-            table.add_row(
-                str(shape), str(shape.head_dim), name, f"{found['bits']:.3f}",
-                f"{found['microseconds']:.1f}", f"{found['TB/s']:.2f}", f"{speedup:.2f}",
-                f"{found['error']:.1e}",
-            )  # fmt: skip
             rows.append(asdict(shape) | {"cache": name, "speedup": round(speedup, 3)} | found)
-    Console(width=140).print(table)
     written: dict[str, Any] = {}
     for name, codec in (("squat", Squat()), ("kivi G=32", Kivi(32)), ("kivi G=128", Kivi(128)),
                         ("squat_paper G=32", SquatPaper(32))):  # fmt: skip
@@ -301,19 +287,30 @@ def main(
             "append, batch 64, 8 kv heads": append(64, 8, codec, 2),
             "store, 8192 tokens, 8 kv heads": store(8192 if not quick else 1024, 8, 32, codec, 2),
         }
-        typer.echo(f"{name}: {written[name]}")
-    result = {
-        "command": "python benchmarks/gpu_kernels.py",
-        "versions": versions() | {"triton": __import__("triton").__version__},
-        "device": torch.cuda.get_device_name(),
-        "host": platform.machine(),
+        log(f"{name}: {written[name]}")
+    return {
         "residual_length": RESIDUAL_LENGTH,
         "sink_length": SINK_LENGTH,
-        "attend": rows,
+        "rows": rows,
         "write": written,
     }
-    write_result(out, result)
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def tables(result: dict[str, Any]) -> tuple[Table, Table]:
+    """What :func:`measure` found: attention, and writing."""
+    names = ("shape", "head_dim", "cache", "bits", "µs", "TB/s", "speedup", "error")
+    attention = Table(*names, box=None)
+    for row in result["rows"]:
+        numbers = (row["num_heads"], row["num_kv_heads"], row["batch"], row["tokens"])
+        cache = row["cache"] + (f", {row['backend'].lower()}" if "backend" in row else "")
+        attention.add_row(
+            str(numbers), str(row["head_dim"]), cache, f"{row.get('bits', 16):g}",
+            f"{row['microseconds']:.1f}", f"{row['TB/s']:.2f}", f"{row.get('speedup', 1):.2f}",
+            f"{row['error']:.1e}" if "error" in row else "",
+        )  # fmt: skip
+    writing = Table("cache", "what", "µs", "codes alone, µs", box=None)
+    for cache, found in result["write"].items():
+        for what, times in found.items():
+            alone = times.get("codes_microseconds", "")
+            writing.add_row(cache, what, str(times["microseconds"]), str(alone))
+    return attention, writing

@@ -1,0 +1,153 @@
+"""``squat-fx bench``: what it refuses, what it writes, what it draws."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from squat_fx import cli
+
+pytest.importorskip("transformers")
+
+from squat_fx.bench import generate, kernel, plot, record
+
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="the bench extra is not installed"
+)
+
+
+def squat(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["bench", *arguments])
+
+
+def refused(result: Result) -> str:
+    """The one sentence of an error."""
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "--case", "tiny:1:8"), "shape:batch:prompt tokens:new tokens"),
+        (("generate", "--case", "tiny:one:8:4"), "tiny:one:8:4"),
+        (("generate", "--case", "huge:1:8:4"), "choose one of llama-3.1-8b, llama-2-7b, tiny"),
+        (("generate", "--case", "tiny:0:8:4"), "a batch, a prompt and 2 new tokens"),
+        (("generate", "--case", "tiny:1:8:4", "--cache", "warm"), "choose from eager, compiled"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_is(
+    arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "measure", lambda *_: pytest.fail("measured"))
+    assert words in refused(squat(*arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_are_measured_on_a_gpu_only() -> None:
+    assert "needs a CUDA GPU" in refused(squat("kernel"))
+
+
+def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    asked = squat("generate", "--case", "tiny:1:8:4", "--plot", str(tmp_path / "x.png"))
+    assert "pip install 'squat_fx[bench]'" in refused(asked)
+
+
+@needs_matplotlib
+def test_whole_models_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    out, picture = tmp_path / "new" / "generate.json", tmp_path / "generate.png"
+    done = squat(
+        "generate", "--case", "tiny:2:16:6", "--cache", "eager", "--cache", "squat",
+        "--out", str(out), "--plot", str(picture),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "tiny:2:16:6" in done.stdout
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("squat-fx bench generate --case tiny:2:16:6")
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["device"] == record.device_name()
+    eager, packed = written["rows"]
+    assert (eager["cache"], packed["cache"]) == ("eager", "squat")
+    for row in (eager, packed):
+        assert row["tokens_per_second"] > 0
+        assert row["step_ms"] > 0
+    assert any("2 attentions rewritten" in line for line in packed["report"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_went_wrong_in_a_process_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate.sys, "executable", "/bin/false")
+    result = generate.measure([generate.Case("tiny", 1, 8, 4)], ["eager"], 2, lambda _: None)
+    assert result["rows"][0]["error"] == "exit status 1"
+    assert "exit status 1" in printed(generate.table(result))
+
+
+def printed(table: Any) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def kernel_row(cache: str, batch: int, **found: Any) -> dict[str, Any]:
+    shape = {"num_heads": 32, "num_kv_heads": 8, "batch": batch, "tokens": 8192, "head_dim": 128}
+    return shape | {"cache": cache, "microseconds": 930.0, "TB/s": 4.6} | found
+
+
+KERNEL_ROWS = [
+    kernel_row("fp16", 128, backend="CUDNN_ATTENTION"),
+    kernel_row("squat 2 bits", 128, speedup=4.5, error=4e-4, bits=2.125),
+    kernel_row("squat 4 bits", 128, speedup=2.5, error=4e-4, bits=4.125),
+    kernel_row("squat 2 bits", 1, speedup=2.9, error=4e-4, bits=2.125),
+]
+
+
+def test_kernel_tables_say_everything_that_was_measured() -> None:
+    written = {"squat": {"store": {"microseconds": 80.0, "codes_microseconds": 20.5}}}
+    attention, writing = kernel.tables({"rows": KERNEL_ROWS, "write": written})
+    text = printed(attention)
+    for words in ("fp16, cudnn_attention", "squat 4 bits", "4.50", "4.0e-04", "2.125", "930.0"):
+        assert words in text
+    assert all(word in printed(writing) for word in ("store", "80.0", "20.5"))
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures instead of files."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot, "_save", lambda figure, _: drawn.append(figure))
+    return drawn
+
+
+def test_bars_are_speedups_by_shape_and_cache(figures: list[Any]) -> None:
+    plot.plot_kernel(KERNEL_ROWS, Path("unused"))
+    (axes,) = figures[0].axes
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert heights == [[4.5, 2.9], [2.5, 0]]  # no 4 bits at batch 1
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["32, 8, 128, 8192, 128", "32, 8, 1, 8192, 128"]
+
+
+def test_lines_go_through_batches_in_order_and_leave_errors_out(figures: list[Any]) -> None:
+    lengths = {"shape": "tiny", "prompt": 16, "new": 6, "cache": "squat"}
+    rows: list[dict[str, Any]] = [
+        lengths | {"batch": 8, "tokens_per_second": 80.0, "peak_gib": 3.0},
+        lengths | {"batch": 2, "tokens_per_second": 20.0, "peak_gib": 1.0},
+        lengths | {"batch": 16, "error": "out of memory"},
+    ]
+    plot.plot_generate(rows, Path("unused"))
+    throughput, memory = figures[0].axes
+    assert throughput.lines[0].get_xydata().tolist() == [[2, 20], [8, 80]]
+    assert memory.lines[0].get_xydata().tolist() == [[2, 1], [8, 3]]
