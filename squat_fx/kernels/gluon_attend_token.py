@@ -132,6 +132,19 @@ def copy_scales(memory, stage, scale, first_row, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def copy_tile(
+    memory, stage, key, value, first_row, KEY: gl.constexpr, VALUE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Words and scales of keys and values; all tokens are there."""
+    key_memory, value_memory, key_scales, value_scales = memory
+    copy_words(key_memory, stage, key.qdata, first_row, BLOCK_N - 1, KEY, BLOCK_N)
+    copy_words(value_memory, stage, value.qdata, first_row, BLOCK_N - 1, VALUE, BLOCK_N)
+    copy_scales(key_scales, stage, key.scale, first_row, BLOCK_N)
+    copy_scales(value_scales, stage, value.scale, first_row, BLOCK_N)
+
+
+@gluon.jit
 def key_words(memory, stage, fmt: gl.constexpr):
     """Keys as the 16-row operand."""
     words = ()
@@ -328,15 +341,12 @@ def attend_packed(
         value_memory = word_memory(VALUE, STAGES, BLOCK_N)
         key_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
         value_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
+        memory = (key_memory, value_memory, key_scales, value_scales)
         first_row = head * key.capacity
         for s in gl.static_range(STAGES - 1):
             tile = tile_begin + s
             if tile < whole_end:
-                tile_row = first_row + tile * BLOCK_N
-                copy_words(key_memory, s, key.qdata, tile_row, BLOCK_N - 1, KEY, BLOCK_N)
-                copy_words(value_memory, s, value.qdata, tile_row, BLOCK_N - 1, VALUE, BLOCK_N)
-                copy_scales(key_scales, s, key.scale, tile_row, BLOCK_N)
-                copy_scales(value_scales, s, value.scale, tile_row, BLOCK_N)
+                copy_tile(memory, s, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
 
         if DEPENDENT:
@@ -380,11 +390,7 @@ def attend_packed(
             if tile < whole_end:
                 free = stage - 1
                 free = gl.where(free < 0, free + STAGES, free)
-                tile_row = first_row + tile * BLOCK_N
-                copy_words(key_memory, free, key.qdata, tile_row, BLOCK_N - 1, KEY, BLOCK_N)
-                copy_words(value_memory, free, value.qdata, tile_row, BLOCK_N - 1, VALUE, BLOCK_N)
-                copy_scales(key_scales, free, key.scale, tile_row, BLOCK_N)
-                copy_scales(value_scales, free, value.scale, tile_row, BLOCK_N)
+                copy_tile(memory, free, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             acc, weight_sum, total, running_max = attend_tile(
