@@ -17,11 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import squat_fx
-from squat_fx.bench.record import versions, write_json
+from squat_fx.bench.record import write_json
 from squat_fx.cli import late_progress, stay_offline
 from squat_fx.demo import smollm2_folder
-
-__all__ = ["versions", "write_json"]  # beside what is defined here
 
 
 def model_folder(chosen: Path | None) -> Path:

@@ -31,7 +31,6 @@ from common import (
     prefill,
     text_record,
     text_tokens,
-    versions,
     write_result,
 )
 from rich.console import Console
@@ -39,6 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 import squat_fx
+from squat_fx.bench.record import versions
 from squat_fx.cli import late_progress
 
 BAR = 2.0  # times the untouched model, at 1k context

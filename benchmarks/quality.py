@@ -42,7 +42,6 @@ from common import (
     stored_bytes,
     text_record,
     text_tokens,
-    versions,
     write_result,
 )
 from rich.console import Console
@@ -52,6 +51,7 @@ from torch import Tensor
 from transformers import AutoConfig, QuantizedCache
 
 import squat_fx
+from squat_fx.bench.record import versions
 from squat_fx.cli import late_progress
 from squat_fx.codecs import Kivi, Squat, SquatPaper
 from squat_fx.demo import Advance

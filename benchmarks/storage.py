@@ -33,7 +33,6 @@ from common import (
     stored_bytes,
     text_record,
     text_tokens,
-    versions,
     write_result,
 )
 from rich.console import Console
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import QuantizedKV
+from squat_fx.bench.record import versions
 from squat_fx.cli import late_progress
 from squat_fx.storage import Storage
 

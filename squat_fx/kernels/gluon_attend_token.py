@@ -20,26 +20,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from squat_fx.kernels.triton_attend import places_of_rows
 from squat_fx.kernels.triton_attend_token import (
     LOG2_E,
     SCORE_FACTOR,
     code_factor,
     query_factor,
+    wait_for_previous_launch,
     zero_code,
 )
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
     exact_rows,
+    half_codes,
     largest_code,
     num_pieces,
-    num_plane_words,
     num_planes,
     num_words,
     packed_tokens,
-    plane_word,
     step,
-    unpack_asm,
-    unpack_constraints,
 )
 
 BLOCK_M = 8  # query rows
@@ -82,24 +81,6 @@ SCALES_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 # tiles -------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def codes_of(words, plane: gl.constexpr, fmt: gl.constexpr):
-    """``triton_planes.half_codes``, always in PTX."""
-    args = (words[plane_word(fmt, plane, 0)],)
-    if num_plane_words(fmt, plane) > 1:
-        args += (words[plane_word(fmt, plane, 1)],)
-    if num_plane_words(fmt, plane) > 2:
-        args += (words[plane_word(fmt, plane, 2)],)
-    return gl.inline_asm_elementwise(
-        unpack_asm(fmt, plane),
-        unpack_constraints(fmt, plane),
-        args,
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
-    )
 
 
 @gluon.jit
@@ -176,7 +157,7 @@ def attend_tile(
     scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES) - row_zero[None, :]
     for j in gl.static_range(num_planes(KEY)):
         if num_pieces(KEY, j) > 0:
-            scores = mma_v2(codes_of(k_words, j, KEY), latent[j], scores)
+            scores = mma_v2(half_codes(k_words, j, KEY, True), latent[j], scores)
     scores *= key_scale[:, None]
     if keep is not None:
         scores = gl.where(keep[:, None], scores, float("-inf"))
@@ -191,25 +172,10 @@ def attend_tile(
     new_acc = ()
     for j in gl.static_range(num_planes(VALUE)):
         if num_pieces(VALUE, j) > 0:
-            new_acc += (mma_v2(codes_of(v_words, j, VALUE), weights, acc[j] * alpha),)
+            new_acc += (mma_v2(half_codes(v_words, j, VALUE, True), weights, acc[j] * alpha),)
         else:
             new_acc += (acc[j],)
     return new_acc, weight_sum, total, new_max
-
-
-@gluon.jit
-def rows_of_block(
-    block, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV: gl.constexpr,
-    BLOCK_M: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """``triton_attend.rows_of_block``, without masks: row of the KV head, query token and head,
-    whether there is one, output row.
-    """
-    row = block * BLOCK_M + gl.arange(0, BLOCK_M, layout)
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
-    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
-    return row, query_token, query_head, query_token < q_len, out.to(gl.int64)
 
 
 @gluon.jit
@@ -224,8 +190,9 @@ def attend_exact(
     batch = head // num_kv_heads
     kv_head = head % num_kv_heads
     dtype = query.dtype.element_ty
-    _, query_token, query_head, keep_row, _ = rows_of_block(
-        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, WEIGHT_ROWS
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
+    query_token, query_head, keep_row, _ = places_of_rows(
+        row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
     )
     query_rows = query + batch * query_strides[0] + query_head * query_strides[1]
     query_rows += query_token * query_strides[2]
@@ -274,23 +241,14 @@ def attend_exact(
         acc = mma_v2(v, p, acc * alpha[None, :])
         running_max = new_max
 
-    _, _, _, keep_out, out = rows_of_block(
-        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, ROWS
-    )
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
+    _, _, keep_out, out = places_of_rows(row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV)
     out = out * (shares + 1) + shares
     gl.store(partial_max + out, running_max, mask=keep_out)
     gl.store(partial_sum + out, total, mask=keep_out)
     inner = gl.arange(0, PADDED_D, TOKENS)[:, None]
     pointers = partial + out[None, :] * VALUE.head_dim + inner
     gl.store(pointers, acc, mask=keep_out[None, :] & (inner < VALUE.head_dim))
-
-
-@gluon.jit
-def wait_for_previous_launch():
-    """What the launch before has written is there from here on."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -323,8 +281,9 @@ def attend_packed(
     watermark = gl.load(positions + 2 * key_row + 1).to(gl.int32)
     start = gl.load(key.start + batch)
 
-    row, _query_token, _query_head, keep_row, out = rows_of_block(
-        gl.program_id(1), batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV, BLOCK_M, ROWS
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
+    _query_token, _query_head, keep_row, out = places_of_rows(
+        row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
     )
     out = out * (shares + 1) + share
     count = packed_tokens(watermark, start, KEY)

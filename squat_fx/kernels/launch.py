@@ -218,8 +218,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             work.query, *work.new, work.key, work.value, work.positions, row,
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
             *work.strides()[:3], *work.formats, work.queries_per_kv,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n,
-            STAGES=stages,
+            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n, STAGES=stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
@@ -235,10 +234,8 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         )  # fmt: skip
     bases = work.num_kv_heads if work.value.basis_stride else 1
     rows, head_dim = triton_attend_token.merged_rows(shares), value_format.head_dim
-    row_blocks, block_d = (
-        triton.cdiv(all_rows // bases, rows),
-        triton_attend_token.matrix_block(head_dim),
-    )
+    row_blocks = triton.cdiv(all_rows // bases, rows)
+    block_d = triton_attend_token.matrix_block(head_dim)
     triton_attend_token.merge_kernel[(row_blocks * bases, triton.cdiv(head_dim, block_d))](
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
         all_rows // bases, row_blocks, bases, value_format, work.queries_per_kv,
@@ -484,20 +481,22 @@ def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -
     return max(1, min(wanted, most, MOST_SHARES))
 
 
-@lru_cache(maxsize=16)
 def runs_gluon(device: torch.device) -> bool:
     """Whether tensor cores take tiles of 16 x 8 from 16-bit operands, with asynchronous copies."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _capability(device) >= (8, 0)
+
+
+def launches_early(device: torch.device) -> bool:
+    """Whether a kernel may begin while the one before it ends (programmatic dependent launch)."""
+    return _capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=16)
-def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may begin while the one before it ends (programmatic dependent launch)."""
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of one of NVIDIA's GPUs, zeros of anything else."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=16)

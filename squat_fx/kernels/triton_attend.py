@@ -84,18 +84,27 @@ def masked_scores(
 
 
 @triton.jit
+def places_of_rows(row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV: tl.constexpr):
+    """Of query rows of a KV head: token, head, whether there is one, output row."""
+    query_token = row // QUERIES_PER_KV
+    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
+    return query_token, query_head, query_token < q_len, out.to(tl.int64)
+
+
+@triton.jit
 def rows_of_block(
     block, batch, kv_head, num_kv_heads, q_len, mask_strides,
     QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Query rows ``[M]`` of a KV head: token, head, whether there is one, mask and output row."""
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_token = row // QUERIES_PER_KV
-    query_head = kv_head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    query_token, query_head, keep, out = places_of_rows(
+        row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
+    )
     mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
     mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
-    out = (batch * num_kv_heads * QUERIES_PER_KV + query_head) * q_len + query_token
-    return row, query_token, query_head, query_token < q_len, mask_row, out.to(tl.int64)
+    return row, query_token, query_head, keep, mask_row, out
 
 
 @triton.jit

@@ -455,6 +455,14 @@ def rotate(
 
 
 @triton.jit
+def wait_for_previous_launch():
+    """What the launch before has written is there from here on."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def merge_kernel(
     partial, partial_max, partial_sum, sinks, value, output, num_heads, q_len, shares,
     rows, row_blocks, bases,
@@ -482,9 +490,7 @@ def merge_kernel(
     pointers += inner[:, None] * FORMAT.head_dim + channel
     matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
     if DEPENDENT:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
+        wait_for_previous_launch()
     pointers = partial + left[:, :, None] * FORMAT.head_dim + inner[None, None, :]
     keep = there[:, :, None] & (inner < FORMAT.head_dim)[None, None, :]
     latent = tl.load(pointers, mask=keep, other=0.0)

@@ -51,23 +51,23 @@ def test_attending_works_for_every_head_dim(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "widths", "queries_per_kv", "q_len", "dtype"),
+    ("head_dim", "bits", "queries_per_kv", "q_len", "dtype"),
     [
-        (64, 4, "uniform", 3, 1, torch.float16),
-        (64, 8, "uniform", 1, 3, torch.bfloat16),
-        (128, 2, "uniform", 4, 1, torch.float16),
-        (128, 2, "uniform", 1, 8, torch.bfloat16),
-        (128, 4, "uniform", 8, 1, torch.float16),
-        (128, 6, "uniform", 2, 2, torch.bfloat16),
-        (128, 8, "uniform", 4, 2, torch.float16),
-        (256, 1, "uniform", 2, 4, torch.float16),
-        (256, 2, "uniform", 4, 1, torch.bfloat16),
-        (256, 4, "uniform", 8, 1, torch.float16),
+        (64, 4, 3, 1, torch.float16),
+        (64, 8, 1, 3, torch.bfloat16),
+        (128, 2, 4, 1, torch.float16),
+        (128, 2, 1, 8, torch.bfloat16),
+        (128, 4, 8, 1, torch.float16),
+        (128, 6, 2, 2, torch.bfloat16),
+        (128, 8, 4, 2, torch.float16),
+        (256, 1, 2, 4, torch.float16),
+        (256, 2, 4, 1, torch.bfloat16),
+        (256, 4, 8, 1, torch.float16),
     ],
 )
 @pytest.mark.parametrize("extras", [False, True])
 def test_tokens_on_the_side_of_16_rows_agree_with_float64(
-    monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, widths: str, queries_per_kv: int,
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, queries_per_kv: int,
     q_len: int, dtype: torch.dtype, extras: bool,
 ) -> None:  # fmt: skip
     """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
@@ -77,7 +77,7 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
     monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
     case = replace(
         case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
-        bits=bits, widths=widths, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
+        bits=bits, widths="uniform", queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
         sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
         calibrated=extras,
