@@ -7,12 +7,9 @@ sentence and exit code 1. Importing this module imports neither transformers nor
 from __future__ import annotations
 
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,13 +187,10 @@ def keep_measurement(
 @app.command()
 def version() -> None:
     """Print the versions that matter in a bug report."""
-    parts = [f"squat_fx {squat_fx.__version__}", f"python {platform.python_version()}"]
-    for name in ("torch", "triton", "transformers"):
-        try:
-            parts.append(f"{name} {installed_version(name)}")
-        except PackageNotFoundError:
-            parts.append(f"{name} not installed")
-    typer.echo("\n".join(parts))
+    from squat_fx.bench.record import versions
+
+    for name, number in versions(("torch", "triton", "transformers")).items():
+        typer.echo(f"{name} {number}")
 
 
 def _print_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import squat_fx
 PACKAGES = ("torch", "triton", "transformers", "optimum-quanto")
 
 
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    found = {"python": platform.python_version(), "squat_fx": squat_fx.__version__}
-    for name in PACKAGES:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """What numbers and bugs depend on."""
+    found = {"squat_fx": squat_fx.__version__, "python": platform.python_version()}
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
