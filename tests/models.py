@@ -1,4 +1,4 @@
-"""Tiny random models of five families, and the ways in which people generate with them."""
+"""Tiny random models of six families, and the ways in which people generate with them."""
 
 from __future__ import annotations
 
@@ -67,21 +67,39 @@ def opt(attention: str) -> PreTrainedModel:
     return transformers.OPTForCausalLM(config)
 
 
+def gpt_oss(attention: str) -> PreTrainedModel:
+    """Attention sinks (eager only), key biases, mixture of experts, sliding windows in every other
+    layer.
+    """
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=24, max_position_embeddings=4096,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=2.0)
+    return model
+
+
 FAMILIES: dict[str, Callable[[str], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2_large_key_biases,
     "gpt2": gpt2,
     "gemma2": gemma2,
     "opt": opt,
+    "gpt_oss": gpt_oss,
 }
+ATTENTION = {"gemma2": "eager", "gpt_oss": "eager"}
+"""Families whose softcap or sinks ask for attention that is written out; the others use SDPA."""
 
 
 def build(family: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of ``family`` with random weights; Gemma-2 attends eagerly, as its softcap asks
-    for.
-    """
+    """A tiny model of ``family`` with random weights."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](attention or ("eager" if family == "gemma2" else "sdpa")).eval()
+    model = FAMILIES[family](attention or ATTENTION.get(family, "sdpa")).eval()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     with (

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 import squat_fx
-from tests.models import FAMILIES, SCENARIOS, build
+from tests.models import FAMILIES, SCENARIOS, build, prompt
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -23,3 +25,31 @@ def test_lossless_cache_gives_the_same_tokens(family: str, scenario: str) -> Non
     assert report.eager_calls == 0, str(report)
     assert not report.notes, str(report)
     assert torch.equal(actual, expected), str(report)
+
+
+def logits(model: PreTrainedModel, prompt_tokens: int = 150, steps: int = 20) -> Tensor:
+    """Of 20 single steps after a prompt that is mostly packed."""
+    ids, cache = prompt(2, prompt_tokens + steps), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :prompt_tokens], past_key_values=cache, use_cache=True)
+        found = [
+            model(token, past_key_values=cache, use_cache=True).logits
+            for token in ids[:, prompt_tokens:].split(1, 1)
+        ]
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_eight_bits_answer_as_the_dense_cache_within_rounding(family: str) -> None:
+    """Among them a softcap and sinks, to which a score that is off by a constant is another one."""
+    torch._dynamo.reset()
+    expected = logits(build(family))
+    errors = {}
+    for bits in (8, 2):
+        model = squat_fx.compile(build(family), bits=bits, inner="eager", residual_length=8)
+        errors[bits] = ((logits(model) - expected).norm() / expected.norm()).item()
+        report = squat_fx.report(model)
+        assert report.rewritten > 0, str(report)
+        assert report.eager_calls == 0, str(report)
+    assert errors[8] < 0.02, errors
+    assert errors[2] > 5 * errors[8], errors
