@@ -25,6 +25,7 @@ from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
 from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import (
+    gluon_attend_channel,
     gluon_attend_token,
     reference,
     triton_append,
@@ -161,21 +162,36 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     """``planes/channel`` and exact storage."""
     block_m, num_warps = triton_attend.tile(work.rows, work.widest)
     blocks = triton.cdiv(work.rows, block_m)
-    block_n = triton_attend.BLOCK_N
-    shares = num_shares(work.heads * blocks, most_tokens, block_n, work.query.device)
-    left = work.partial(shares)
+    block_n, device = triton_attend.BLOCK_N, work.query.device
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
+    swapped = _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats)
+    shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
+    if swapped:
+        tokens, stages = gluon_attend_channel.tile(work.formats)
+        swapped_shares = num_shares(work.heads, work.key.capacity, tokens, device)
+        shares, lefts = 1, swapped_shares + 1
+    left = work.partial(lefts)
     triton_attend.attend_kernel[(work.heads, blocks, shares)](
         work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
-        *left, work.num_kv_heads, q_len, work.new_len, work.scale, *work.strides(),
+        *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        BLOCK_M=block_m, BLOCK_N=block_n,
+        REST=swapped, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
+    if swapped:
+        dependent = launches_early(device)
+        options = {"launch_pdl": True} if dependent else {}
+        gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - 1)](
+            work.query, work.key, work.value, work.positions, key_row, value_row, *left,
+            work.num_kv_heads, q_len, work.scale, work.strides()[0],
+            *work.formats, work.queries_per_kv,
+            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=tokens, STAGES=stages,
+            DEPENDENT=dependent, num_warps=1, **options,
+        )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D
     triton_attend.merge_kernel[(work.heads * work.rows, triton.cdiv(head_dim, block_d))](
-        *left, work.sinks, work.output, work.query.shape[1], q_len, shares,
-        HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(shares), BLOCK_D=block_d,
+        *left, work.sinks, work.output, work.query.shape[1], q_len, lefts,
+        HEAD_DIM=head_dim, BLOCK_S=triton.next_power_of_2(lefts), BLOCK_D=block_d,
     )  # fmt: skip
 
 
@@ -185,7 +201,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     q_len, device = work.query.shape[2], work.query.device
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
-    swapped = _tokens_take_rows(work)
+    swapped = _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats))
     dependent = launches_early(device)
     options = {"launch_pdl": True} if dependent else {}
     block_n, stages = triton_attend_token.BLOCK_N, triton_attend_token.NUM_STAGES
@@ -245,13 +261,13 @@ def _attend_per_token(work: _Attention, row: int) -> None:
 
 
 def _tokens_take_rows(work: _Attention) -> bool:
-    """Whether ``gluon_attend_token.py`` takes this attention."""
+    """Whether the Gluon kernels take this attention, if they take its formats."""
     return (
         work.query.dtype in (torch.float16, torch.bfloat16)
         and (work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0)
         and work.rows <= gluon_attend_token.BLOCK_M
         and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
-        and all(gluon_attend_token.takes(fmt) for fmt in work.formats)
+        and work.value.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and runs_gluon(work.query.device)
     )
 

@@ -11,6 +11,9 @@ evenly:
 1. *packed*: keys and values both packed;
 2. *mixed*: the rest, each packed, dense or new: sinks, what follows the packed tokens, new tokens.
 
+Where ``gluon_attend_channel.py`` takes the whole groups of keys whose values are packed, only the
+rest is left (``REST``), as one more share.
+
 Lengths are read from ``positions`` on the device; the grid depends on capacities alone. Each share
 leaves an unnormalised output, its maximum and its sum; ``merge_kernel`` adds them up and lets the
 sink logits take part.
@@ -20,8 +23,8 @@ sink logits take part.
 | ``query`` | ``[batch, num_heads, q_len, key head_dim]``, any strides but the last |
 | ``new_key, new_value`` | ``[batch, num_kv_heads, new_len, head_dim]``, the same |
 | ``mask`` | ``[batch, num_heads, q_len, kv_len]`` by zero strides; uint8 for bool, or float |
-| ``partial`` | fp32 ``[batch * num_heads * q_len, shares, value head_dim]`` |
-| ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, shares]`` |
+| ``partial`` | fp32 ``[batch * num_heads * q_len, lefts, value head_dim]`` |
+| ``partial_max, partial_sum`` | fp32 ``[batch * num_heads * q_len, lefts]`` |
 
 Dots take the query's dtype and add in fp32; softmax is fp32.
 """
@@ -123,6 +126,12 @@ def tile_groups(slot, keep, tile_token, BLOCK_N: tl.constexpr, fmt: tl.constexpr
 
 
 @triton.jit
+def whole_groups(key_count, value_count, KEY: tl.constexpr):
+    """Groups of packed keys whose values are packed too, of a row with so many of each."""
+    return tl.minimum(key_count, value_count) // KEY.token_group
+
+
+@triton.jit
 def attend_tile(
     q, acc, running_max, running_sum, position, keep, tile_position,
     query_token, keep_row, head, length, q_len, kv_len, scale,
@@ -202,12 +211,14 @@ def attend_tile(
 def attend_kernel(
     query, new_key, new_value, key, value, positions, key_row, value_row, mask,
     partial, partial_max, partial_sum,
-    num_kv_heads, q_len, new_len, scale,
+    num_kv_heads, q_len, new_len, scale, lefts,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
+    """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``; these are the last of
+    ``lefts`` that the merge finds.
+    """
     head = tl.program_id(0).to(tl.int64)
     share = tl.program_id(2)
     shares = tl.num_programs(2)
@@ -227,12 +238,16 @@ def attend_kernel(
     key_first = key_start + KEY.sink_length
     value_first = value_start + VALUE.sink_length
     first = key_first + tl.cdiv(tl.maximum(value_first - key_first, 0), BLOCK_N) * BLOCK_N
-    last = tl.minimum(key_first + key_count, value_first + value_count)
-    last = tl.maximum(last, first)
+    if REST:
+        first = key_first
+        last = first + whole_groups(key_count, value_count, KEY) * KEY.token_group
+    else:
+        last = tl.minimum(key_first + key_count, value_first + value_count)
+        last = tl.maximum(last, first)
     num_sinks = tl.maximum(tl.minimum(first, length) - key_start, 0)
     tail = tl.minimum(last, length)
     num_mixed = num_sinks + kv_len - tail
-    packed_tiles = tl.cdiv(last - first, BLOCK_N)
+    packed_tiles = 0 if REST else tl.cdiv(last - first, BLOCK_N)
     tiles = packed_tiles + tl.cdiv(num_mixed, BLOCK_N)
     tiles_per_share = tl.cdiv(tiles, shares)
     tile_begin = share * tiles_per_share
@@ -242,7 +257,7 @@ def attend_kernel(
     _, query_token, query_head, keep_row, mask_row, out = rows_of_block(
         tl.program_id(1), batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
     )
-    out = out * shares + share
+    out = out * lefts + (lefts - shares) + share
     query_rows = (
         query
         + batch * query_strides[0]

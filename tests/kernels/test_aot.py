@@ -148,6 +148,29 @@ def test_a_code_takes_still_fewer_instructions_with_tokens_on_the_side_of_16_row
     assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
 
 
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "group_size", "most"),
+    [(128, 2, 128, 1.3), (128, 2, 64, 1.8), (128, 2, 32, 2.6), (128, 4, 128, 1.7),
+     (256, 2, 128, 1.5)],
+)  # fmt: skip
+def test_groups_of_keys_take_few_instructions_too(
+    head_dim: int, bits: int, group_size: int, most: float, capability: int
+) -> None:
+    launches = aot.attend_launches(Shape(head_dim, bits, codec=Kivi(group_size)), gpu="ampere")
+    names = [x.kernel.__name__ for x in launches]
+    assert names == ["attend_kernel", "swapped_attend_kernel", "merge_kernel"]
+    kernel = aot.compiled_kernel(launches[1], capability)
+    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[1].arguments["BLOCK_N"]
+    assert aot.instructions_per_code(kernel, 2 * head_dim * tokens) <= most
+    # The codes, the sum of weights, those of zero points, and the query's product with those.
+    groups = -(-head_dim // group_size)
+    multiplications = sum("HMMA.16816" in text for text in loop)
+    assert multiplications == (2 * head_dim // 16 + 1 + groups) * tokens // 16 + head_dim // 16
+    assert any("LDGSTS.E.BYPASS.128" in text for text in loop), "codes are not copied ahead"
+    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+
+
 def test_kernels_that_begin_early_wait_for_the_one_before() -> None:
     launches = aot.attend_launches(Shape(128, 2, codec=Squat()), gpu="hopper")
     assert [bool(x.options.get("launch_pdl")) for x in launches] == [False, True, True]

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from squat_fx.kernels import gluon_attend_token  # noqa: E402
+from squat_fx.kernels import gluon_attend_channel, gluon_attend_token  # noqa: E402
 from tests.kernels import laws  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -81,6 +81,40 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
         pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
         sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
         calibrated=extras,
+    )  # fmt: skip
+    laws.attending_agrees_with_float64(case, "cuda")
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "group_size", "queries_per_kv", "q_len", "dtype"),
+    [
+        (64, 4, 32, 3, 1, torch.float16),
+        (64, 8, 128, 1, 3, torch.bfloat16),
+        (128, 2, 128, 4, 1, torch.float16),
+        (128, 2, 64, 1, 8, torch.bfloat16),
+        (128, 2, 32, 8, 1, torch.float16),
+        (128, 4, 128, 2, 2, torch.bfloat16),
+        (128, 8, 64, 4, 2, torch.float16),
+        (256, 1, 32, 2, 4, torch.float16),
+        (256, 2, 128, 4, 1, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("extras", [False, True])
+def test_groups_of_keys_on_the_side_of_16_rows_agree_with_float64(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, group_size: int,
+    queries_per_kv: int, q_len: int, dtype: torch.dtype, extras: bool,
+) -> None:  # fmt: skip
+    """``extras``: learned sinks, padding, no ring."""
+    taken = []
+    kernel = gluon_attend_channel.swapped_attend_kernel
+    recorded = laws.Recorded(kernel, taken.append)
+    monkeypatch.setattr(gluon_attend_channel, "swapped_attend_kernel", recorded)
+    case = replace(
+        case_of(head_dim + bits), codec=Kivi(group_size), key_dim=head_dim, value_dim=head_dim,
+        dtype=dtype, bits=bits, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
+        pads=(0, 70) if extras else (0, 0), chunks=(560,), residual_length=0 if extras else 32,
+        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
