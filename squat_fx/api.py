@@ -14,6 +14,7 @@ from squat_fx.calibration import Calibration
 from squat_fx.codecs import Codec
 from squat_fx.config import Config, Inner
 from squat_fx.fallback import pack_dense_caches
+from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
 
@@ -26,11 +27,14 @@ _ATTRIBUTE = "_squat_fx"
 
 class Compiled:
     """A compiled callable: ``target`` through the backend, its eager calls packed afterwards, its
-    report.
+    report. ``drops_masks``: attention masks of ones are left out.
     """
 
-    def __init__(self, target: Callable[..., Any], config: Config) -> None:
+    def __init__(
+        self, target: Callable[..., Any], config: Config, drops_masks: bool = False
+    ) -> None:
         self.config = config
+        self._drops_masks = drops_masks
         self.report = Report()
 
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -45,6 +49,8 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs
+        if self._drops_masks:
+            kwargs = without_idle_mask(kwargs)
         if self._takes_limit:
             result = self._compiled(*args, **kwargs)
         else:
@@ -115,7 +121,7 @@ def compile(
     if isinstance(model_or_fn, nn.Module):
         if config.calibration is not None:
             config.calibration.check(model_or_fn)
-        compiled = Compiled(model_or_fn._call_impl, config)
+        compiled = Compiled(model_or_fn._call_impl, config, may_be_left_out(model_or_fn))
         model_or_fn._compiled_call_impl = compiled
         object.__setattr__(model_or_fn, _ATTRIBUTE, _Mark(compiled))
         return cast(Target, model_or_fn)
@@ -173,7 +179,7 @@ def explain(
     """
     config = Config.from_options({"bits": bits, **options, "inner": "eager"})
     target = model.forward if isinstance(model, nn.Module) else model
-    compiled = Compiled(target, config)
+    compiled = Compiled(target, config, may_be_left_out(model))
     args, kwargs = (
         ((), dict(example_inputs))
         if isinstance(example_inputs, Mapping)

@@ -104,11 +104,14 @@ def _compile_rewritten(
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     static = is_static(fakes, rewriting.inputs)
     inner_name = _available_inner(config, inner_examples)
-    compiler = _inner_compiler(config, inner_examples, static and bool(rewriting.handles))
+    replayed = config.cuda_graphs and static and bool(rewriting.handles)
+    compiler = _inner_compiler(config, inner_examples, replayed)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
     inner = compiler(rewriting.module, inner_examples)
     handles = [placeholders.index(node) for node in rewriting.handles]
-    boundary = Boundary(inner, rewriting.inputs, rewriting.outputs, handles, fakes, report)
+    boundary = Boundary(
+        inner, rewriting.inputs, rewriting.outputs, handles, fakes, report, replayed
+    )
     return boundary if spec is None else _with_spec(boundary, spec)
 
 
@@ -262,7 +265,7 @@ def _available_inner(config: Config, examples: Sequence[Any]) -> str:
 
 
 def _inner_compiler(
-    config: Config, examples: Sequence[Any], static: bool = False
+    config: Config, examples: Sequence[Any], replayed: bool = False
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     name = _available_inner(config, examples)
     if name == "eager":
@@ -274,7 +277,7 @@ def _inner_compiler(
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = {}
-    if config.cuda_graphs and static:
+    if replayed:
         patches = {
             "triton.cudagraphs": True,
             "triton.cudagraph_trees": True,

@@ -70,7 +70,11 @@ class Carrier:
 
 
 class Boundary:
-    """Calls the inner graph with plain tensors; called by whoever called the original graph."""
+    """Calls the inner graph with plain tensors; called by whoever called the original graph.
+
+    ``replayed``: the inner graph is a CUDA graph, which writes its next outputs where the last ones
+    are; the caller gets copies.
+    """
 
     def __init__(
         self,
@@ -80,8 +84,10 @@ class Boundary:
         handles: Sequence[int],
         examples: Sequence[Any],
         report: Report,
+        replayed: bool = False,
     ) -> None:
         self._inner = inner
+        self._replayed = replayed
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._report = report
@@ -192,7 +198,9 @@ class Boundary:
         out: list[Any] = []
         for position, made in enumerate(self._outputs):
             if made.kind == "value":
-                out.append(results[made.first])
+                value = results[made.first]
+                is_output = self._replayed and isinstance(value, Tensor)
+                out.append(value.clone() if is_output else value)
             elif made.kind == "appended":
                 out.append(appended[made.argument])
             else:

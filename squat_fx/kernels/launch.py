@@ -164,28 +164,29 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     blocks = triton.cdiv(work.rows, block_m)
     block_n, device = triton_attend.BLOCK_N, work.query.device
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
-    swapped = _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats)
-    shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
-    if swapped:
-        tokens, stages = gluon_attend_channel.tile(work.formats)
-        swapped_shares = num_shares(work.heads, work.key.capacity, tokens, device)
-        shares, lefts = 1, swapped_shares + 1
+    swapped = None
+    if _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
+        swapped = gluon_attend_channel.tile(work.formats)
+        shares = 1
+        lefts = num_shares(work.heads, work.key.capacity, swapped[0], device) + shares
+    else:
+        shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
     left = work.partial(lefts)
     triton_attend.attend_kernel[(work.heads, blocks, shares)](
         work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
         *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        REST=swapped, BLOCK_M=block_m, BLOCK_N=block_n,
+        REST=swapped is not None, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
-    if swapped:
+    if swapped is not None:
         dependent = launches_early(device)
         options = {"launch_pdl": True} if dependent else {}
-        gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - 1)](
+        gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
             *work.formats, work.queries_per_kv,
-            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=tokens, STAGES=stages,
+            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped[0], STAGES=swapped[1],
             DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D

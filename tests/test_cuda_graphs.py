@@ -1,0 +1,80 @@
+"""Replayed decode graphs: the same tokens, few recordings, outputs that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import squat_fx
+from squat_fx.pool import POOL
+from tests.models import build, prompt
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GROWTHS = 3
+
+
+def recordings() -> int:
+    """How many CUDA graphs Inductor holds."""
+    from torch._inductor import cudagraph_trees
+
+    manager = cudagraph_trees.get_manager(0, create_if_none_exists=False)
+    nodes: list[Any] = [] if manager is None else list(manager.get_roots())
+    count = 0
+    while nodes:
+        count += 1
+        nodes += [child for children in nodes.pop().children.values() for child in children]
+    return count
+
+
+def compiled(**options: Any) -> Any:
+    """A tiny model on the GPU."""
+    torch._dynamo.reset()
+    POOL.clear()
+    model: Any = build("llama")
+    return squat_fx.compile(model.cuda(), residual_length=8, **options)
+
+
+def generate(model: Any, tokens: int, batch: int = 1) -> Tensor:
+    """Greedy tokens; the arenas of 20 prompt tokens grow by 256 at a time."""
+    return model.generate(prompt(batch, 20).cuda(), max_new_tokens=tokens, do_sample=False)
+
+
+@pytest.mark.parametrize("codec", ["squat", "kivi"])
+def test_growth_records_anew_and_answers_the_same(codec: str) -> None:
+    expected = generate(compiled(codec=codec), 256 * GROWTHS)
+    model = compiled(codec=codec, cuda_graphs=True)
+    assert torch.equal(generate(model, 256 * GROWTHS), expected)
+    first = recordings()
+    assert 1 <= first <= GROWTHS + 2
+    # The pool hands the same arenas out again.
+    assert torch.equal(generate(model, 256 * GROWTHS), expected)
+    assert torch.equal(generate(model, 256 * GROWTHS), expected)
+    assert recordings() <= 2 * first
+    assert squat_fx.report(model).eager_calls == 0
+
+
+def test_outputs_stay_what_they_were() -> None:
+    def logits(model: Any) -> list[Tensor]:
+        caches = [DynamicCache(config=model.config) for _ in range(2)]
+        ids = [prompt(1, 30, seed=s).cuda() for s in (3, 4)]
+        found = []
+        with torch.no_grad():
+            for _ in range(40):
+                for i, cache in enumerate(caches):
+                    out = model(ids[i], past_key_values=cache, use_cache=True).logits
+                    ids[i] = out[:, -1:].argmax(-1)
+                    found.append(out)
+        return found
+
+    expected = logits(compiled())
+    found = logits(compiled(cuda_graphs=True))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
