@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class QuantizedKV(Tensor):
             handle._lease = storage.lease(
                 length - (0 if pending is None else pending.shape[TOKENS])
             )
-            torch._dynamo.maybe_mark_dynamic(handle, TOKENS)
+            vars(handle).update(_dynamic_marks())
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -249,6 +250,22 @@ class QuantizedKV(Tensor):
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
         source = self.writable_storage()
         return QuantizedKV(source.copy(batch), source.length)
+
+
+def _dynamic_marks() -> dict[str, Any]:
+    """The attributes by which Dynamo knows that the dim ``TOKENS`` of a tensor varies.
+
+    ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
+    grow.
+    """
+    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor().items()}
+
+
+@lru_cache(maxsize=1)
+def _marks_of_a_tensor() -> dict[str, Any]:
+    marked = torch.empty((1,) * (TOKENS + 1))
+    torch._dynamo.maybe_mark_dynamic(marked, TOKENS)
+    return dict(vars(marked))
 
 
 def _rebuild(

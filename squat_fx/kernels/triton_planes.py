@@ -29,6 +29,9 @@ from squat_fx.codecs.planes import LANES
 from squat_fx.codecs.symmetric import STEP, least_scale
 
 
+WORD_SHIFT = 6  # brings the six upper bits of a word to where a half has its mantissa
+
+
 class Stored(NamedTuple):
     """The arenas of one role as a kernel takes them; ``capacity`` counts packed tokens.
 
@@ -101,12 +104,17 @@ class StoredFormat:
         return tuple(dict.fromkeys(word for word, *_ in self.pieces[plane]))
 
     def exponent(self, plane: int) -> int:
-        """How far above bit 0 a code may stay when it is masked out: a half takes 10 bits."""
+        """How far above bit 0 a code stays when it is masked out of its words: a half takes 10
+        bits. Best nothing moves; else by ``WORD_SHIFT`` bits, a move that plane groups share.
+        """
         assert self.pieces is not None
-        if len(self.pieces[plane]) != 1:
-            return 0
-        _, shift, mask, _ = self.pieces[plane][0]
-        return shift if shift + mask.bit_length() <= 10 else shift - min(shift, 6)
+        moves = [(shift, code_shift) for _, shift, _, code_shift in self.pieces[plane]]
+
+        def cost(exponent: int) -> int:
+            distances = (shift - code_shift - exponent for shift, code_shift in moves)
+            return sum({0: 0, WORD_SHIFT: 1}.get(distance, 2) for distance in distances)
+
+        return min(range(11 - max(self.widths[plane], 1)), key=cost)
 
     def unpack_asm(self, plane: int) -> str:
         """PTX that masks a plane group out of its words; a register has two lanes."""
