@@ -327,8 +327,7 @@ def representative(shape: Shape) -> Iterator[tuple[str, Launch]]:
             for launched in write_launches(shape, role, 64, with_feedback=True):
                 if launched.kernel.__name__ == "pack_kernel":
                     yield f"{role}, feedback", launched
-            if isinstance(shape.codec, Squat):
-                yield from ((role, launched) for launched in learn_launches(shape))
+            yield from ((role, launched) for launched in learn_launches(shape))
         yield from ((role, launched) for launched in dequantize_launches(shape, role))
 
 

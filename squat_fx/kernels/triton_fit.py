@@ -1,4 +1,4 @@
-"""What ``squat`` learns from a prompt: ``codecs/squat.py`` in four kernels.
+"""What a codec learns from a prompt: ``codecs/squat.py`` in four kernels.
 
 ``statistics_kernel``, a program per KV head and chunk of tokens, reads keys and queries once:
 
@@ -7,7 +7,8 @@
 
 ``gather_kernel`` adds chunks up, in a fixed order, to offsets ``mean`` and factors ``f`` and to
 ``L @ (f * C * f)``, where ``L`` takes queries into the latent frame. ``latent_kernel`` multiplies
-that with ``L.T``. Both have a program per KV head and plane group of rows.
+that with ``L.T``. Both have a program per KV head and plane group of rows. For ``squat_paper``,
+which learns feedback alone and from however few tokens, ``L`` and ``f`` are one and keys not read.
 
 ``feedback_kernel``, a program per KV head, adds ``mean eigenvalue / strength`` to the diagonal,
 which makes a multiple ``A`` of ``H`` (``codecs/feedback.py``), and turns it in place into the
@@ -23,13 +24,13 @@ condition of ``H``, is not large.
 
 | tensor | shape |
 |---|---|
-| ``key`` | ``[batch, heads, tokens, head_dim]``, 16 bits, any strides but the last |
-| ``query`` | ``[batch, heads * QUERIES_PER_KV, tokens, head_dim]``, the same |
+| ``key`` | ``[batch, heads, tokens, head_dim]``, 16 bits, any strides but the last; or None |
+| ``query`` | ``[batch, heads * QUERIES_PER_KV, tokens, head_dim]``, the same; or None |
 | ``valid`` | uint8 ``[batch, tokens]``, any strides; None: all |
 | ``moments`` | fp32 ``[batch * heads, chunks, 4, head_dim]``: count, mean, squares; of queries |
 | ``grams`` | fp32 ``[batch * heads, chunks, head_dim, head_dim]`` |
-| ``basis`` | fp32 ``[heads or 1, head_dim, head_dim]``: ``L`` |
-| ``affine`` | fp16 ``[batch * heads, 2, head_dim]``: offsets, factors |
+| ``basis`` | fp32 ``[heads or 1, head_dim, head_dim]``: ``L``; None: one |
+| ``affine`` | fp16 ``[batch * heads, 2, head_dim]``: offsets, factors; or None |
 | ``feedback`` | fp32 ``[batch * heads, head_dim, head_dim]`` |
 """
 
@@ -38,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.codecs import smoothing, squat
+from squat_fx.codecs import smoothing
 from squat_fx.kernels.triton_round import LARGEST_HALF, ROUND_TO_INTEGER, dot_in_fp32
 
 BLOCK_D = 128  # channels on a side of the part of a Gram that a program sums
@@ -47,7 +48,6 @@ KEY_BLOCK_T = 32
 BLOCK_K = 32
 BLOCK_R = 32  # rows of a matrix that are updated at a time; from 64 on sm_90 takes other dots
 
-SMALLEST_PROMPT = tl.constexpr(squat.SMALLEST_PROMPT)
 FLOOR = tl.constexpr(smoothing.FLOOR)
 LARGEST_EXPONENT = tl.constexpr(smoothing.LARGEST_EXPONENT)
 TINY = tl.constexpr(1e-30)
@@ -155,7 +155,7 @@ def statistics_kernel(
             own = tl.sum(tl.where(left[:, None] == right[None, :], gram, 0.0), 0)
             tl.store(moments + 3 * HEAD_DIM + right, own, mask=right < HEAD_DIM)
 
-    if tl.program_id(2) == 0:
+    if key is not None and tl.program_id(2) == 0:
         key += row * key_strides[0] + kv_head * key_strides[1]
         count, mean, squares = key_moments(
             key, key_strides[2], valid, valid_strides[1], begin, first, last,
@@ -211,9 +211,41 @@ def times_transposed(rows, row, basis, HEAD_DIM: tl.constexpr, CHANNELS: tl.cons
 
 
 @triton.jit
+def offset_and_factor(
+    moments, chunks, CENTER: tl.constexpr, SMOOTH: tl.constexpr, SMALLEST_PROMPT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """fp16 and fp32 ``[C]``, and whether there are tokens enough to learn from."""
+    channel = tl.arange(0, CHANNELS)
+    there = channel < HEAD_DIM
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    pointers = moments + chunk * 4 * HEAD_DIM + channel[None, :]
+    mask = (chunk < chunks) & there[None, :]
+    count = tl.load(pointers, mask=mask, other=0.0)
+    means = tl.load(pointers + HEAD_DIM, mask=mask, other=0.0)
+    total = tl.sum(count, 0)
+    learned = total >= SMALLEST_PROMPT
+    total = tl.maximum(total, 1.0)
+    offset = tl.zeros([CHANNELS], tl.float16)
+    factor = tl.full([CHANNELS], 1.0, tl.float32)
+    if CENTER:
+        mean = tl.sum(count * means, 0) / total
+        offset = tl.minimum(tl.maximum(mean, -LARGEST_HALF), LARGEST_HALF).to(tl.float16)
+        offset = tl.where(learned, offset, 0.0).to(tl.float16)
+    if SMOOTH:
+        squares = tl.load(pointers + 2 * HEAD_DIM, mask=mask, other=0.0)
+        of_queries = tl.sum(tl.load(pointers + 3 * HEAD_DIM, mask=mask, other=0.0), 0)
+        away = means - offset.to(tl.float32)[None, :]
+        squares = tl.sum(squares + count * away * away, 0) / total
+        exponent = smoothing_exponents(squares, of_queries, there, HEAD_DIM)
+        factor = tl.where(learned, power_of_two(exponent), 1.0)
+    return offset, factor, learned
+
+
+@triton.jit
 def gather_kernel(
     moments, grams, basis, basis_stride, affine, feedback, heads, chunks,
-    CENTER: tl.constexpr, SMOOTH: tl.constexpr,
+    CENTER: tl.constexpr, SMOOTH: tl.constexpr, SMALLEST_PROMPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``[batch * heads, plane groups]``; one plane group will do without feedback.
@@ -224,31 +256,17 @@ def gather_kernel(
     head, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     channel = tl.arange(0, CHANNELS)
     there = channel < HEAD_DIM
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    pointers = moments + (head * chunks + chunk) * 4 * HEAD_DIM + channel[None, :]
-    mask = (chunk < chunks) & there[None, :]
-    count = tl.load(pointers, mask=mask, other=0.0)
-    means = tl.load(pointers + HEAD_DIM, mask=mask, other=0.0)
-    total = tl.sum(count, 0)
-    learned = total >= SMALLEST_PROMPT
-    total = tl.maximum(total, 1.0)
-    mean = tl.sum(count * means, 0) / total
-    offset = tl.zeros([CHANNELS], tl.float16)
-    factor = tl.full([CHANNELS], 1.0, tl.float32)
-    if CENTER:
-        offset = tl.minimum(tl.maximum(mean, -LARGEST_HALF), LARGEST_HALF).to(tl.float16)
-        offset = tl.where(learned, offset, 0.0).to(tl.float16)
-    if SMOOTH:
-        squares = tl.load(pointers + 2 * HEAD_DIM, mask=mask, other=0.0)
-        of_queries = tl.sum(tl.load(pointers + 3 * HEAD_DIM, mask=mask, other=0.0), 0)
-        away = means - offset.to(tl.float32)[None, :]
-        squares = tl.sum(squares + count * away * away, 0) / total
-        exponent = smoothing_exponents(squares, of_queries, there, HEAD_DIM)
-        factor = tl.where(learned, power_of_two(exponent), 1.0)
-    if affine is not None and block == 0:
-        affine += head * 2 * HEAD_DIM
-        tl.store(affine + channel, offset, mask=there)
-        tl.store(affine + HEAD_DIM + channel, factor.to(tl.float16), mask=there)
+    scale = tl.full([CHANNELS], 1.0, tl.float32)
+    if SMALLEST_PROMPT > 0:
+        offset, factor, learned = offset_and_factor(
+            moments + head * chunks * 4 * HEAD_DIM, chunks, CENTER, SMOOTH, SMALLEST_PROMPT,
+            HEAD_DIM, CHANNELS, CHUNKS,
+        )  # fmt: skip
+        scale = tl.where(learned, factor, 0.0)
+        if affine is not None and block == 0:
+            affine += head * 2 * HEAD_DIM
+            tl.store(affine + channel, offset, mask=there)
+            tl.store(affine + HEAD_DIM + channel, factor.to(tl.float16), mask=there)
 
     if feedback is not None:
         matrix = HEAD_DIM * HEAD_DIM
@@ -258,15 +276,18 @@ def gather_kernel(
         gram = tl.zeros([16, CHANNELS], tl.float32)
         for i in tl.range(0, chunks, num_stages=4):
             gram += tl.load(rows + i * matrix + channel[None, :], mask=inside, other=0.0)
-        scale = tl.where(learned, factor, 0.0)[None, :]
-        own = tl.sum(tl.where(row == channel[None, :], scale, 0.0), 1, keep_dims=True)
-        tl.debug_barrier()
-        tl.store(rows + channel[None, :], gram * own * scale, mask=inside)
-        tl.debug_barrier()
-        basis += (head % heads) * basis_stride
-        product = times_transposed(rows, row, basis, HEAD_DIM, CHANNELS, BLOCK_K)
+        scale = scale[None, :]
+        gram *= tl.sum(tl.where(row == channel[None, :], scale, 0.0), 1, keep_dims=True) * scale
         columns = feedback + head * matrix + channel[None, :] * HEAD_DIM + row
-        tl.store(columns, product, mask=inside)
+        if basis is None:
+            tl.store(columns, gram, mask=inside)
+        else:
+            tl.debug_barrier()
+            tl.store(rows + channel[None, :], gram, mask=inside)
+            tl.debug_barrier()
+            basis += (head % heads) * basis_stride
+            product = times_transposed(rows, row, basis, HEAD_DIM, CHANNELS, BLOCK_K)
+            tl.store(columns, product, mask=inside)
 
 
 @triton.jit

@@ -104,6 +104,7 @@ def learning(head_dim: int, **changes: Any) -> laws.Case:
         learning(32, codec=Squat(center=False, smooth=False)),
         learning(32, codec=Squat(strength=0.0)),
         learning(64, codec=Squat(strength=fit.LARGEST_STRENGTH)),
+        *(learning(n, codec=SquatPaper(32), chunks=(20,), pads=(0, 9, 20)) for n in (40, 64)),
     ],
     ids=lambda c: f"{c.key_dim}-{c.codec}-{c.chunks[0]}-{c.queries_per_kv}",
 )
@@ -125,7 +126,9 @@ def test_a_mean_far_from_the_spread_costs_no_precision(
     [
         learning(64, dtype=torch.float32),
         learning(64, codec=Squat(strength=2 * fit.LARGEST_STRENGTH)),
-        learning(64, codec=SquatPaper(32)),
+        learning(64, codec=SquatPaper(32, relative=False)),
+        learning(64, codec=SquatPaper(32, block=64)),
+        learning(64, codec=SquatPaper(32, rank=8)),
     ],
     ids=str,
 )

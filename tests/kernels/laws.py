@@ -402,7 +402,7 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
     with too few tokens learns nothing.
     """
     fmt, codec, basis = case.format("key"), case.codec, case.basis("key")
-    assert isinstance(codec, Squat)
+    assert isinstance(codec, Squat | SquatPaper)
     batch, tokens = len(case.pads), sum(case.chunks)
     x = case.randn(batch, NUM_KV_HEADS, tokens, fmt.head_dim)
     x = (x + shift * case.randn(1, NUM_KV_HEADS, 1, fmt.head_dim, seed=3)).to(case.dtype)
@@ -419,11 +419,12 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
     arenas = to(reference.empty_arenas(x, 0, fmt, basis), device)
     placed = [None if t is None else t.to(device) for t in (x, case.valid, query)]
     found = fitting.learn(arenas, *placed, fmt, "key")
-    keep = keep & (keep.sum(1, keepdim=True) >= SMALLEST_PROMPT)
+    if isinstance(codec, Squat):
+        keep = keep & (keep.sum(1, keepdim=True) >= SMALLEST_PROMPT)
 
     factor = torch.ones(batch, NUM_KV_HEADS, 1, fmt.head_dim, dtype=torch.float64)
     gram = query_gram(query, keep, NUM_KV_HEADS)
-    if fmt.affine:
+    if isinstance(codec, Squat) and fmt.affine:
         assert found.affine is arenas.affine
         mean, factor = arenas.affine.cpu().double().split(1, 2)
         kept = x.double().masked_fill(~keep[:, None, :, None], 0.0)
@@ -441,6 +442,8 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
         return
     assert found.feedback is not None
     latent = reference.basis_pair(basis, fmt.head_dim, x.device)[1].double() * factor
+    if isinstance(codec, SquatPaper):
+        latent = torch.eye(fmt.head_dim, dtype=torch.float64)
     h = metric(latent @ gram @ latent.mT, codec.strength, relative=True)
     expected, feedback = feedback_matrix(h, LANES), found.feedback.cpu()
     error = torch.linalg.matrix_norm(feedback - expected)

@@ -75,6 +75,12 @@ def test_learning_without_feedback_takes_two_launches() -> None:
     assert list(resources) == ["statistics_kernel", "gather_kernel"]
 
 
+def test_learning_feedback_alone_takes_three_launches() -> None:
+    resources = compiled(aot.learn_launches(Shape(128, 2, codec=SquatPaper())), 90)
+    assert list(resources) == ["statistics_kernel", "gather_kernel", "feedback_kernel"]
+    assert not any(r.spills for r in resources.values())
+
+
 def test_feedback_is_not_loaded_ahead_of_what_is_stored() -> None:
     launches = aot.learn_launches(Shape(128, 2, codec=Squat()))
     kernel = aot.compiled_kernel(launches[-1], 90)

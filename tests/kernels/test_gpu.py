@@ -118,7 +118,9 @@ def test_learning_agrees_with_float64(head_dim: int, dtype: torch.dtype, shift: 
 
 @pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 8])
 @pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("codec", [Squat(), Squat(center=False, strength=4.0), Squat(smooth=False)])
+@pytest.mark.parametrize(
+    "codec", [Squat(), Squat(center=False, strength=4.0), Squat(smooth=False), SquatPaper()]
+)
 def test_learning_from_a_long_prompt_agrees_with_float64(
     codec: Codec, calibrated: bool, queries_per_kv: int
 ) -> None:
