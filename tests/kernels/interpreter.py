@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Kivi, Role, Squat, SquatPaper, register
-from squat_fx.kernels import fit, launch, reference
+from squat_fx.kernels import fit, launch, ops, reference
 from tests.kernels import laws
 
 # The interpreter multiplies bfloat16 as integers, so bfloat16 waits for a GPU.
@@ -143,6 +143,17 @@ def test_what_the_kernels_do_not_compute_is_learned_as_in_the_reference(case: la
     laws.assert_same((found.feedback,), (expected.feedback,))
     if expected.affine is not None:
         laws.assert_same((arenas[0].affine,), (expected.affine,))
+
+
+@pytest.mark.parametrize("codec", [Squat(), SquatPaper(32)], ids=lambda c: c.name)
+def test_storing_learns_with_kernels_where_it_rounds_with_them(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_implementation", lambda _: launch)
+    ran = []
+    monkeypatch.setattr(fit, "_run", lambda *a, run=fit._run: ran.append(a) or run(*a))
+    laws.storing_agrees_with_the_reference(learning(40, codec=codec), "key", "cpu")
+    assert len(ran) == 1
 
 
 def test_nothing_is_learned_from_values() -> None:
