@@ -38,8 +38,8 @@ def query_gram(query: Tensor, keep: Tensor, num_kv_heads: int) -> Tensor:
     batch, _, tokens, head_dim = query.shape
     gram = query.new_zeros((batch, num_kv_heads, head_dim, head_dim), dtype=torch.float64)
     for first in range(0, tokens, CHUNK):
-        part = query[:, :, first : first + CHUNK].double()
-        part = part.masked_fill(~keep[:, None, first : first + CHUNK, None], 0.0)
+        dropped = ~keep[:, None, first : first + CHUNK, None]
+        part = query[:, :, first : first + CHUNK].masked_fill(dropped, 0.0).double()
         part = part.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
         gram += part.transpose(-1, -2) @ part
     return gram

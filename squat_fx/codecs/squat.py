@@ -120,5 +120,5 @@ def token_mean(x: Tensor, keep: Tensor) -> Tensor:
 def second_moment(x: Tensor, mean: Tensor, keep: Tensor) -> Tensor:
     """Mean square of the kept tokens about ``mean``, ``[batch, heads, 1, head_dim]``."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    squares = (x.to(wide) - mean).masked_fill(~keep[:, None, :, None], 0.0).square_()
+    squares = (x.to(wide) - mean).masked_fill_(~keep[:, None, :, None], 0.0).square_()
     return squares.sum(2, keepdim=True) / keep.sum(1).clamp_min(1)[:, None, None, None]

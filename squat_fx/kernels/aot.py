@@ -28,7 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_spec, make_format
-from squat_fx.kernels import launch
+from squat_fx.kernels import fit, launch
 from squat_fx.kernels.reference import Arenas, Extent, empty_arenas
 
 ROLES: tuple[Role, ...] = ("key", "value")
@@ -294,6 +294,14 @@ def write_launches(
     return launches
 
 
+def learn_launches(shape: Shape, tokens: int = 256, valid: Tensor | None = None) -> list[Launch]:
+    """What the codec learns from a prompt of keys."""
+    arenas, query = shape.arenas("key"), shape.tokens(tokens, 2 * shape.queries_per_kv)
+    with recorded() as launches:
+        fit.learn(arenas, shape.tokens(tokens), valid, query, shape.format("key"), "key")
+    return launches
+
+
 def dequantize_launches(shape: Shape, role: Role) -> list[Launch]:
     """The stored tokens of ``role`` as numbers."""
     with recorded() as launches:
@@ -319,6 +327,7 @@ def representative(shape: Shape) -> Iterator[tuple[str, Launch]]:
             for launched in write_launches(shape, role, 64, with_feedback=True):
                 if launched.kernel.__name__ == "pack_kernel":
                     yield f"{role}, feedback", launched
+            yield from ((role, launched) for launched in learn_launches(shape))
         yield from ((role, launched) for launched in dequantize_launches(shape, role))
 
 

@@ -23,6 +23,7 @@ CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -72,6 +73,15 @@ def _triton() -> ModuleType | None:
 def _implementation(device: torch.device) -> ModuleType:
     """Who computes for tensors on ``device``."""
     return (_triton() or reference) if device.type == "cuda" else reference
+
+
+def _learn(device: torch.device) -> Callable[..., Fit]:
+    """What learns from a prompt on ``device``, as :func:`squat_fx.kernels.reference.learn`."""
+    if _implementation(device) is reference:
+        return reference.learn
+    from squat_fx.kernels import fit
+
+    return fit.learn
 
 
 def _extent(implementation: ModuleType, positions: Tensor, row: int) -> Extent | tuple[Tensor, int]:
@@ -143,7 +153,7 @@ def _define(layout: Layout) -> None:
     ):
         fmt = Format.from_ints(layout, codec, format)
         arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, basis)
-        fit = reference.learn(arenas, x, valid, query, fmt, role)
+        fit = _learn(x.device)(arenas, x, valid, query, fmt, role)
         _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
         by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
         return tuple(by_name[n] for n in fmt.stored_names)

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squat_fx.codecs import Fit, Format, Role, codec_from_spec
+from squat_fx.codecs import Codec, Fit, Format, Role, codec_from_spec
 from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.codecs.planes import LANES, pack, unpack
 from squat_fx.codecs.symmetric import dequantize_tokens, quantize_tokens, step_and_zero
@@ -247,6 +247,9 @@ def learn(
 
     ``query`` is ``[batch, num_heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]``.
     """
+    codec = codec_from_spec(fmt.codec)
+    if type(codec).fit is Codec.fit:
+        return NO_FIT
     token = torch.arange(new.shape[2], device=new.device)[None]
     if valid is None:
         keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
@@ -254,7 +257,7 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    fit = codec_from_spec(fmt.codec).fit(role, new, query, keep, basis)
+    fit = codec.fit(role, new, query, keep, basis)
     if fit.affine is not None and arenas.affine is not None and arenas.affine.numel():
         arenas.affine.copy_(fit.affine)
     return fit

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Kivi, Role, Squat, SquatPaper, register
-from squat_fx.kernels import launch
+from squat_fx.kernels import fit, launch, ops, reference
 from tests.kernels import laws
 
 # The interpreter multiplies bfloat16 as integers, so bfloat16 waits for a GPU.
@@ -78,6 +78,100 @@ def test_quantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cpu")
+
+
+def learning(head_dim: int, **changes: Any) -> laws.Case:
+    """A prompt of fp16 keys to learn from, the second row padded."""
+    case = replace(
+        case_of(head_dim), codec=Squat(), key_dim=head_dim, bits=2, widths="uniform",
+        dtype=torch.float16, pads=(0, 30), chunks=(150,), sink_length=4, queries_per_kv=2,
+        shifted=False, calibrated=False,
+    )  # fmt: skip
+    return replace(case, **changes)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(learning(head_dim) for head_dim in (16, 24, 40, 80)),
+        *(learning(n, chunks=(70,), queries_per_kv=1, pads=(0,)) for n in (128, 144)),
+        *(learning(32, queries_per_kv=n, pads=(0, 0)) for n in (1, 3, 8)),
+        *(learning(32, chunks=(n,), pads=(0, 9, n)) for n in (1, 35, 36)),
+        *(learning(48, calibrated=True, codec=Squat(center=c)) for c in (False, True)),
+        learning(32, sink_length=0),
+        learning(32, codec=Squat(center=False)),
+        learning(32, codec=Squat(smooth=False)),
+        learning(32, codec=Squat(center=False, smooth=False)),
+        learning(32, codec=Squat(strength=0.0)),
+        learning(64, codec=Squat(strength=fit.LARGEST_STRENGTH)),
+        *(learning(n, codec=SquatPaper(32), chunks=(20,), pads=(0, 9, 20)) for n in (40, 64)),
+    ],
+    ids=lambda c: f"{c.key_dim}-{c.codec}-{c.chunks[0]}-{c.queries_per_kv}",
+)
+def test_learning_agrees_with_float64(case: laws.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "chunk_tokens", lambda *_: 64)
+    laws.learning_agrees_with_float64(case, "cpu")
+
+
+@pytest.mark.parametrize("in_chunk", [64, 192])
+def test_a_mean_far_from_the_spread_costs_no_precision(
+    in_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "chunk_tokens", lambda *_: in_chunk)
+    laws.learning_agrees_with_float64(learning(64), "cpu", shift=50.0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        learning(64, dtype=torch.float32),
+        learning(64, codec=Squat(strength=2 * fit.LARGEST_STRENGTH)),
+        learning(64, codec=SquatPaper(32, relative=False)),
+        learning(64, codec=SquatPaper(32, block=64)),
+        learning(64, codec=SquatPaper(32, rank=8)),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_compute_is_learned_as_in_the_reference(case: laws.Case) -> None:
+    fmt = case.format("key")
+    x, query = (case.randn(2, laws.NUM_KV_HEADS, 70, 64, seed=seed) for seed in (1, 2))
+    arenas = [reference.empty_arenas(x, 0, fmt, None) for _ in range(2)]
+    found = fit.learn(arenas[0], x, None, query, fmt, "key")
+    expected = reference.learn(arenas[1], x, None, query, fmt, "key")
+    assert found.feedback is not None
+    assert expected.feedback is not None
+    laws.assert_same((found.feedback,), (expected.feedback,))
+    if expected.affine is not None:
+        laws.assert_same((arenas[0].affine,), (expected.affine,))
+
+
+@pytest.mark.parametrize("codec", [Squat(), SquatPaper(32)], ids=lambda c: c.name)
+def test_storing_learns_with_kernels_where_it_rounds_with_them(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_implementation", lambda _: launch)
+    ran = []
+    monkeypatch.setattr(fit, "_run", lambda *a, run=fit._run: ran.append(a) or run(*a))
+    laws.storing_agrees_with_the_reference(learning(40, codec=codec), "key", "cpu")
+    assert len(ran) == 1
+
+
+def test_nothing_is_learned_from_values() -> None:
+    case = learning(64, value_dim=64)
+    fmt, x = case.format("value"), case.randn(2, laws.NUM_KV_HEADS, 70, 64)
+    found = fit.learn(reference.empty_arenas(x, 0, fmt, None), x, None, None, fmt, "value")
+    assert found.affine is None
+    assert found.feedback is None
+
+
+def test_without_queries_a_mean_is_learned_all_the_same() -> None:
+    case = learning(64)
+    fmt, x = case.format("key"), case.randn(2, laws.NUM_KV_HEADS, 70, 64)
+    arenas = [reference.empty_arenas(x, 0, fmt, None) for _ in range(2)]
+    found = fit.learn(arenas[0], x, None, None, fmt, "key")
+    reference.learn(arenas[1], x, None, None, fmt, "key")
+    assert found.feedback is None
+    torch.testing.assert_close(arenas[0].affine, arenas[1].affine)
 
 
 @register

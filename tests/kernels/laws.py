@@ -27,8 +27,12 @@ from squat_fx.codecs import (
     codec_spec,
     make_format,
 )
+from squat_fx.codecs.feedback import feedback_matrix, metric, query_gram
 from squat_fx.codecs.planes import LANES, num_planes, unpack
+from squat_fx.codecs.smoothing import _floored
+from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment
 from squat_fx.codecs.symmetric import STEP, alternating_signs, least_scale
+from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
@@ -389,6 +393,64 @@ def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> No
     reference.write(expected, x, valid, Extent(0, 0), fmt, fit.feedback)
     extent = Extent(0, 0).after(tokens, fmt)
     assert_same_storage(actual, expected, x, extent, fmt, fit.feedback)
+
+
+def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) -> None:
+    """Means to an fp16 ulp, factors the nearest powers of two, feedback to 1e-4 of its norm.
+
+    ``shift`` is how far the keys of a head lie from zero; each row has its own padding, and one
+    with too few tokens learns nothing.
+    """
+    fmt, codec, basis = case.format("key"), case.codec, case.basis("key")
+    assert isinstance(codec, Squat | SquatPaper)
+    batch, tokens = len(case.pads), sum(case.chunks)
+    x = case.randn(batch, NUM_KV_HEADS, tokens, fmt.head_dim)
+    x = (x + shift * case.randn(1, NUM_KV_HEADS, 1, fmt.head_dim, seed=3)).to(case.dtype)
+    few = case.randn(batch, NUM_KV_HEADS * case.queries_per_kv, tokens, 6, seed=4).float()
+    query = few @ case.randn(6, fmt.head_dim, seed=5).float()
+    query = (query + case.randn(*query.shape, seed=6)).to(case.dtype)
+    # Strides of a model that keeps [batch, tokens, heads, channels].
+    x, query = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, query))
+    first = torch.tensor(case.pads)[:, None] + fmt.sink_length
+    keep = torch.arange(tokens) >= first
+    if case.valid is not None:  # what is not kept is nobody's business
+        dropped = ~case.valid[:, None, :, None]
+        x, query = (t.masked_fill(dropped, float("nan")) for t in (x, query))
+    arenas = to(reference.empty_arenas(x, 0, fmt, basis), device)
+    placed = [None if t is None else t.to(device) for t in (x, case.valid, query)]
+    found = fitting.learn(arenas, *placed, fmt, "key")
+    if isinstance(codec, Squat):
+        keep = keep & (keep.sum(1, keepdim=True) >= SMALLEST_PROMPT)
+
+    factor = torch.ones(batch, NUM_KV_HEADS, 1, fmt.head_dim, dtype=torch.float64)
+    gram = query_gram(query, keep, NUM_KV_HEADS)
+    if isinstance(codec, Squat) and fmt.affine:
+        assert found.affine is arenas.affine
+        mean, factor = arenas.affine.cpu().double().split(1, 2)
+        kept = x.double().masked_fill(~keep[:, None, :, None], 0.0)
+        true = kept.sum(2, keepdim=True) / keep.sum(1).clamp_min(1)[:, None, None, None]
+        assert_nearest_halves(mean, true if codec.center else 0 * true, 1e-6 * kept.abs().amax())
+        moment = second_moment(x.double(), mean, keep)
+        of_queries = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
+        ratio = (_floored(moment) / _floored(of_queries)).log2() / 4
+        exponent = ratio - ratio.mean(-1, keepdim=True)
+        exponent = exponent if codec.smooth and basis is None else 0 * exponent
+        assert ((factor.log2() - exponent).abs() <= 0.5 + 1e-3).all()
+        assert torch.equal(factor.log2(), factor.log2().round())
+    if not codec.strength:
+        assert found.feedback is None
+        return
+    assert found.feedback is not None
+    latent = reference.basis_pair(basis, fmt.head_dim, x.device)[1].double() * factor
+    if isinstance(codec, SquatPaper):
+        latent = torch.eye(fmt.head_dim, dtype=torch.float64)
+    h = metric(latent @ gram @ latent.mT, codec.strength, relative=True)
+    expected, feedback = feedback_matrix(h, LANES), found.feedback.cpu()
+    error = torch.linalg.matrix_norm(feedback - expected)
+    assert (error <= 1e-4 * torch.linalg.matrix_norm(expected)).all()
+    assert torch.equal(feedback == 0, expected == 0)
+    again = fitting.learn(to(arenas, device), *placed, fmt, "key")
+    assert_same((again.feedback,), (found.feedback,))
 
 
 def assert_rounded_rightly(

@@ -50,6 +50,43 @@ def test_storing_rotated_tokens_needs_no_spills(head_dim: int, bits: int, capabi
     assert not any(r.spills for r in resources.values())
 
 
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, torch.float16), (80, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)],
+)
+def test_learning_needs_no_spills(head_dim: int, dtype: torch.dtype, capability: int) -> None:
+    shape = Shape(head_dim, 2, codec=Squat(), dtype=dtype)
+    valid = torch.ones(2, 256, dtype=torch.bool)
+    resources = compiled(aot.learn_launches(shape, 256, valid), capability)
+    assert list(resources) == [
+        "statistics_kernel",
+        "gather_kernel",
+        "latent_kernel",
+        "feedback_kernel",
+    ]
+    assert not any(r.spills for r in resources.values())
+    assert all(r.shared <= AMPERE_BYTES for r in resources.values())
+
+
+def test_learning_without_feedback_takes_two_launches() -> None:
+    shape = Shape(128, 2, codec=Squat(strength=0.0))
+    resources = compiled(aot.learn_launches(shape), 90)
+    assert list(resources) == ["statistics_kernel", "gather_kernel"]
+
+
+def test_learning_feedback_alone_takes_three_launches() -> None:
+    resources = compiled(aot.learn_launches(Shape(128, 2, codec=SquatPaper())), 90)
+    assert list(resources) == ["statistics_kernel", "gather_kernel", "feedback_kernel"]
+    assert not any(r.spills for r in resources.values())
+
+
+def test_feedback_is_not_loaded_ahead_of_what_is_stored() -> None:
+    launches = aot.learn_launches(Shape(128, 2, codec=Squat()))
+    kernel = aot.compiled_kernel(launches[-1], 90)
+    assert not any(text.startswith("LDGSTS") for _, text in aot.machine_code(kernel))
+
+
 def test_one_token_of_keys_and_values_takes_one_launch() -> None:
     shape = Shape(128, 2, codec=Squat())
     key, value = (

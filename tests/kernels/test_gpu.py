@@ -140,6 +140,33 @@ def test_quantizing_agrees_with_the_reference(bits: int, codec: Codec, role: Rol
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_learning_agrees_with_float64(head_dim: int, dtype: torch.dtype, shift: float) -> None:
+    case = replace(
+        case_of(head_dim), codec=Squat(), key_dim=head_dim, dtype=dtype, bits=2, widths="uniform",
+        pads=(0, 170, 980), chunks=(1000,), sink_length=4, shifted=False,
+    )  # fmt: skip
+    laws.learning_agrees_with_float64(case, "cuda", shift)
+
+
+@pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 8])
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    "codec", [Squat(), Squat(center=False, strength=4.0), Squat(smooth=False), SquatPaper()]
+)
+def test_learning_from_a_long_prompt_agrees_with_float64(
+    codec: Codec, calibrated: bool, queries_per_kv: int
+) -> None:
+    case = replace(
+        case_of(1), codec=codec, key_dim=128, dtype=torch.float16, bits=2, widths="uniform",
+        pads=(0,), chunks=(9000,), sink_length=4, queries_per_kv=queries_per_kv, shifted=False,
+        calibrated=calibrated,
+    )  # fmt: skip
+    laws.learning_agrees_with_float64(case, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_storing_rotated_tokens_agrees_with_the_reference(
     head_dim: int, dtype: torch.dtype
