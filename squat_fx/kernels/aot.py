@@ -225,11 +225,13 @@ class Shape:
     q_len: int = 1
     dtype: torch.dtype = torch.float16
     codec: Codec = field(default_factory=Kivi)
+    latent: bool = False  # keys have a calibrated basis
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
+        latent = self.latent and role == "key"
         return make_format(
-            self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4
+            self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4, latent
         )
 
     def tokens(self, count: int, heads: int = 2) -> Tensor:
@@ -238,7 +240,10 @@ class Shape:
 
     def arenas(self, role: Role) -> Arenas:
         """Storage of ``role``."""
-        return empty_arenas(self.tokens(1), 256, self.format(role))
+        basis = None
+        if self.latent and role == "key":
+            basis = torch.zeros(2, 2, self.head_dim, self.head_dim)
+        return empty_arenas(self.tokens(1), 256, self.format(role), basis)
 
 
 SHAPES = (
@@ -278,11 +283,12 @@ def write_launches(
     new_len: int,
     valid: Tensor | None = None,
     with_feedback: bool = False,
+    gpu: str = "",
 ) -> list[Launch]:
     """``new_len`` tokens into the storage of ``role``."""
     arenas, new = shape.arenas(role), shape.tokens(new_len)
     feedback = new.new_zeros((*new.shape[:2], shape.head_dim, shape.head_dim), dtype=torch.float32)
-    with recorded() as launches:
+    with recorded() as launches, _capable(gpu):
         launch.write(
             arenas,
             new,

@@ -11,7 +11,8 @@ program is one warp, which copies its tiles asynchronously itself.
 
 It takes fp16 and bf16 models without mask, causality and softcap, from formats of whole 16-bit
 words; ``launch.py`` chooses. The exact tokens, in the query's dtype, are programs of the same
-launch, so that ``prepare_kernel`` only rotates. Results are those of ``triton_attend_token.py``.
+launch, and every share rotates its query itself, so that ``prepare_kernel`` is launched only for
+keys whose latent frame has a matrix. Results are those of ``triton_attend_token.py``.
 """
 
 from __future__ import annotations
@@ -26,19 +27,27 @@ from squat_fx.kernels.triton_attend_token import (
     SCORE_FACTOR,
     code_factor,
     query_factor,
-    wait_for_previous_launch,
     zero_code,
+)
+from squat_fx.kernels.triton_hadamard import (
+    channel_signs,
+    lane_stages,
+    mix_planes,
+    normalization,
+    plane_stages,
 )
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
     exact_rows,
     half_codes,
     largest_code,
+    load_affine,
     num_pieces,
     num_planes,
     num_words,
     packed_tokens,
     step,
+    wait_for_previous_launch,
 )
 
 BLOCK_M = 8  # query rows
@@ -252,25 +261,90 @@ def attend_exact(
 
 
 @gluon.jit
-def unit_rows(
-    latent_query, first, q_len, fmt: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+def mix_neighbours(x, stage: gl.constexpr):
+    """Sum and difference of the channels of a plane group whose indices differ in one bit."""
+    pairs = gl.reshape(x, [8 >> stage, 2, 1 << stage, x.shape[1]])
+    total = gl.sum(pairs, 1, keep_dims=True) + gl.zeros_like(pairs)
+    total = gl.convert_layout(gl.reshape(total, x.shape), WEIGHTS)
+    twice = (gl.arange(0, 16, WEIGHT_TOKENS) >> stage & 1).to(gl.float32) * 2.0
+    return total - x * twice[:, None]  # a + b - 2 * b is a - b
+
+
+@gluon.jit
+def rotate(planes, fmt: gl.constexpr):
+    """``triton_hadamard.rotate`` of fp32 plane groups ``[16, BLOCK_M]``."""
+    lane = gl.arange(0, 16, WEIGHT_TOKENS)
+    mixed = ()
+    for j in gl.static_range(num_planes(fmt)):
+        x = planes[j] * (channel_signs(lane, j) * normalization(fmt))[:, None]
+        for stage in gl.static_range(lane_stages(fmt)):
+            x = mix_neighbours(x, stage)
+        mixed += (x,)
+    for stage in gl.static_range(plane_stages(fmt)):
+        mixed = mix_planes(mixed, stage, fmt)
+    return mixed
+
+
+@gluon.jit
+def rotated_rows(
+    query, key, head, batch, kv_head, num_kv_heads, q_len, scale, query_strides,
+    KEY: gl.constexpr, QUERIES_PER_KV: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """The latent queries of a block of rows, fp32 ``[16, BLOCK_M]`` for each plane group."""
+    """The same of the query itself, times ``scale``, with the largest number and the offsets."""
     row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
     lane = gl.arange(0, 16, WEIGHT_TOKENS)
+    query_token, query_head, keep_row, _ = places_of_rows(
+        row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
+    )
+    rows = query + batch * query_strides[0] + query_head * query_strides[1]
+    rows += query_token * query_strides[2]
+    planes = ()
+    largest = gl.zeros([16, BLOCK_M], gl.float32, WEIGHTS)
+    offset = gl.zeros([16, BLOCK_M], gl.float32, WEIGHTS)
+    for j in gl.static_range(num_planes(KEY)):
+        channel = 16 * j + lane
+        inside = channel < KEY.head_dim
+        keep = inside[:, None] & keep_row[None, :]
+        x = gl.load(rows[None, :] + channel[:, None], mask=keep, other=0.0).to(gl.float32) * scale
+        if KEY.affine:
+            shift, factor = load_affine(key, head, channel, inside, KEY)
+            offset += x * shift[:, None]
+            x *= factor[:, None]
+        largest = gl.maximum(largest, gl.abs(x))
+        planes += (x,)
+    largest = gl.max(gl.max(largest, 0), 0)
+    return rotate(planes, KEY), largest, gl.convert_layout(gl.sum(offset, 0), ROWS)
+
+
+@gluon.jit
+def loaded_rows(
+    latent_query, size, offset, first, q_len, scale, fmt: gl.constexpr,
+    QUERIES_PER_KV: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """What ``prepare_kernel`` left: latent queries times ``scale``, fp32 ``[16, BLOCK_M]`` for each
+    plane group, the largest number of the queries, and what rows add to scores.
+    """
+    row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
+    lane = gl.arange(0, 16, WEIGHT_TOKENS)
+    keep = row // QUERIES_PER_KV < q_len
+    row_size = gl.load(size + first + row, mask=keep, other=0.0) * scale
     pointers = latent_query + (first + row)[None, :] * (16 * num_planes(fmt)) + lane[:, None]
-    keep = (row // QUERIES_PER_KV < q_len)[None, :]
     planes = ()
     for j in gl.static_range(num_planes(fmt)):
-        planes += (gl.load(pointers + 16 * j, mask=keep, other=0.0),)
-    return planes
+        x = gl.load(pointers + 16 * j, mask=keep[None, :], other=0.0)
+        planes += (x * row_size[None, :],)
+    row_offset = gl.zeros([BLOCK_M], gl.float32, ROWS)
+    if fmt.affine:
+        shift = gl.load(offset + first + row, mask=keep, other=0.0) * scale
+        row_offset = gl.convert_layout(shift, ROWS)
+    return planes, gl.max(gl.abs(row_size), 0), row_offset
 
 
 @gluon.jit
 def attend_packed(
-    key, value, positions, key_row, latent_query, size, offset,
+    query, key, value, positions, key_row, latent_query, size, offset,
     partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
+    query_strides,
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -308,25 +382,26 @@ def attend_packed(
                 copy_tile(memory, s, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
 
-        if DEPENDENT:
-            wait_for_previous_launch()
-        rotated = head * q_len * QUERIES_PER_KV
-        unit_query = unit_rows(latent_query, rotated, q_len, KEY, QUERIES_PER_KV, BLOCK_M)
-        row_scale = gl.load(size + rotated + row, mask=keep_row, other=0.0) * (scale * LOG2_E)
-        row_offset = gl.zeros([BLOCK_M], gl.float32, ROWS)
-        if KEY.affine:
-            row_offset = gl.load(offset + rotated + row, mask=keep_row, other=0.0)
-            row_offset *= scale * LOG2_E
-        # Each row at a size that fp16 has room for (see triton_attend_token).
-        largest = gl.max(gl.abs(row_scale), 0)
+        if key.basis is None:
+            planes, largest, row_offset = rotated_rows(
+                query, key, head, batch, kv_head, num_kv_heads, q_len, scale * LOG2_E,
+                query_strides, KEY, QUERIES_PER_KV, BLOCK_M,
+            )  # fmt: skip
+        else:
+            if DEPENDENT:
+                wait_for_previous_launch()
+            planes, largest, row_offset = loaded_rows(
+                latent_query, size, offset, head * q_len * QUERIES_PER_KV, q_len, scale * LOG2_E,
+                KEY, QUERIES_PER_KV, BLOCK_M,
+            )  # fmt: skip
+        # As far as fp16 has room for the rows; the rest is a power of two that all rows share.
         score_unit = gl.exp2(gl.ceil(gl.maximum(gl.log2(largest / 256), 0.0)))
-        query_scale = gl.convert_layout(row_scale / score_unit, WEIGHT_ROWS)
+        per_unit = 1.0 / score_unit
         score_unit *= SCORE_FACTOR
         latent = ()
         zero = gl.zeros([BLOCK_M], gl.float32, WEIGHT_ROWS)
         for j in gl.static_range(num_planes(KEY)):
-            plane = unit_query[j] * query_scale[None, :] * (step(KEY, j) * query_factor(KEY, j))
-            plane = plane.to(gl.float16)
+            plane = (planes[j] * (per_unit * step(KEY, j) * query_factor(KEY, j))).to(gl.float16)
             zero += gl.sum(plane.to(gl.float32), 0) * (zero_code(KEY, j) / 2**24)
             latent += (plane,)
         row_zero = gl.convert_layout(zero, ROWS)
@@ -397,7 +472,13 @@ def swapped_attend_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     EXACT_BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """Grid ``(batch * num_kv_heads, blocks of query rows, 1 + shares)``; first the exact tokens."""
+    """Grid ``(batch * num_kv_heads, blocks of query rows, 1 + shares)``; first the exact tokens.
+
+    ``DEPENDENT``: it was launched while the launch before runs. That is ``prepare_kernel`` if keys
+    have a matrix, and what made the query if not.
+    """
+    if DEPENDENT and key.basis is None:
+        wait_for_previous_launch()
     head = gl.program_id(0).to(gl.int64)
     share = gl.program_id(2) - 1
     shares = gl.num_programs(2) - 1
@@ -410,7 +491,7 @@ def swapped_attend_kernel(
         )  # fmt: skip
     else:
         attend_packed(
-            key, value, positions, key_row, latent_query, size, offset,
+            query, key, value, positions, key_row, latent_query, size, offset,
             partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
-            KEY, VALUE, QUERIES_PER_KV, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
+            query_strides, KEY, VALUE, QUERIES_PER_KV, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
         )  # fmt: skip

@@ -22,7 +22,6 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
-from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import (
     gluon_attend_channel,
@@ -64,7 +63,7 @@ def attend(
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two launches, three with ``planes/token``."""
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches."""
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -198,7 +197,6 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
 
 def _attend_per_token(work: _Attention, row: int) -> None:
     """``planes/token``."""
-    key_format, value_format = work.formats
     q_len, device = work.query.shape[2], work.query.device
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
@@ -212,24 +210,9 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     left = work.partial(shares + 1)  # the last is that of the exact tokens
 
     all_rows = work.heads * work.rows
-    latent = work.query.new_empty((all_rows, LANES * key_format.num_planes), dtype=torch.float32)
-    latent_query = (latent, *latent.new_empty((2, all_rows)))
-    bases = work.num_kv_heads if work.key.basis_stride else 1
-    rotated_rows = triton_attend_token.ROTATED_ROWS
-    row_blocks = triton.cdiv(all_rows // bases, rotated_rows)
-    block_d = triton_attend_token.matrix_block(key_format.head_dim)
-    rotations = row_blocks * bases * triton.cdiv(LANES * key_format.num_planes, block_d)
-    exact_n = triton_attend_token.exact_block_n(work.widest, work.query.element_size())
-    exact = 0 if swapped else work.heads * blocks
-    triton_attend_token.prepare_kernel[(rotations + exact,)](
-        work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
-        *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
-        shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
-        *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
-        BLOCK_R=rotated_rows, BLOCK_D=block_d,
-        num_warps=triton_attend_token.PREPARE_WARPS,
-    )  # fmt: skip
+    latent_query: tuple[Tensor | None, ...] = (None, None, None)
+    if not (swapped and work.key.basis is None):
+        latent_query = _prepare(work, row, left, shares, with_exact=not swapped)
     if swapped:
         gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
@@ -250,15 +233,49 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             num_warps=num_warps, num_stages=stages,
         )  # fmt: skip
     bases = work.num_kv_heads if work.value.basis_stride else 1
-    rows, head_dim = triton_attend_token.merged_rows(shares), value_format.head_dim
+    head_dim, has_matrix = work.formats[1].head_dim, work.value.basis is not None
+    rows, num_warps = triton_attend_token.merge_tile(shares, head_dim, has_matrix)
     row_blocks = triton.cdiv(all_rows // bases, rows)
-    block_d = triton_attend_token.matrix_block(head_dim)
+    block_d = _rotated_channels(work.value, head_dim, head_dim)
     triton_attend_token.merge_kernel[(row_blocks * bases, triton.cdiv(head_dim, block_d))](
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
-        all_rows // bases, row_blocks, bases, value_format, work.queries_per_kv,
+        all_rows // bases, row_blocks, bases, work.formats[1], work.queries_per_kv,
         PADDED_D=padded(head_dim), BLOCK_M=rows, BLOCK_S=triton.next_power_of_2(shares),
-        BLOCK_D=block_d, DEPENDENT=dependent, **options,
+        BLOCK_D=block_d, DEPENDENT=dependent, num_warps=num_warps, **options,
     )  # fmt: skip
+
+
+def _prepare(
+    work: _Attention, row: int, left: tuple[Tensor, ...], shares: int, with_exact: bool
+) -> tuple[Tensor, ...]:
+    """Rotate the query; ``with_exact`` attend to the exact tokens beside it."""
+    key_format, q_len = work.formats[0], work.query.shape[2]
+    block_m, _ = triton_attend_token.tile(work.rows)
+    all_rows = work.heads * work.rows
+    latent = work.query.new_empty((all_rows, LANES * key_format.num_planes), dtype=torch.float32)
+    latent_query = (latent, *latent.new_empty((2, all_rows)))
+    bases = work.num_kv_heads if work.key.basis_stride else 1
+    rotated_rows = triton_attend_token.ROTATED_ROWS
+    row_blocks = triton.cdiv(all_rows // bases, rotated_rows)
+    block_d = _rotated_channels(work.key, key_format.head_dim, work.widest)
+    rotations = row_blocks * bases * triton.cdiv(LANES * key_format.num_planes, block_d)
+    exact_n = triton_attend_token.exact_block_n(work.widest, work.query.element_size())
+    exact = work.heads * triton.cdiv(work.rows, block_m) if with_exact else 0
+    triton_attend_token.prepare_kernel[(rotations + exact,)](
+        work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
+        *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+        shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
+        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
+        BLOCK_R=rotated_rows, BLOCK_D=block_d,
+        num_warps=triton_attend_token.PREPARE_WARPS,
+    )  # fmt: skip
+    return latent_query
+
+
+def _rotated_channels(tensors: Stored, head_dim: int, widest: int) -> int:
+    """Channels that a program rotates at once: all of them unless it has to hold a matrix."""
+    return padded(widest) if tensors.basis is None else triton_attend_token.matrix_block(head_dim)
 
 
 def _tokens_take_rows(work: _Attention) -> bool:
@@ -325,8 +342,9 @@ def write(
     with _on(new.device):
         if new_len == 1 and in_kernel and feedback is None:
             triton_append.append_kernel[(batch * heads,)](
-                tensors, new, _strides(new), valid, valid_strides, *common, constant
-            )
+                tensors, new, _strides(new), valid, valid_strides, *common, constant,
+                num_warps=_append_warps(tensors, constant), **_early(new.device),
+            )  # fmt: skip
             return
         if valid is not None:
             triton_append.start_kernel[(batch,)](
@@ -334,7 +352,7 @@ def write(
             )
         pack = _pack if in_kernel else _pack_in_torch
         pack(arenas, new, valid, (positions, row), fmt, feedback)
-        triton_append.ring_kernel[(batch * heads, triton.cdiv(new_len, block_t))](
+        triton_append.ring_kernel[(batch * heads, triton.cdiv(constant.dense_length, block_t))](
             tensors, new, _strides(new), *common, new_len, constant, BLOCK_T=block_t
         )
 
@@ -350,13 +368,26 @@ def write_both(key: Write, value: Write, valid: Tensor | None) -> None:
     new_key, new_value = like_dense(new_key, key_arenas), like_dense(new_value, value_arenas)
     batch, heads = new_key.shape[:2]
     formats = stored_format(key[3]), stored_format(value[3])
+    tensors = stored(key_arenas, formats[0]), stored(value_arenas, formats[1])
     valid, valid_strides = _valid_and_strides(valid, batch)
+    num_warps = max(_append_warps(*side) for side in zip(tensors, formats, strict=True))
     with _on(new_key.device):
         triton_append.append_both_kernel[(batch * heads, 2)](
-            stored(key_arenas, formats[0]), stored(value_arenas, formats[1]), new_key, new_value,
-            _strides(new_key), _strides(new_value), valid, valid_strides,
-            positions, key_row, value_row, heads, *formats,
+            *tensors, new_key, new_value, _strides(new_key), _strides(new_value),
+            valid, valid_strides, positions, key_row, value_row, heads, *formats,
+            num_warps=num_warps, **_early(new_key.device),
         )  # fmt: skip
+
+
+def _append_warps(tensors: Stored, fmt: StoredFormat) -> int:
+    """Warps for one new token: one, unless a group of tokens or a matrix is more work."""
+    return 1 if fmt.per_token and tensors.basis is None else 4
+
+
+def _early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a kernel that waits for the launch before where it needs it."""
+    early = launches_early(device)
+    return {"DEPENDENT": early, **({"launch_pdl": True} if early else {})}
 
 
 def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
@@ -370,7 +401,7 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
     with _on(output.device):
         if constant.per_token:
             block_t = triton_dequantize.TOKEN_BLOCK_T
-            grid = (batch * heads, triton.cdiv(extent.length, block_t), constant.num_tiles)
+            grid = (batch * heads, triton.cdiv(extent.length, block_t))
             triton_dequantize.dequantize_token_kernel[grid](
                 *numbers, BLOCK_T=block_t, num_warps=block_t // 16
             )
@@ -602,14 +633,8 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
         return Stored(*layout)
-    basis = arenas.basis
+    affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():
-        basis = rotation_pair(constant.head_dim, qdata.device)
+        return Stored(*layout, affine=affine)
     heads, matrix = basis.shape[1], constant.head_dim**2
-    return Stored(
-        *layout,
-        affine=arenas.affine if constant.affine else None,
-        basis=basis,
-        basis_stride=matrix if heads > 1 else 0,
-        inverse=heads * matrix,
-    )
+    return Stored(*layout, affine=affine, basis=basis, basis_stride=matrix, inverse=heads * matrix)

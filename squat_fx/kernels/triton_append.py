@@ -27,10 +27,10 @@ from squat_fx.kernels.triton_planes import (
     exact_rows,
     num_planes,
     packed_tokens,
+    wait_for_previous_launch,
 )
 from squat_fx.kernels.triton_round import (
-    latent_row,
-    latent_tiles,
+    latent_planes,
     pack_groups,
     pack_groups_with_feedback,
     pack_tokens,
@@ -53,12 +53,21 @@ def padded_group(fmt):
 
 
 @triton.jit
-def copy_rows(source, target, keep, lane, fmt: tl.constexpr):
-    """Copy whole tokens between pointers ``[T, 1]``."""
+def load_rows(source, keep, lane, fmt: tl.constexpr):
+    """The plane groups of the tokens at ``source`` ``[T, 1]``."""
+    planes = ()
     for j in tl.static_range(num_planes(fmt)):
         channel = 16 * j + lane
-        there = keep & (channel < fmt.head_dim)
-        tl.store(target + channel, tl.load(source + channel, mask=there, other=0.0), mask=there)
+        planes += (tl.load(source + channel, mask=keep & (channel < fmt.head_dim), other=0.0),)
+    return planes
+
+
+@triton.jit
+def store_rows(target, planes, keep, lane, fmt: tl.constexpr):
+    """Undo :func:`load_rows`."""
+    for j in tl.static_range(num_planes(fmt)):
+        channel = 16 * j + lane
+        tl.store(target + channel, planes[j], mask=keep & (channel < fmt.head_dim))
 
 
 @triton.jit
@@ -76,13 +85,10 @@ def pack_leaving(
     rows = exact_rows(stored, new, new_head, new_stride, head, position, start, length, fmt)
     if fmt.pieces is None:
         target = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
-        copy_rows(rows, target, keep, lane, fmt)
+        store_rows(target, load_rows(rows, keep, lane, fmt), keep, lane, fmt)
     elif fmt.per_token:
-        if PADDED_T == 1:
-            tiles = latent_row(stored, head, kv_head, rows, keep, fmt)
-        else:
-            tiles = latent_tiles(stored, head, kv_head, rows, keep, fmt)
-        pack_tokens(stored, head, slot, keep, tiles, feedback, lane, fmt)
+        planes = latent_planes(stored, head, kv_head, rows, keep, lane, fmt)
+        pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt)
     else:
         usable = keep
         if valid is not None:
@@ -95,39 +101,11 @@ def pack_leaving(
 
 
 @triton.jit
-def packed_before_and_after(positions, row, start, new_len, fmt: tl.constexpr):
-    """The length, and how many tokens of a row are packed before and after ``new_len`` more."""
-    length = tl.load(positions + 2 * row).to(tl.int32)
-    watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
+def packed_before_and_after(length, watermark, start, new_len, fmt: tl.constexpr):
+    """How many tokens of a row are packed before and after ``new_len`` more."""
     before = packed_tokens(watermark, start, fmt)
     after = packed_tokens(tl.maximum(watermark, length + new_len - fmt.residual_length), start, fmt)
-    return length, before, after
-
-
-@triton.jit
-def store_new(
-    stored,
-    new,
-    new_head,
-    new_stride,
-    head,
-    column,
-    keep,
-    start,
-    length,
-    after,
-    lane,
-    fmt: tl.constexpr,
-):
-    """Copy the new tokens at ``column`` ``[T, 1]`` that are not packed to their dense slots."""
-    token = length + column - start
-    keep = keep & (token >= 0) & ((token < fmt.sink_length) | (token - fmt.sink_length >= after))
-    target = (
-        stored.dense
-        + head * fmt.dense_length * fmt.head_dim
-        + dense_slot(token, fmt) * fmt.head_dim
-    )
-    copy_rows(new + new_head + column.to(tl.int64) * new_stride, target, keep, lane, fmt)
+    return before, after
 
 
 @triton.jit
@@ -135,37 +113,47 @@ def append_token(
     stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """One new token of the head ``program_id(0)``."""
+    """One new token of the head ``program_id(0)``.
+
+    What does not depend on where the row begins is loaded first, so that a program waits for memory
+    twice: for the positions and the new token, and for the token that leaves.
+    """
+    batch = tl.program_id(0) // num_kv_heads
+    kv_head = tl.program_id(0) % num_kv_heads
     head = tl.program_id(0).to(tl.int64)
-    batch = head // num_kv_heads
-    kv_head = head % num_kv_heads
+    lane = tl.arange(0, 16)[None, :]
+    one = tl.zeros([1, 1], tl.int32)
     start = tl.load(stored.start + batch)
+    length = tl.load(positions + 2 * row).to(tl.int32)
+    watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
+    new_head = batch.to(tl.int64) * new_strides[0] + kv_head * new_strides[1]
+    planes = load_rows(new + new_head + one, one == 0, lane, FORMAT)
     if valid is not None:
         # Every head of a row comes to the same start, whether or not another has written it.
-        length = tl.load(positions + 2 * row).to(tl.int32)
-        invalid = tl.load(valid + batch * valid_strides[0]) == 0
+        invalid = tl.load(valid + batch.to(tl.int64) * valid_strides[0]) == 0
         start = tl.where(start >= length, length + invalid.to(tl.int32), start)
         tl.store(stored.start + batch, start, mask=kv_head == 0)
-    length, before, after = packed_before_and_after(positions, row, start, 1, FORMAT)
-    new_head = batch * new_strides[0] + kv_head * new_strides[1]
+    before, after = packed_before_and_after(length, watermark, start, 1, FORMAT)
     if after > before:
         pack_leaving(
-            stored, new, new_head, 0, valid, batch * valid_strides[0], 0, None,
+            stored, new, new_head, 0, valid, batch.to(tl.int64) * valid_strides[0], 0, None,
             head, kv_head, 0, start, length, before, after, FORMAT, 1, padded_group(FORMAT),
         )  # fmt: skip
-    lane = tl.arange(0, 16)[None, :]
-    column = tl.zeros([1, 1], tl.int32)
-    store_new(
-        stored, new, new_head, 0, head, column, column == 0, start, length, after, lane, FORMAT
-    )
+    token = length - start + one
+    keep = (token >= 0) & ((token < FORMAT.sink_length) | (token - FORMAT.sink_length >= after))
+    slot = head * FORMAT.dense_length + dense_slot(token, FORMAT)
+    target = stored.dense + slot * FORMAT.head_dim
+    store_rows(target, planes, keep, lane, FORMAT)
 
 
 @triton.jit(do_not_specialize=["row"])
 def append_kernel(
     stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One new token. Grid ``(batch * num_kv_heads,)``."""
+    if DEPENDENT:
+        wait_for_previous_launch()
     append_token(
         stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads, FORMAT
     )
@@ -175,8 +163,11 @@ def append_kernel(
 def append_both_kernel(
     key, value, new_key, new_value, new_key_strides, new_value_strides, valid, valid_strides,
     positions, key_row, value_row, num_kv_heads, KEY: tl.constexpr, VALUE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One new token of keys and of values. Grid ``(batch * num_kv_heads, 2)``."""
+    if DEPENDENT:
+        wait_for_previous_launch()
     if tl.program_id(1) == 0:
         append_token(
             key, new_key, new_key_strides, valid, valid_strides, positions, key_row, num_kv_heads,
@@ -212,11 +203,13 @@ def pack_kernel(
 ):  # fmt: skip
     """Pack what leaves the ring. Grid ``(batch * num_kv_heads, blocks of packed tokens)``."""
     head = tl.program_id(0).to(tl.int64)
-    batch = head // num_kv_heads
-    kv_head = head % num_kv_heads
+    batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) % num_kv_heads
     new_head = batch * new_strides[0] + kv_head * new_strides[1]
     start = tl.load(stored.start + batch)
-    length, before, after = packed_before_and_after(positions, row, start, new_len, FORMAT)
+    length = tl.load(positions + 2 * row).to(tl.int32)
+    watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
+    before, after = packed_before_and_after(length, watermark, start, new_len, FORMAT)
     block = tl.program_id(1)
     if feedback is not None:
         feedback += head * FORMAT.head_dim * FORMAT.head_dim
@@ -230,35 +223,27 @@ def pack_kernel(
 
 @triton.jit(do_not_specialize=["row"])
 def ring_kernel(
-    stored,
-    new,
-    new_strides,
-    positions,
-    row,
-    num_kv_heads,
-    new_len,
-    FORMAT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Copy new tokens that stay exact. Grid ``(batch * num_kv_heads, blocks of new tokens)``."""
+    stored, new, new_strides, positions, row, num_kv_heads, new_len,
+    FORMAT: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Copy new tokens that stay exact. Grid ``(batch * num_kv_heads, blocks of dense slots)``."""
     head = tl.program_id(0).to(tl.int64)
-    batch = head // num_kv_heads
-    new_head = batch * new_strides[0] + head % num_kv_heads * new_strides[1]
+    batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) % num_kv_heads
     start = tl.load(stored.start + batch)
-    length, _, after = packed_before_and_after(positions, row, start, new_len, FORMAT)
+    length = tl.load(positions + 2 * row).to(tl.int32)
+    watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
+    _, after = packed_before_and_after(length, watermark, start, new_len, FORMAT)
+    slot = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
+    is_sink = slot < FORMAT.sink_length
+    # The newest token that a ring slot could hold, counted from the first after the sinks.
+    newest = length + new_len - 1 - start - FORMAT.sink_length
+    recent = newest - (newest - (slot - FORMAT.sink_length)) % FORMAT.ring_length
+    column = tl.where(is_sink, slot, recent + FORMAT.sink_length) + start - length
+    keep = (slot < FORMAT.dense_length) & (is_sink | (recent >= after))
+    keep = keep & (column >= 0) & (column < new_len)
     lane = tl.arange(0, 16)[None, :]
-    column = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
-    store_new(
-        stored,
-        new,
-        new_head,
-        new_strides[2],
-        head,
-        column,
-        column < new_len,
-        start,
-        length,
-        after,
-        lane,
-        FORMAT,
-    )
+    source = new + batch * new_strides[0] + kv_head * new_strides[1]
+    planes = load_rows(source + column.to(tl.int64) * new_strides[2], keep, lane, FORMAT)
+    target = stored.dense + (head * FORMAT.dense_length + slot) * FORMAT.head_dim
+    store_rows(target, planes, keep, lane, FORMAT)

@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores, rows_of_block
+from squat_fx.kernels.triton_hadamard import dot_short, rotate_rows, rotate_rows_back
 from squat_fx.kernels.triton_planes import (
     exact_rows,
     half_codes,
@@ -49,9 +50,9 @@ from squat_fx.kernels.triton_planes import (
     packed_tokens,
     plane_exponent,
     step,
+    wait_for_previous_launch,
     words_of_rows,
 )
-from squat_fx.kernels.triton_round import high_part
 
 BLOCK_N = 64
 EXACT_BLOCK_N = 64  # of 128 channels of 16 bits
@@ -60,6 +61,7 @@ MATRIX_CHANNELS = 64  # of the 128 of a matrix
 ROTATED_ROWS = 16
 NUM_STAGES = 3
 MERGE_SHARES = 4  # so many at most leave room for 16 query rows
+MERGED_CHANNELS = 128  # of more, a program adds one half after the other
 LARGEST_BLOCK_M = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -80,9 +82,20 @@ def matrix_block(head_dim: int) -> int:
     return MATRIX_CHANNELS * 128 // max(128, triton.next_power_of_2(head_dim))
 
 
-def merged_rows(shares: int) -> int:
-    """Query rows of a program of ``merge_kernel``."""
-    return ROTATED_ROWS if shares <= MERGE_SHARES else 1
+def merge_tile(shares: int, head_dim: int, has_matrix: bool) -> tuple[int, int]:
+    """Query rows of a program of ``merge_kernel``, and its warps.
+
+    Few shares leave room for many rows. Of many, as many threads as there are maxima load one each,
+    and an output of 128 channels takes 128 registers; with more threads than maxima Triton has each
+    thread load every maximum that it needs.
+    """
+    if shares <= MERGE_SHARES:
+        return ROTATED_ROWS, 4
+    if has_matrix:
+        return 1, 4
+    padded = triton.next_power_of_2(shares)
+    room = 32 * 128 // max(128, triton.next_power_of_2(head_dim))
+    return max(room // padded, 1), max(padded // 32, 1)
 
 
 @triton.constexpr_function
@@ -111,18 +124,6 @@ ZERO_FACTOR = tl.constexpr(2.0**24)
 def plane_codes(words, plane: tl.constexpr, fmt: tl.constexpr, dtype, ASM: tl.constexpr):
     """The codes of a plane group, ``[N, 16]``, times ``code_factor``."""
     return half_codes(words, plane, fmt, ASM).to(dtype)
-
-
-@triton.jit
-def dot_short(a, b, acc):
-    """``acc + a @ b`` for ``b`` of 11 bits at most; fp32 ``a`` in two parts, on tensor cores."""
-    if a.dtype == tl.float32:
-        high = high_part(a)
-        acc = tl.dot(high, b, acc, input_precision="tf32")
-        acc = tl.dot(a - high, b, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
 
 
 @triton.jit
@@ -420,7 +421,10 @@ def rotate(
     query_strides, FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
-    """Query rows in the latent frame, brought to unit size: one block of channels."""
+    """Query rows in the latent frame, brought to unit size: one block of channels.
+
+    The fixed rotation takes them all: ``BLOCK_D`` is ``PADDED_D``.
+    """
     head, query_token, query_head, keep_row = rows_of_basis(
         block, basis, bases, rows, q_len, QUERIES_PER_KV, BLOCK_R
     )
@@ -436,10 +440,11 @@ def rotate(
     inside = channel < FORMAT.head_dim
     keep = keep_row[:, None] & inside[None, :]
     latent_channel = channel_block * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    pointers = key.basis + key.inverse + basis * key.basis_stride
-    pointers += latent_channel * FORMAT.head_dim + channel[:, None]
-    there = (latent_channel < FORMAT.head_dim) & inside[:, None]
-    matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, BLOCK_D]
+    if key.basis is not None:
+        pointers = key.basis + key.inverse + basis * key.basis_stride
+        pointers += latent_channel * FORMAT.head_dim + channel[:, None]
+        there = (latent_channel < FORMAT.head_dim) & inside[:, None]
+        matrix = tl.load(pointers, mask=there, other=0.0)  # [PADDED_D, BLOCK_D]
     q = tl.load(query_rows[:, None] + channel[None, :], mask=keep, other=0.0).to(tl.float32)
     if FORMAT.affine:
         shift, factor = load_affine(key, head[:, None], channel[None, :], keep, FORMAT)
@@ -449,17 +454,33 @@ def rotate(
     largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
     if channel_block == 0:
         tl.store(size + out, largest, mask=keep_row)
-    x = tl.dot(q / largest[:, None], matrix, input_precision="tf32x3")
+    if key.basis is None:
+        x = rotate_rows(q / largest[:, None], FORMAT)
+    else:
+        x = tl.dot(q / largest[:, None], matrix, input_precision="tf32x3")
     pointers = latent + out[:, None] * (16 * num_planes(FORMAT)) + latent_channel
     tl.store(pointers, x, mask=keep_row[:, None] & (latent_channel < 16 * num_planes(FORMAT)))
 
 
+@triton.constexpr_function
+def first_part(channels, shares):
+    """How many channels of a head to load at first: registers have room for half of a wide one."""
+    return channels // 2 if channels > MERGED_CHANNELS and shares > MERGE_SHARES else channels
+
+
 @triton.jit
-def wait_for_previous_launch():
-    """What the launch before has written is there from here on."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+def load_shares(partial, left, there, channel, fmt: tl.constexpr):
+    """The outputs ``left`` ``[M, S]``, ``channel`` ``[D]``: ``[M, S, D]``."""
+    pointers = partial + left[:, :, None] * fmt.head_dim + channel[None, None, :]
+    keep = there[:, :, None] & (channel < fmt.head_dim)[None, None, :]
+    return tl.load(pointers, mask=keep, other=0.0)
+
+
+@triton.jit
+def add_shares(x, maximum, weight):
+    """Their sum, ``[M, D]``; a share without a visible token may have left its output unwritten."""
+    seen = (maximum > float("-inf"))[:, :, None]
+    return tl.sum(tl.where(seen, x * weight[:, :, None], 0.0), 1)
 
 
 @triton.jit
@@ -469,7 +490,8 @@ def merge_kernel(
     FORMAT: tl.constexpr, QUERIES_PER_KV: tl.constexpr, PADDED_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Add the shares of query rows. Grid ``(row_blocks * bases, blocks of channels)``.
+    """Add the shares of query rows. Grid ``(row_blocks * bases, blocks of channels)``; one block
+    for the fixed rotation.
 
     ``DEPENDENT``: it was launched while the launch before runs, and waits for it here.
     """
@@ -486,14 +508,14 @@ def merge_kernel(
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, D]
     inside = channel < FORMAT.head_dim
     inner = tl.arange(0, PADDED_D)  # [L]
-    pointers = value.basis + value.inverse + basis * value.basis_stride
-    pointers += inner[:, None] * FORMAT.head_dim + channel
-    matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
+    if value.basis is not None:
+        pointers = value.basis + value.inverse + basis * value.basis_stride
+        pointers += inner[:, None] * FORMAT.head_dim + channel
+        matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
     if DEPENDENT:
         wait_for_previous_launch()
-    pointers = partial + left[:, :, None] * FORMAT.head_dim + inner[None, None, :]
-    keep = there[:, :, None] & (inner < FORMAT.head_dim)[None, None, :]
-    latent = tl.load(pointers, mask=keep, other=0.0)
+    first_channels = tl.arange(0, first_part(PADDED_D, BLOCK_S))
+    latent = load_shares(partial, left, there, first_channels, FORMAT)
     latent_max = tl.load(partial_max + left, mask=there, other=float("-inf"))
     latent_sum = tl.load(partial_sum + left, mask=there, other=0.0)
     exact_max = tl.load(partial_max + first + shares, mask=keep_row, other=float("-inf"))
@@ -511,10 +533,16 @@ def merge_kernel(
     if sinks is not None:
         total += tl.exp2(sink - base)
 
-    # A share without a visible token may have left its output unwritten.
-    seen = (latent_max > float("-inf"))[:, :, None]
-    latent = tl.sum(tl.where(seen, latent * latent_weight[:, :, None], 0.0), 1)
-    if BLOCK_M == 1:
+    latent = add_shares(latent, latent_max, latent_weight)
+    if first_channels.shape[0] < PADDED_D:
+        rest = first_channels + first_channels.shape[0]
+        rest = load_shares(partial, left, there, rest, FORMAT)
+        rest = add_shares(rest, latent_max, latent_weight)
+        latent = tl.permute(tl.join(latent, rest), (0, 2, 1))
+        latent = tl.reshape(latent, [BLOCK_M, PADDED_D])
+    if value.basis is None:
+        packed = rotate_rows_back(latent, FORMAT)
+    elif BLOCK_M == 1:
         packed = tl.sum(matrix * tl.trans(latent), 0, keep_dims=True)
     else:
         packed = tl.dot(latent, matrix, input_precision="tf32x3")

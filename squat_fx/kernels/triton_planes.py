@@ -35,8 +35,8 @@ WORD_SHIFT = 6  # brings the six upper bits of a word to where a half has its ma
 class Stored(NamedTuple):
     """The arenas of one role as a kernel takes them; ``capacity`` counts packed tokens.
 
-    ``basis`` is fp32 ``[2, heads or 1, head_dim, head_dim]``: ``basis_stride`` elements lie between
-    two heads, ``inverse`` ones before the inverse.
+    ``basis`` is fp32 ``[2, heads, head_dim, head_dim]``: ``basis_stride`` elements lie between two
+    heads, ``inverse`` ones before the inverse. None: the fixed rotation (``triton_hadamard.py``).
     """
 
     qdata: Tensor
@@ -87,16 +87,6 @@ class StoredFormat:
     def dense_length(self) -> int:
         """Slots of the dense buffer."""
         return self.sink_length + self.ring_length
-
-    @property
-    def tile_width(self) -> int:
-        """Channels of a tile that takes part in dots."""
-        return min(max(LANES, triton.next_power_of_2(self.head_dim)), 64)
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of a head."""
-        return -(-self.head_dim // self.tile_width)
 
     def words(self, plane: int) -> tuple[int, ...]:
         """The words that a plane group has pieces in."""
@@ -180,16 +170,6 @@ def num_planes(fmt):
 
 
 @triton.constexpr_function
-def num_tiles(fmt):
-    return fmt.num_tiles
-
-
-@triton.constexpr_function
-def tile_width(fmt):
-    return fmt.tile_width
-
-
-@triton.constexpr_function
 def num_words(fmt):
     return -(-(fmt.whole_bytes + bool(fmt.sections)) // 2)
 
@@ -247,6 +227,14 @@ WORD = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
 MASK = tl.constexpr(2)
 CODE_SHIFT = tl.constexpr(3)
+
+
+@triton.jit
+def wait_for_previous_launch():
+    """What the launch before has written is there from here on."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 # where tokens lie --------------------------------------------------------------------------------

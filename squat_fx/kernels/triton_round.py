@@ -13,9 +13,8 @@ over the valid numbers of a group. ``planes/token`` (``codecs/symmetric.py``):
     code = clamp(round_half_even(y / (scale * step) + zero), 0, 2**bits - 1)
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
-(``codecs/feedback.py``). Tokens that take part in dots are a tuple of *tiles*, fp32 ``[T, width]``,
-64 channels each, the accumulators of the dots; with 64 tokens and more, warps divide tokens only,
-and a plane group is cut out of a tile without moving data.
+(``codecs/feedback.py``). Tokens are a tuple of plane groups, fp32 ``[T, 16]``: what a plane group
+adds to a later one is a dot of its own, and the later one the dot's accumulator.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squat_fx.kernels.triton_hadamard import high_part, rotate
 from squat_fx.kernels.triton_planes import (
     add_plane,
     largest_code,
     load_affine,
     no_words,
     num_planes,
-    num_tiles,
     scale_asked,
     step,
     store_words,
-    tile_width,
 )
 
 ROUND_TO_INTEGER = tl.constexpr(
@@ -52,12 +50,6 @@ def round_half_even(x):
 
 
 @triton.jit
-def high_part(x):
-    """The part of an fp32 number that a tensor core takes as it is (tf32)."""
-    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def dot_in_fp32(a, b, acc, SHORT_A: tl.constexpr):
     """``acc + a @ b`` to fp32's precision on tensor cores; ``SHORT_A``: fp16 holds ``a``.
 
@@ -71,44 +63,22 @@ def dot_in_fp32(a, b, acc, SHORT_A: tl.constexpr):
     return tl.dot(a_high, b_high, acc, input_precision="tf32")
 
 
-# tiles -------------------------------------------------------------------------------------------
+# feedback ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def tile_channels(tile: tl.constexpr, fmt: tl.constexpr):
-    """The channels of a tile, ``[1, width]``."""
-    return tile * tile_width(fmt) + tl.arange(0, tile_width(fmt))[None, :]
-
-
-@triton.jit
-def plane_of(tiles, plane: tl.constexpr, fmt: tl.constexpr):
-    """One plane group of tiles, fp32 ``[T, 16]``.
-
-    Whole numbers are added, so that the compiler sees that nothing but one of them counts.
-    """
-    planes: tl.constexpr = tile_width(fmt) // 16
-    tile = tiles[plane // planes]
-    bits = tl.reshape(tile.to(tl.int32, bitcast=True), [tile.shape[0], planes, 16])
-    index = tl.arange(0, planes)[None, :, None]
-    return tl.sum(tl.where(index == plane % planes, bits, 0), 1).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def feed_back(tiles, error, feedback, plane: tl.constexpr, fmt: tl.constexpr):
-    """Add the ``error`` ``[T, 16]`` of a plane group to the channels after it.
-
-    ``feedback`` is zero for the others.
-    """
+def feed_back(planes, error, feedback, plane: tl.constexpr, fmt: tl.constexpr):
+    """Add the ``error`` ``[T, 16]`` of a plane group to the plane groups after it."""
     row = 16 * plane + tl.arange(0, 16)[:, None]
     fed = ()
-    for t in tl.static_range(num_tiles(fmt)):
-        tile = tiles[t]
-        if (t + 1) * tile_width(fmt) > 16 * (plane + 1):
-            column = tile_channels(t, fmt)
+    for j in tl.static_range(num_planes(fmt)):
+        x = planes[j]
+        if j > plane:
+            column = 16 * j + tl.arange(0, 16)[None, :]
             pointers = feedback + row * fmt.head_dim + column
             matrix = tl.load(pointers, mask=column < fmt.head_dim, other=0.0)
-            tile = dot_in_fp32(error, matrix, tile, False)
-        fed += (tile,)
+            x = dot_in_fp32(error, matrix, x, False)
+        fed += (x,)
     return fed
 
 
@@ -211,14 +181,14 @@ def pack_groups_with_feedback(
     stored, head, slot, keep, usable, rows, feedback, lane, fmt: tl.constexpr
 ):
     """The same for one token group whose channels have their own scales, with feedback."""
-    tiles = ()
-    for t in tl.static_range(num_tiles(fmt)):
-        channel = tile_channels(t, fmt)
+    planes = ()
+    for j in tl.static_range(num_planes(fmt)):
+        channel = 16 * j + lane
         there = keep & (channel < fmt.head_dim)
-        tiles += (tl.load(rows + channel, mask=there, other=0.0).to(tl.float32),)
+        planes += (tl.load(rows + channel, mask=there, other=0.0).to(tl.float32),)
     words = no_words(slot, fmt)
     for j in tl.static_range(num_planes(fmt)):
-        x = plane_of(tiles, j, fmt)
+        x = planes[j]
         inside = 16 * j + lane < fmt.head_dim
         low, high = range_of((x,), (usable & inside,), 0, 1, fmt)
         scale, zero_point = scale_and_zero_point(low, high, fmt)
@@ -227,7 +197,7 @@ def pack_groups_with_feedback(
         words = add_plane(words, tl.where(inside, code, 0), j, fmt)
         if j + 1 < num_planes(fmt):
             rounded = code.to(tl.float32) * scale.to(tl.float32) + zero_point.to(tl.float32)
-            tiles = feed_back(tiles, rounded - x, feedback, j, fmt)
+            planes = feed_back(planes, rounded - x, feedback, j, fmt)
     store_words(stored, head, slot, keep, lane, words, fmt)
 
 
@@ -236,87 +206,87 @@ def pack_groups_with_feedback(
 
 @triton.jit
 def shifted_numbers(stored, head, rows, keep, channel, fmt: tl.constexpr):
-    """Channels of the tokens at ``rows``, shifted and scaled, in fp32."""
-    x = tl.load(rows + channel, mask=keep, other=0.0).to(tl.float32)
+    """Channels of the tokens at ``rows``, shifted and scaled in fp32, or as they are."""
+    x = tl.load(rows + channel, mask=keep, other=0.0)
     if fmt.affine:
         offset, factor = load_affine(stored, head, channel, channel < fmt.head_dim, fmt)
-        x = tl.div_rn(x - offset, tl.broadcast_to(factor, x.shape))
+        x = (x.to(tl.float32) - offset) * (1.0 / factor)
     return x
 
 
 @triton.jit
-def basis_tile(stored, kv_head, channel, tile: tl.constexpr, fmt: tl.constexpr):
-    """Rows ``channel`` ``[K, 1]`` of the matrix into the latent frame, ``[K, width]``."""
-    out = tile_channels(tile, fmt)
-    pointers = stored.basis + kv_head * stored.basis_stride + channel * fmt.head_dim + out
-    return tl.load(pointers, mask=(channel < fmt.head_dim) & (out < fmt.head_dim), other=0.0)
-
-
-@triton.jit
-def latent_tiles(stored, head, kv_head, rows, keep, fmt: tl.constexpr):
+def latent_planes(stored, head, kv_head, rows, keep, lane, fmt: tl.constexpr):
     """The tokens at ``rows`` ``[T, 1]`` in the latent frame."""
+    if stored.basis is not None:
+        planes = projected_planes(stored, head, kv_head, rows, keep, fmt)
+    else:
+        planes = ()
+        for j in tl.static_range(num_planes(fmt)):
+            channel = 16 * j + lane
+            there = keep & (channel < fmt.head_dim)
+            planes += (shifted_numbers(stored, head, rows, there, channel, fmt),)
+        planes = rotate(planes, lane, fmt)
+    return planes
+
+
+@triton.jit
+def projected_planes(stored, head, kv_head, rows, keep, fmt: tl.constexpr):
+    """The same where the latent frame has a matrix."""
     short: tl.constexpr = not fmt.affine and rows.dtype.element_ty.primitive_bitwidth == 16
-    tiles = ()
-    for _ in tl.static_range(num_tiles(fmt)):
-        tiles += (tl.zeros([rows.shape[0], tile_width(fmt)], tl.float32),)
+    one: tl.constexpr = rows.shape[0] == 1  # no tensor core has work for one token
+    sums = ()
+    for _ in tl.static_range(num_planes(fmt)):
+        sums += (tl.zeros([BLOCK_K if one else rows.shape[0], 16], tl.float32),)
     for first in range(0, fmt.head_dim, BLOCK_K):
-        channel = first + tl.arange(0, BLOCK_K)
-        there = keep & (channel < fmt.head_dim)[None, :]
-        x = shifted_numbers(stored, head, rows, there, channel[None, :], fmt)
-        sums = ()
-        for t in tl.static_range(num_tiles(fmt)):
-            matrix = basis_tile(stored, kv_head, channel[:, None], t, fmt)
-            sums += (dot_in_fp32(x, matrix, tiles[t], short),)
-        tiles = sums
-    return tiles
-
-
-@triton.jit
-def latent_row(stored, head, kv_head, row, keep, fmt: tl.constexpr):
-    """The same for one token: no tensor core has work for it."""
-    products = ()
-    for _ in tl.static_range(num_tiles(fmt)):
-        products += (tl.zeros([BLOCK_K, tile_width(fmt)], tl.float32),)
-    for first in range(0, fmt.head_dim, BLOCK_K):
-        channel = first + tl.arange(0, BLOCK_K)[:, None]
+        inner = first + tl.arange(0, BLOCK_K)
+        channel = inner[:, None] if one else inner[None, :]
         there = keep & (channel < fmt.head_dim)
-        x = shifted_numbers(stored, head, row, there, channel, fmt)
-        sums = ()
-        for t in tl.static_range(num_tiles(fmt)):
-            sums += (products[t] + x * basis_tile(stored, kv_head, channel, t, fmt),)
-        products = sums
-    tiles = ()
-    for t in tl.static_range(num_tiles(fmt)):
-        tiles += (tl.sum(products[t], 0, keep_dims=True),)
-    return tiles
+        x = shifted_numbers(stored, head, rows, there, channel, fmt).to(tl.float32)
+        pointers = stored.basis + kv_head * stored.basis_stride + inner[:, None] * fmt.head_dim
+        added = ()
+        for j in tl.static_range(num_planes(fmt)):
+            out = 16 * j + tl.arange(0, 16)[None, :]
+            inside = (inner < fmt.head_dim)[:, None] & (out < fmt.head_dim)
+            matrix = tl.load(pointers + out, mask=inside, other=0.0)
+            if one:
+                added += (sums[j] + x * matrix,)
+            else:
+                added += (dot_in_fp32(x, matrix, sums[j], short),)
+        sums = added
+    if one:
+        planes = ()
+        for j in tl.static_range(num_planes(fmt)):
+            planes += (tl.sum(sums[j], 0, keep_dims=True),)
+    else:
+        planes = sums
+    return planes
 
 
 @triton.jit
-def pack_tokens(stored, head, slot, keep, tiles, feedback, lane, fmt: tl.constexpr):
+def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.constexpr):
     """Quantize latent tokens into ``slot``."""
-    squares = tiles[0] * tiles[0]
-    for t in tl.static_range(1, num_tiles(fmt)):
-        squares += tiles[t] * tiles[t]
-    scale = tl.sqrt_rn(tl.sum(squares, 1, keep_dims=True) / fmt.head_dim)
-    asked = tl.zeros([slot.shape[0], 16], tl.float32)
-    for j in tl.static_range(num_planes(fmt)):
-        if scale_asked(fmt, j) > 0:
-            asked = tl.maximum(asked, tl.abs(plane_of(tiles, j, fmt)) * scale_asked(fmt, j))
+    squares = planes[0] * planes[0]
+    asked = tl.abs(planes[0]) * scale_asked(fmt, 0)
+    for j in tl.static_range(1, num_planes(fmt)):
+        squares += planes[j] * planes[j]
+        asked = tl.maximum(asked, tl.abs(planes[j]) * scale_asked(fmt, j))
+    scale = tl.sqrt(tl.sum(squares, 1, keep_dims=True) / fmt.head_dim)
     scale = tl.maximum(scale, tl.max(asked, 1, keep_dims=True))
     scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF).to(tl.float16)
     scale = tl.where(slot % 2 == 0, scale, -scale)
     tl.store(stored.scale + head * stored.capacity + slot, scale, mask=keep)
+    unit = scale.to(tl.float32)
+    per_unit = 1.0 / unit
     words = no_words(slot, fmt)
     for j in tl.static_range(num_planes(fmt)):
-        x = plane_of(tiles, j, fmt)
+        x = planes[j]
         error = -x
         if largest_code(fmt, j) > 0:
-            unit = scale.to(tl.float32) * step(fmt, j)
-            level = x * (1.0 / unit) + largest_code(fmt, j) / 2
+            level = x * (per_unit * (1.0 / step(fmt, j))) + largest_code(fmt, j) / 2
             code = round_half_even(tl.minimum(tl.maximum(level, 0.0), largest_code(fmt, j)))
-            error += (code.to(tl.float32) - largest_code(fmt, j) / 2) * unit
+            error += (code.to(tl.float32) - largest_code(fmt, j) / 2) * (unit * step(fmt, j))
             code = tl.where(16 * j + lane < fmt.head_dim, code, 0)
             words = add_plane(words, code, j, fmt)
         if feedback is not None and j + 1 < num_planes(fmt):
-            tiles = feed_back(tiles, error, feedback, j, fmt)
+            planes = feed_back(planes, error, feedback, j, fmt)
     store_words(stored, head, slot, keep, lane, words, fmt)

@@ -8,10 +8,25 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from squat_fx.codecs import Codec, Kivi, Role, Squat, SquatPaper, register
+from squat_fx.codecs import (
+    Codec,
+    Kivi,
+    Role,
+    Squat,
+    SquatPaper,
+    codec_spec,
+    make_format,
+    register,
+)
+from squat_fx.codecs.hadamard import rotation
 from squat_fx.kernels import fit, launch, ops, reference
+from squat_fx.kernels.triton_append import load_rows, store_rows
+from squat_fx.kernels.triton_hadamard import rotate, rotate_back, rotate_rows, rotate_rows_back
+from squat_fx.kernels.triton_planes import stored_format
 from tests.kernels import laws
 
 # The interpreter multiplies bfloat16 as integers, so bfloat16 waits for a GPU.
@@ -34,6 +49,15 @@ def with_feedback(case: laws.Case) -> laws.Case:
 def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "num_shares", lambda *_: 1 + seed % 3)
     laws.attending_agrees_with_float64(case_of(seed), "cpu")
+
+
+@pytest.mark.parametrize(("head_dim", "shares"), [(16, 5), (48, 40), (144, 6)])
+def test_attending_in_many_shares_agrees_with_float64(
+    head_dim: int, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "num_shares", lambda *_: shares)
+    case = replace(case_of(4), codec=Squat(), key_dim=head_dim, value_dim=head_dim, chunks=(300,))
+    laws.attending_agrees_with_float64(replace(case, calibrated=False, bits=2, pads=(0, 9)), "cpu")
 
 
 @pytest.mark.parametrize("seed", range(100, 108))
@@ -172,6 +196,43 @@ def test_without_queries_a_mean_is_learned_all_the_same() -> None:
     reference.learn(arenas[1], x, None, None, fmt, "key")
     assert found.feedback is None
     torch.testing.assert_close(arenas[0].affine, arenas[1].affine)
+
+
+@triton.jit
+def rotation_kernel(
+    x, there, back, fmt: tl.constexpr, TOKENS: tl.constexpr, PADDED_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, TOKENS)[:, None]
+    if ROWS:
+        channel = tl.arange(0, PADDED_D)[None, :]
+        inside = channel < fmt.head_dim
+        numbers = tl.load(x + row * fmt.head_dim + channel, mask=inside, other=0.0).to(tl.float32)
+        rotated, rotated_back = rotate_rows(numbers, fmt), rotate_rows_back(numbers, fmt)
+        tl.store(there + row * fmt.head_dim + channel, rotated, mask=inside)
+        tl.store(back + row * fmt.head_dim + channel, rotated_back, mask=inside)
+    else:
+        lane = tl.arange(0, 16)[None, :]
+        rows = x + row * fmt.head_dim
+        planes = load_rows(rows, row >= 0, lane, fmt)
+        rotated, rotated_back = rotate(planes, lane, fmt), rotate_back(planes, lane, fmt)
+        store_rows(there + row * fmt.head_dim, rotated, row >= 0, lane, fmt)
+        store_rows(back + row * fmt.head_dim, rotated_back, row >= 0, lane, fmt)
+
+
+@pytest.mark.parametrize("in_rows", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 72, 80, 96, 112, 128, 192, 256])
+def test_the_transform_is_the_fixed_rotation(head_dim: int, in_rows: bool) -> None:
+    matrix = rotation(head_dim).double()
+    fmt = stored_format(make_format(Squat(), codec_spec(Squat()), "key", head_dim, 2, 32, 4))
+    for tokens in (1, 2, 32):
+        for dtype in DTYPES:
+            generator = torch.Generator().manual_seed(tokens)
+            x = (100 * torch.randn(tokens, head_dim, generator=generator)).to(dtype)
+            there, back = torch.full((2, tokens, head_dim), torch.nan)
+            rotation_kernel[(1,)](x, there, back, fmt, tokens, launch.padded(head_dim), in_rows)
+            for actual, expected in ((there, x.double() @ matrix), (back, x.double() @ matrix.T)):
+                torch.testing.assert_close(actual.double(), expected, rtol=0.0, atol=1e-4)
 
 
 @register

@@ -95,9 +95,11 @@ def test_one_token_of_keys_and_values_takes_one_launch() -> None:
     )
     with aot.recorded() as launches:
         launch.write_both(key, value, None)
-    resources = compiled(launches, 90)
-    assert list(resources) == ["append_both_kernel"]
-    assert not any(r.spills for r in resources.values())
+    (resources,) = compiled(launches, 90).values()
+    assert resources.kernel == "append_both_kernel"
+    assert launches[0].options["num_warps"] == 1
+    assert resources.spills == 0
+    assert resources.instructions <= 1200  # keys and values, of which a program runs one
 
 
 def test_mixed_widths_of_an_uneven_head_compile() -> None:
@@ -174,9 +176,9 @@ def test_a_code_takes_still_fewer_instructions_with_tokens_on_the_side_of_16_row
     head_dim: int, bits: float | tuple[int, ...], most: float, capability: int
 ) -> None:
     launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="ampere")
-    assert [x.kernel.__name__ for x in launches][1] == "swapped_attend_kernel"
-    kernel = aot.compiled_kernel(launches[1], capability)
-    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[1].arguments["BLOCK_N"]
+    assert [x.kernel.__name__ for x in launches] == ["swapped_attend_kernel", "merge_kernel"]
+    kernel = aot.compiled_kernel(launches[0], capability)
+    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[0].arguments["BLOCK_N"]
     assert aot.instructions_per_code(kernel, 2 * head_dim * tokens) <= most
     # A tile of 16 x 16 codes an instruction, and the two sums of weights.
     multiplications = sum("HMMA.16816" in text for text in loop)
@@ -209,10 +211,32 @@ def test_groups_of_keys_take_few_instructions_too(
 
 
 def test_kernels_that_begin_early_wait_for_the_one_before() -> None:
-    launches = aot.attend_launches(Shape(128, 2, codec=Squat()), gpu="hopper")
-    assert [bool(x.options.get("launch_pdl")) for x in launches] == [False, True, True]
-    for early in launches[1:]:
-        assert "griddepcontrol.wait" in aot.compiled_kernel(early, 90).asm["ptx"]
+    fixed, calibrated = (Shape(128, 2, codec=Squat(), latent=latent) for latent in (False, True))
+    launches = aot.attend_launches(fixed, gpu="hopper")
+    launches += aot.write_launches(fixed, "key", 1, gpu="hopper")
+    launches += aot.attend_launches(calibrated, gpu="hopper")
+    assert {x.kernel.__name__: bool(x.options.get("launch_pdl")) for x in launches} == {
+        "swapped_attend_kernel": True,
+        "merge_kernel": True,
+        "append_kernel": True,
+        "prepare_kernel": False,
+    }
+    for early in launches:
+        if early.options.get("launch_pdl"):
+            assert "griddepcontrol.wait" in aot.compiled_kernel(early, 90).asm["ptx"]
+
+
+@pytest.mark.parametrize("shares", [2, 8, 64, 128])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_a_merging_thread_loads_few_maxima(
+    head_dim: int, shares: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "num_shares", lambda *_: shares)
+    merge = aot.attend_launches(Shape(head_dim, 2, codec=Squat()))[-1]
+    kernel = aot.compiled_kernel(merge, 90)
+    assert aot.resources_of(kernel).spills == 0
+    loads = sum("LDG" in text for _, text in aot.machine_code(kernel))
+    assert loads <= head_dim // 4 + 50  # of them, those of the outputs themselves
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
