@@ -28,7 +28,6 @@ from squat_fx.codecs import Format
 from squat_fx.codecs.planes import LANES
 from squat_fx.codecs.symmetric import STEP, least_scale
 
-
 WORD_SHIFT = 6  # brings the six upper bits of a word to where a half has its mantissa
 
 
