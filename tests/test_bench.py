@@ -109,7 +109,9 @@ KERNEL_ROWS = [
     kernel_row("fp16", 128, backend="CUDNN_ATTENTION"),
     kernel_row("squat 2 bits", 128, speedup=4.5, error=4e-4, bits=2.125),
     kernel_row("squat 4 bits", 128, speedup=2.5, error=4e-4, bits=4.125),
-    kernel_row("squat 2 bits", 1, speedup=2.9, error=4e-4, bits=2.125),
+    kernel_row("squat 2 bits", 1, speedup=2.9, error=4e-4, microseconds_with_append=21.5),
+    kernel_row("squat 2 bits", 1, tokens=2048, speedup=1.1, error=4e-4),
+    kernel_row("squat 2 bits", 1, tokens=32768, speedup=3.5, error=4e-4),
 ]
 
 
@@ -117,7 +119,15 @@ def test_kernel_tables_say_everything_that_was_measured() -> None:
     written = {"squat": {"store": {"microseconds": 80.0, "codes_microseconds": 20.5}}}
     attention, writing = kernel.tables({"rows": KERNEL_ROWS, "write": written})
     text = printed(attention)
-    for words in ("fp16, cudnn_attention", "squat 4 bits", "4.50", "4.0e-04", "2.125", "930.0"):
+    for words in (
+        "fp16, cudnn_attention",
+        "squat 4 bits",
+        "4.50",
+        "4.0e-04",
+        "2.125",
+        "930.0",
+        "21.5",
+    ):
         assert words in text
     assert all(word in printed(writing) for word in ("store", "80.0", "20.5"))
 
@@ -131,13 +141,20 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return drawn
 
 
-def test_bars_are_speedups_by_shape_and_cache(figures: list[Any]) -> None:
+def test_bars_are_speedups_of_shapes_that_every_cache_has(figures: list[Any]) -> None:
     plot.plot_kernel(KERNEL_ROWS, Path("unused"))
-    (axes,) = figures[0].axes
-    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
-    assert heights == [[4.5, 2.9], [2.5, 0]]  # no 4 bits at batch 1
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels == ["32, 8, 128, 8192, 128", "32, 8, 1, 8192, 128"]
+    bars, _ = figures[0].axes
+    assert [[bar.get_height() for bar in group] for group in bars.containers] == [[4.5], [2.5]]
+    labels = [label.get_text() for label in bars.get_xticklabels()]
+    assert labels == ["32\n8\n128\n8192\n128"]
+
+
+def test_a_line_goes_through_three_contexts_or_more_in_order(figures: list[Any]) -> None:
+    plot.plot_kernel(KERNEL_ROWS, Path("unused"))
+    _, contexts = figures[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in contexts.lines[:-1]}
+    points = [[2048, 1.1], [8192, 2.9], [32768, 3.5]]
+    assert lines == {"squat 2 bits, batch 1, heads 32 / 8": points}
 
 
 def test_lines_go_through_batches_in_order_and_leave_errors_out(figures: list[Any]) -> None:

@@ -61,6 +61,11 @@ SHAPES = (
     Shape(9, 3, 64, 4096, 64),
     Shape(4, 1, 64, 8192, 256),
 )
+CONTEXTS = (
+    *(Shape(32, 8, 1, tokens) for tokens in (2048, 8192)),
+    *(Shape(32, 8, 16, tokens) for tokens in (2048, 8192, 32768)),
+)
+"""Where else ``squat`` alone is measured, so that speedup can be drawn against context."""
 CODECS: tuple[tuple[str, Codec, float | tuple[int, ...]], ...] = (
     ("squat 2 bits", Squat(), 2),
     ("squat 2 bits, mixed widths", Squat(), (4, 3, 2, 2, 2, 1, 1, 1)),
@@ -69,6 +74,9 @@ CODECS: tuple[tuple[str, Codec, float | tuple[int, ...]], ...] = (
     ("kivi G=128, 2 bits", Kivi(128), 2),
     ("kivi G=32, 2 bits", Kivi(32), 2),
 )
+
+
+IN_CONTEXTS = ("squat 2 bits", "squat 4 bits")
 
 
 def median_microseconds(run: Callable[[int], Any], copies: int) -> float:
@@ -153,7 +161,9 @@ def baseline(shape: Shape, log: Log) -> dict[str, Any]:
 
 
 def attend(shape: Shape, codec: Codec, bits: float | tuple[int, ...]) -> dict[str, Any]:
-    """Time, bytes read a second and error of our attention."""
+    """Time without and with the append that follows, bytes read a second and error of our
+    attention.
+    """
     if isinstance(bits, tuple) and len(bits) * 16 != shape.head_dim:
         bits = sum(bits) / len(bits)
     formats = [format_of(codec, role, bits, shape.head_dim) for role in ROLES]
@@ -181,8 +191,18 @@ def attend(shape: Shape, codec: Codec, bits: float | tuple[int, ...]) -> dict[st
 
     error = relative_error(run(0), query, new, sides, extents, formats, options)
     taken = median_microseconds(run, copies)
+
+    def run_and_append(i: int) -> None:
+        key, value = (
+            (arenas, n, (positions, row), fmt)
+            for row, (arenas, n, fmt) in enumerate(zip(placed[i], new, formats, strict=True))
+        )
+        run(i)
+        launch.write_both(key, value, None)
+
     return {
         "microseconds": round(taken, 2),
+        "microseconds_with_append": round(median_microseconds(run_and_append, copies), 2),
         "TB/s": round(nbytes / taken / 1e6, 2),
         "error": float(f"{error:.2g}"),
         "bits": round(8 * nbytes / (shape.dense_bytes // 2), 3),
@@ -266,14 +286,17 @@ def measure(quick: bool, log: Log) -> dict[str, Any]:
         quick: small shapes only, to see that it runs.
         log: is told what is done: most of the time kernels are compiled.
     """
-    shapes = tuple(Shape(32, 8, 2, 2048, s.head_dim) for s in SHAPES[-3:]) if quick else SHAPES
+    work = [(shape, CODECS) for shape in SHAPES]
+    work += [(shape, tuple(c for c in CODECS if c[0] in IN_CONTEXTS)) for shape in CONTEXTS]
+    if quick:
+        work = [(Shape(32, 8, 2, 2048, s.head_dim), codecs) for s, codecs in work[3:6]]
     rows: list[dict[str, Any]] = []
-    for shape in shapes:
+    for shape, codecs in work:
         dense = baseline(shape, log)
         log(f"{shape} fp16: {dense}")
         torch.cuda.empty_cache()
         rows.append(asdict(shape) | {"cache": "fp16"} | dense)
-        for name, codec, bits in CODECS:
+        for name, codec, bits in codecs:
             began = time.perf_counter()
             found = attend(shape, codec, bits)
             log(f"{shape} {name}: {found}, {time.perf_counter() - began:.1f} s in all")
@@ -298,14 +321,16 @@ def measure(quick: bool, log: Log) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> tuple[Table, Table]:
     """What :func:`measure` found: attention, and writing."""
-    names = ("shape", "head_dim", "cache", "bits", "µs", "TB/s", "speedup", "error")
+    names = ("shape", "head_dim", "cache", "bits", "µs", "with append", "TB/s", "speedup", "error")
     attention = Table(*names, box=None)
     for row in result["rows"]:
         numbers = (row["num_heads"], row["num_kv_heads"], row["batch"], row["tokens"])
         cache = row["cache"] + (f", {row['backend'].lower()}" if "backend" in row else "")
         attention.add_row(
             str(numbers), str(row["head_dim"]), cache, f"{row.get('bits', 16):g}",
-            f"{row['microseconds']:.1f}", f"{row['TB/s']:.2f}", f"{row.get('speedup', 1):.2f}",
+            f"{row['microseconds']:.1f}",
+            f"{row['microseconds_with_append']:.1f}" if "microseconds_with_append" in row else "",
+            f"{row['TB/s']:.2f}", f"{row.get('speedup', 1):.2f}",
             f"{row['error']:.1e}" if "error" in row else "",
         )  # fmt: skip
     writing = Table("cache", "what", "µs", "codes alone, µs", box=None)

@@ -9,27 +9,51 @@ Rows = list[dict[str, Any]]
 
 
 def plot_kernel(rows: Rows, out: Path) -> None:
-    """Speedup over the fastest fp16 attention, one group of bars for each shape.
+    """Speedup over the fastest fp16 attention: bars by shape, and lines against the context.
 
     Args:
         rows: of ``bench kernel``; those without a speedup are the baselines.
         out: the PNG file.
     """
     packed = [row for row in rows if "speedup" in row]
-    shapes = list(dict.fromkeys(_shape(row) for row in packed))
+    figure, axes = _axes(2)
+    _plot_bars(packed, axes[0])
+    _plot_contexts(packed, axes[1])
+    for axis in axes:
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_ylim(bottom=0)
+        axis.set_ylabel("speedup over fp16")
+        axis.legend(fontsize=7)
+    _save(figure, out)
+
+
+def _plot_bars(packed: Rows, axis: Any) -> None:
+    """One group of bars for each shape that every cache was measured at."""
     caches = list(dict.fromkeys(row["cache"] for row in packed))
-    figure, axes = _axes(1)
+    found = {(_shape(row), row["cache"]): row["speedup"] for row in packed}
+    shapes = list(dict.fromkeys(shape for shape, _ in found))
+    shapes = [s for s in shapes if all((s, cache) in found for cache in caches)]
     width = 0.8 / max(len(caches), 1)
     for i, cache in enumerate(caches):
-        speedup = {_shape(row): row["speedup"] for row in packed if row["cache"] == cache}
         places = [x + (i - (len(caches) - 1) / 2) * width for x in range(len(shapes))]
-        axes[0].bar(places, [speedup.get(shape, 0) for shape in shapes], width, label=cache)
-    axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[0].set_xticks(range(len(shapes)), shapes, fontsize=8)
-    axes[0].set_xlabel("query heads, KV heads, batch, tokens, head_dim")
-    axes[0].set_ylabel("speedup over fp16")
-    axes[0].legend(fontsize=8)
-    _save(figure, out)
+        axis.bar(places, [found[shape, cache] for shape in shapes], width, label=cache)
+    axis.set_xticks(range(len(shapes)), [s.replace(", ", "\n") for s in shapes], fontsize=7)
+    axis.set_xlabel("query heads, KV heads, batch, tokens, head_dim")
+
+
+def _plot_contexts(packed: Rows, axis: Any) -> None:
+    """One line for each cache and batch that was measured at three contexts or more."""
+    lines: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+    for row in packed:
+        heads = (row["num_heads"], row["num_kv_heads"], row["head_dim"])
+        line = lines.setdefault((*heads, row["batch"], row["cache"]), [])
+        line.append((row["tokens"], row["speedup"]))
+    for (num_heads, num_kv_heads, _, batch, cache), points in lines.items():
+        if len(points) > 2:
+            label = f"{cache}, batch {batch}, heads {num_heads} / {num_kv_heads}"
+            axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens")
 
 
 def plot_generate(rows: Rows, out: Path) -> None:
