@@ -104,11 +104,7 @@ def bench_kernel(
     """Attention, append and store on a GPU, beside the fastest fp16 attention of torch."""
     with one_sentence_errors():
         require_for_plot(plot)
-        import torch
-
-        if not torch.cuda.is_available():
-            raise DemoError("`bench kernel` needs a CUDA GPU, and torch sees none here")
-        smollm2.require_packages("triton", extra="bench")
+        require_gpu("bench kernel")
         from squat_fx.bench import kernel
         from squat_fx.bench.plot import plot_kernel
 
@@ -117,6 +113,20 @@ def bench_kernel(
             Console(width=140).print(table)
         command = "squat-fx bench kernel" + " --quick" * quick
         keep_measurement(command, result, out, plot, plot_kernel)
+
+
+@bench.command("tune")
+def bench_tune(
+    out: Annotated[Path, typer.Option(help="Where to write the choices.")] = Path("tuning.json"),
+) -> None:
+    """The fastest tiles of attention on this GPU, for the variable SQUAT_FX_TUNING."""
+    with one_sentence_errors():
+        require_gpu("bench tune")
+        from squat_fx.bench import tune
+        from squat_fx.kernels import tuning
+
+        tuning.write(out, tune.measure(say))
+    typer.echo(f"wrote {out}; use it with {tuning.VARIABLE}={out}")
 
 
 @bench.command("generate")
@@ -156,6 +166,15 @@ def bench_generate(
 def say(line: str) -> None:
     """Progress of a measurement."""
     typer.echo(line, err=True)
+
+
+def require_gpu(command: str) -> None:
+    """Refuse to measure kernels where there are none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DemoError(f"`{command}` needs a CUDA GPU, and torch sees none here")
+    smollm2.require_packages("triton", extra="bench")
 
 
 def require_for_plot(plot: Path | None) -> None:

@@ -16,7 +16,12 @@ from squat_fx import cli
 
 pytest.importorskip("transformers")
 
-from squat_fx.bench import generate, kernel, plot, record
+pytest.importorskip("triton")
+
+from squat_fx.bench import generate, kernel, plot, record, tune
+from squat_fx.codecs import Codec
+from squat_fx.kernels import tuning
+from squat_fx.kernels.triton_planes import stored_format
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the bench extra is not installed"
@@ -52,8 +57,32 @@ def test_what_cannot_be_measured_is_refused_before_it_is(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_kernels_are_measured_on_a_gpu_only() -> None:
-    assert "needs a CUDA GPU" in refused(squat("kernel"))
+@pytest.mark.parametrize("command", ["kernel", "tune"])
+def test_kernels_are_measured_on_a_gpu_only(command: str) -> None:
+    assert f"`bench {command}` needs a CUDA GPU" in refused(squat(command))
+
+
+def test_tuning_keeps_the_fastest_tiles_of_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(shape: kernel.Shape, codec: Codec, bits: Any) -> dict[str, float]:
+        formats = [stored_format(kernel.format_of(codec, role, bits)) for role in kernel.ROLES]
+        row_bytes = max(fmt.row_size for fmt in formats)
+        chosen = tuning.choice(codec.layout, row_bytes, shape.head_dim)
+        if chosen.block_n == 32:
+            raise RuntimeError("out of resource: shared memory")
+        at_once = chosen.block_n * (chosen.stages - 1)
+        return {"microseconds": abs(at_once - row_bytes) + abs(chosen.tiles - row_bytes % 5)}
+
+    monkeypatch.setattr(kernel, "attend", attend)
+    lines: list[str] = []
+    found = tune.measure(lines.append)
+    assert [(c.layout, c.row_bytes, c.head_dim) for c in found] == [
+        ("planes/channel", 32, 128), ("planes/token", 32, 128), ("planes/token", 48, 128),
+        ("planes/token", 64, 128),
+    ]  # fmt: skip
+    assert {(c.block_n, c.stages) for c in found} == {(64, 2)}
+    assert [c.tiles for c in found] == [2, 2, 3, 4]
+    assert any("does not run: out of resource" in line for line in lines)
+    assert tuning.choice("planes/token", 32, 128) == tuning.TABLE[0]
 
 
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

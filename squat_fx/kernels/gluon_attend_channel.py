@@ -18,8 +18,6 @@ takes.
 
 from __future__ import annotations
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
@@ -60,9 +58,7 @@ __all__ = ["BLOCK_M"]
 PARAMETERS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 CODE_CHANNELS = gl.constexpr(gl.SliceLayout(0, CODES.value))
 LN_2 = gl.constexpr(0.6931471805599453)
-LONGEST_TILE = 128
-SHORT_ROW = 32  # bytes
-STAGES = {128: 2, 64: 3, 32: 4}
+SHORTEST_TILE = 32
 
 
 def takes(key: StoredFormat, value: StoredFormat) -> bool:
@@ -70,18 +66,11 @@ def takes(key: StoredFormat, value: StoredFormat) -> bool:
     return (
         all(f.whole_bytes > 0 and f.whole_bytes % 2 == 0 and not f.sections for f in (key, value))
         and key.channel_group == value.token_group == 1
-        and key.token_group % min(STAGES) == 0
+        and key.token_group % SHORTEST_TILE == 0
         and value.channel_group % 16 == 0
         and all(n & (n - 1) == 0 for n in (key.head_dim, value.channel_groups))
         and key.sink_length == value.sink_length
     )
-
-
-def tile(formats: tuple[StoredFormat, StoredFormat]) -> tuple[int, int]:
-    """``BLOCK_N`` and ``STAGES`` for keys and values: a tile lies in one group of keys."""
-    short = max(fmt.row_size for fmt in formats) <= SHORT_ROW
-    block_n = math.gcd(formats[0].token_group, LONGEST_TILE if short else LONGEST_TILE // 2)
-    return block_n, STAGES[block_n]
 
 
 @gluon.constexpr_function

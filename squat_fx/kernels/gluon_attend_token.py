@@ -51,7 +51,6 @@ from squat_fx.kernels.triton_planes import (
 )
 
 BLOCK_M = 8  # query rows
-SHORT_ROW = 32  # bytes
 CAPACITY_MULTIPLE = 16  # so that scales are copied 16 bytes at a time
 EXACT_BLOCK_N = 16
 
@@ -62,11 +61,6 @@ copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_cop
 def takes(fmt: StoredFormat) -> bool:
     """Whether the tokens of ``fmt`` are rows of whole 16-bit words."""
     return fmt.whole_bytes > 0 and fmt.whole_bytes % 2 == 0 and not fmt.sections
-
-
-def tile(formats: tuple[StoredFormat, StoredFormat]) -> tuple[int, int]:
-    """``BLOCK_N`` and ``STAGES`` for keys and values: 128 tokens where registers allow it."""
-    return (128, 2) if max(fmt.row_size for fmt in formats) <= SHORT_ROW else (64, 3)
 
 
 # layouts -----------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from squat_fx.kernels import (
     triton_attend,
     triton_attend_token,
     triton_dequantize,
+    tuning,
 )
 from squat_fx.kernels.reference import NO_FIT, Arenas, Extent
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
@@ -165,9 +166,9 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
     swapped = None
     if _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
-        swapped = gluon_attend_channel.tile(work.formats)
+        swapped = _choice("planes/channel", work).for_group(work.formats[0].token_group)
         shares = 1
-        lefts = num_shares(work.heads, work.key.capacity, swapped[0], device) + shares
+        lefts = _chosen_shares(swapped, work) + shares
     else:
         shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
     left = work.partial(lefts)
@@ -185,7 +186,7 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
             *work.formats, work.queries_per_kv,
-            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped[0], STAGES=swapped[1],
+            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D
@@ -200,25 +201,28 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     q_len, device = work.query.shape[2], work.query.device
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
-    swapped = _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats))
+    swapped = None
+    if _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats)):
+        swapped = _choice("planes/token", work)
     dependent = launches_early(device)
     options = {"launch_pdl": True} if dependent else {}
-    block_n, stages = triton_attend_token.BLOCK_N, triton_attend_token.NUM_STAGES
-    if swapped:
-        block_n, stages = gluon_attend_token.tile(work.formats)
-    shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
+    block_n = triton_attend_token.BLOCK_N
+    if swapped is not None:
+        shares = _chosen_shares(swapped, work)
+    else:
+        shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
 
     all_rows = work.heads * work.rows
     latent_query: tuple[Tensor | None, ...] = (None, None, None)
-    if not (swapped and work.key.basis is None):
-        latent_query = _prepare(work, row, left, shares, with_exact=not swapped)
-    if swapped:
+    if swapped is None or work.key.basis is not None:
+        latent_query = _prepare(work, row, left, shares, with_exact=swapped is None)
+    if swapped is not None:
         gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
             *work.strides()[:3], *work.formats, work.queries_per_kv,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=block_n, STAGES=stages,
+            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             DEPENDENT=dependent, num_warps=1, **options,
         )  # fmt: skip
@@ -230,7 +234,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             *work.formats, work.queries_per_kv, work.causal, work.softcap,
             HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
             BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=num_warps, num_stages=stages,
+            num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
         )  # fmt: skip
     bases = work.num_kv_heads if work.value.basis_stride else 1
     head_dim, has_matrix = work.formats[1].head_dim, work.value.basis is not None
@@ -522,11 +526,27 @@ def takes_asm(kernel: Any) -> bool:
     return isinstance(kernel, JITFunction) and torch.version.hip is None
 
 
-def num_shares(programs: int, tokens: int, block_n: int, device: torch.device) -> int:
+def num_shares(
+    programs: int, tokens: int, block_n: int, device: torch.device,
+    tiles: int = TILES_PER_SHARE, per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR,
+) -> int:  # fmt: skip
     """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
-    most = -(-tokens // (TILES_PER_SHARE * block_n))
+    wanted = per_multiprocessor * multiprocessors(device) // programs
+    most = -(-tokens // (tiles * block_n))
     return max(1, min(wanted, most, MOST_SHARES))
+
+
+def _choice(layout: str, work: _Attention) -> tuning.Choice:
+    """How a Gluon kernel is tiled."""
+    return tuning.choice(layout, max(fmt.row_size for fmt in work.formats), work.widest)
+
+
+def _chosen_shares(chosen: tuning.Choice, work: _Attention) -> int:
+    """Shares of its launch."""
+    return num_shares(
+        work.heads, work.key.capacity, chosen.block_n, work.query.device,
+        chosen.tiles, chosen.programs,
+    )  # fmt: skip
 
 
 def runs_gluon(device: torch.device) -> bool:
