@@ -404,10 +404,13 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
     numbers = (stored(arenas, constant), output, extent.watermark, heads, extent.length, constant)
     with _on(output.device):
         if constant.per_token:
-            block_t = triton_dequantize.TOKEN_BLOCK_T
-            grid = (batch * heads, triton.cdiv(extent.length, block_t))
-            triton_dequantize.dequantize_token_kernel[grid](
-                *numbers, BLOCK_T=block_t, num_warps=block_t // 16
+            block_t, block_d = triton_dequantize.TOKEN_BLOCK_T, padded(fmt.head_dim)
+            if numbers[0].basis is not None:
+                block_t = triton_dequantize.MATRIX_BLOCK_T
+                block_d = min(block_d, triton_dequantize.MATRIX_CHANNELS)
+            blocks = triton.cdiv(extent.length, block_t), triton.cdiv(fmt.head_dim, block_d)
+            triton_dequantize.dequantize_token_kernel[(batch * heads, *blocks)](
+                *numbers, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=block_t // 16
             )
         else:
             block_t = triton_dequantize.BLOCK_T
@@ -455,16 +458,17 @@ def _pack(
     """Pack what leaves the ring when ``new`` comes in."""
     batch, heads, new_len = new.shape[:3]
     constant = stored_format(fmt)
-    block_t = triton_append.TOKEN_BLOCK_T if constant.per_token else triton_append.BLOCK_T
+    wide = constant.per_token and fmt.head_dim > triton_append.WIDE
+    block_t = triton_append.WIDE_BLOCK_T if wide else triton_append.BLOCK_T
     per_program = fmt.token_group if fmt.token_group > 1 else block_t
     padded_t = triton.next_power_of_2(per_program)
-    # A warp of a tile that takes part in dots has 16 tokens, and all their channels.
+    # A warp of tokens that take part in dots has 16 of them, and all their channels.
     with_dots = constant.per_token or feedback is not None
     valid, valid_strides = _valid_and_strides(valid, batch)
     if feedback is not None:
         feedback = feedback.contiguous()
     with _on(new.device):
-        triton_append.pack_kernel[(batch * heads, triton.cdiv(new_len, per_program))](
+        triton_append.pack_kernel[(batch * heads * triton.cdiv(new_len, per_program),)](
             stored(arenas, constant), new, _strides(new), valid, valid_strides, feedback, *extent,
             heads, new_len, constant, BLOCK_T=block_t, PADDED_T=padded_t,
             num_warps=padded_t // 16 if with_dots else 4,

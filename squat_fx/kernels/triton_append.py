@@ -37,7 +37,8 @@ from squat_fx.kernels.triton_round import (
 )
 
 BLOCK_T = 32
-TOKEN_BLOCK_T = 64  # planes/token
+WIDE_BLOCK_T = 64  # planes/token, more channels than WIDE
+WIDE = 128
 
 
 @triton.constexpr_function
@@ -201,16 +202,20 @@ def pack_kernel(
     stored, new, new_strides, valid, valid_strides, feedback, positions, row, num_kv_heads, new_len,
     FORMAT: tl.constexpr, BLOCK_T: tl.constexpr, PADDED_T: tl.constexpr,
 ):  # fmt: skip
-    """Pack what leaves the ring. Grid ``(batch * num_kv_heads, blocks of packed tokens)``."""
-    head = tl.program_id(0).to(tl.int64)
-    batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % num_kv_heads
+    """Pack what leaves the ring. Grid ``(batch * num_kv_heads * blocks of packed tokens,)``.
+
+    Neighbours share a head, and its matrices in the first cache.
+    """
+    blocks = tl.cdiv(new_len, rows_per_program(FORMAT, BLOCK_T))
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    batch = (tl.program_id(0) // blocks // num_kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) // blocks % num_kv_heads
     new_head = batch * new_strides[0] + kv_head * new_strides[1]
     start = tl.load(stored.start + batch)
     length = tl.load(positions + 2 * row).to(tl.int32)
     watermark = tl.load(positions + 2 * row + 1).to(tl.int32)
     before, after = packed_before_and_after(length, watermark, start, new_len, FORMAT)
-    block = tl.program_id(1)
     if feedback is not None:
         feedback += head * FORMAT.head_dim * FORMAT.head_dim
     if before + block * rows_per_program(FORMAT, BLOCK_T) < after:

@@ -27,7 +27,9 @@ from squat_fx.kernels.triton_planes import (
 from squat_fx.kernels.triton_round import dot_in_fp32
 
 BLOCK_T = 32
-TOKEN_BLOCK_T = 64  # planes/token
+TOKEN_BLOCK_T = 32  # planes/token
+MATRIX_BLOCK_T = 64  # with a matrix, of which a program takes this many columns:
+MATRIX_CHANNELS = 64
 
 
 @triton.jit
@@ -55,9 +57,12 @@ def dequantize_kernel(
 
 @triton.jit
 def dequantize_token_kernel(
-    stored, output, watermark, num_kv_heads, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """The same for ``planes/token``. Grid ``(batch * num_kv_heads, blocks of tokens)``."""
+    stored, output, watermark, num_kv_heads, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same for ``planes/token``. Grid ``(batch * num_kv_heads, blocks of tokens, blocks of
+    channels)``; the fixed rotation takes one block of channels.
+    """
     head = tl.program_id(0).to(tl.int64)
     start = tl.load(stored.start + head // num_kv_heads)
     count = packed_tokens(watermark, start, FORMAT)
@@ -70,43 +75,50 @@ def dequantize_token_kernel(
     exact = exact_rows(stored, None, 0, 0, head, position, start, length, FORMAT)
     words = load_words(stored, head, slot, packed, lane, FORMAT)
     scale = tl.load(stored.scale + head * stored.capacity + slot, mask=packed, other=0.0)
-    planes = ()
-    for j in tl.static_range(num_planes(FORMAT)):
-        # Odd integers about zero, so that half a step is a unit.
-        levels = (unpack_plane(words, j, FORMAT) * 2 - largest_code(FORMAT, j)).to(tl.float32)
-        planes += (tl.where(16 * j + lane < FORMAT.head_dim, levels * (step(FORMAT, j) / 2), 0.0),)
+    scale = scale.to(tl.float32)
+    rows = output + (head * length + position) * FORMAT.head_dim
     if stored.basis is None:
+        planes = ()
+        for j in tl.static_range(num_planes(FORMAT)):
+            inside = 16 * j + lane < FORMAT.head_dim
+            planes += (tl.where(inside, half_steps(words, j, FORMAT) * (step(FORMAT, j) / 2), 0.0),)
         planes = rotate_back(planes, lane, FORMAT)
+        for j in tl.static_range(num_planes(FORMAT)):
+            store_numbers(
+                rows, planes[j] * scale, stored, exact, head, 16 * j + lane, there, keep, packed,
+                FORMAT,
+            )  # fmt: skip
     else:
-        planes = project_back(planes, stored, head % num_kv_heads, FORMAT)
-    for j in tl.static_range(num_planes(FORMAT)):
-        channel = 16 * j + lane
-        inside = channel < FORMAT.head_dim
-        y = planes[j] * scale.to(tl.float32)
-        if FORMAT.affine:
-            offset, factor = load_affine(stored, head, channel, inside, FORMAT)
-            y = y * factor + offset
-        unpacked = keep & (packed == 0) & inside
-        x = tl.load(exact + channel, mask=unpacked, other=0.0).to(tl.float32)
-        out = output + (head * length + position) * FORMAT.head_dim + channel
-        x = tl.where(packed, y, x)
-        tl.store(out, x.to(output.dtype.element_ty), mask=there & inside)
+        inverse = stored.basis + stored.inverse + head % num_kv_heads * stored.basis_stride
+        channel = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for j in tl.static_range(num_planes(FORMAT)):
+            if largest_code(FORMAT, j) > 0:
+                inner = 16 * j + tl.arange(0, 16)[:, None]
+                inside = (inner < FORMAT.head_dim) & (channel < FORMAT.head_dim)
+                pointers = inverse + inner * FORMAT.head_dim + channel
+                matrix = tl.load(pointers, mask=inside, other=0.0) * (step(FORMAT, j) / 2)
+                y = dot_in_fp32(half_steps(words, j, FORMAT), matrix, y, True)
+        store_numbers(
+            rows, y * scale, stored, exact, head, channel, there, keep, packed, FORMAT
+        )  # fmt: skip
 
 
 @triton.jit
-def project_back(planes, stored, kv_head, fmt: tl.constexpr):
-    """Plane groups out of a latent frame that has a matrix."""
-    inverse = stored.basis + stored.inverse + kv_head * stored.basis_stride
-    sums = ()
-    for _ in tl.static_range(num_planes(fmt)):
-        sums += (tl.zeros([planes[0].shape[0], 16], tl.float32),)
-    for j in tl.static_range(num_planes(fmt)):
-        row = 16 * j + tl.arange(0, 16)[:, None]
-        added = ()
-        for i in tl.static_range(num_planes(fmt)):
-            channel = 16 * i + tl.arange(0, 16)[None, :]
-            inside = (row < fmt.head_dim) & (channel < fmt.head_dim)
-            matrix = tl.load(inverse + row * fmt.head_dim + channel, mask=inside, other=0.0)
-            added += (dot_in_fp32(planes[j], matrix, sums[i], False),)
-        sums = added
-    return sums
+def half_steps(words, plane: tl.constexpr, fmt: tl.constexpr):
+    """The codes of a plane group as odd integers about zero, fp32: half a step is a unit."""
+    return (unpack_plane(words, plane, fmt) * 2 - largest_code(fmt, plane)).to(tl.float32)
+
+
+@triton.jit
+def store_numbers(
+    rows, y, stored, exact, head, channel, there, keep, packed, fmt: tl.constexpr
+):  # fmt: skip
+    """Packed numbers, which factors and offsets have not reached yet, and exact ones."""
+    inside = channel < fmt.head_dim
+    if fmt.affine:
+        offset, factor = load_affine(stored, head, channel, inside, fmt)
+        y = y * factor + offset
+    x = tl.load(exact + channel, mask=keep & (packed == 0) & inside, other=0.0).to(tl.float32)
+    x = tl.where(packed, y, x)
+    tl.store(rows + channel, x.to(rows.dtype.element_ty), mask=there & inside)

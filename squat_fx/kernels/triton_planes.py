@@ -202,12 +202,6 @@ def step(fmt, plane):
 
 
 @triton.constexpr_function
-def scale_asked(fmt, plane):
-    """The scale that a token must have at least, for each unit of a number in a plane group."""
-    return fmt.least_scales[plane]
-
-
-@triton.constexpr_function
 def largest_code(fmt, plane):
     return 2 ** fmt.widths[plane] - 1
 

@@ -29,7 +29,6 @@ from squat_fx.kernels.triton_planes import (
     load_affine,
     no_words,
     num_planes,
-    scale_asked,
     step,
     store_words,
 )
@@ -41,6 +40,7 @@ SMALLEST_SCALE = tl.constexpr(1e-6)
 SMALLEST_TOKEN_SCALE = tl.constexpr(2.0**-24)
 LARGEST_HALF = tl.constexpr(65504.0)
 BLOCK_K = tl.constexpr(32)  # channels that a step of a rotation takes
+MOST_PLANES_AHEAD = tl.constexpr(8)
 
 
 @triton.jit
@@ -67,17 +67,22 @@ def dot_in_fp32(a, b, acc, SHORT_A: tl.constexpr):
 
 
 @triton.jit
+def load_feedback(feedback, plane: tl.constexpr, later: tl.constexpr, fmt: tl.constexpr):
+    """What the errors of a plane group add to a later one, ``[16, 16]``."""
+    row = 16 * plane + tl.arange(0, 16)[:, None]
+    column = 16 * later + tl.arange(0, 16)[None, :]
+    pointers = feedback + row * fmt.head_dim + column
+    return tl.load(pointers, mask=column < fmt.head_dim, other=0.0)
+
+
+@triton.jit
 def feed_back(planes, error, feedback, plane: tl.constexpr, fmt: tl.constexpr):
     """Add the ``error`` ``[T, 16]`` of a plane group to the plane groups after it."""
-    row = 16 * plane + tl.arange(0, 16)[:, None]
     fed = ()
     for j in tl.static_range(num_planes(fmt)):
         x = planes[j]
         if j > plane:
-            column = 16 * j + tl.arange(0, 16)[None, :]
-            pointers = feedback + row * fmt.head_dim + column
-            matrix = tl.load(pointers, mask=column < fmt.head_dim, other=0.0)
-            x = dot_in_fp32(error, matrix, x, False)
+            x = dot_in_fp32(error, load_feedback(feedback, plane, j, fmt), x, False)
         fed += (x,)
     return fed
 
@@ -210,7 +215,10 @@ def shifted_numbers(stored, head, rows, keep, channel, fmt: tl.constexpr):
     x = tl.load(rows + channel, mask=keep, other=0.0)
     if fmt.affine:
         offset, factor = load_affine(stored, head, channel, channel < fmt.head_dim, fmt)
-        x = (x.to(tl.float32) - offset) * (1.0 / factor)
+        root = tl.rsqrt(
+            factor
+        )  # a quotient takes five times the instructions; factors are positive
+        x = (x.to(tl.float32) - offset) * (root * root)
     return x
 
 
@@ -263,30 +271,111 @@ def projected_planes(stored, head, kv_head, rows, keep, fmt: tl.constexpr):
 
 
 @triton.jit
+def split_half(x):
+    """fp32 numbers as sums of two fp16 ones, which take half the tensor core's time of tf32."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def feedback_row(feedback, plane: tl.constexpr, fmt: tl.constexpr):
+    """What the errors of a plane group add to each that comes after it."""
+    matrices = ()
+    for j in tl.static_range(plane + 1, num_planes(fmt)):
+        matrices += (load_feedback(feedback, plane, j, fmt),)
+    return matrices
+
+
+@triton.jit
+def feed_back_units(planes, error, matrices, plane: tl.constexpr, fmt: tl.constexpr):
+    """``feed_back`` of errors in units of a token's scale.
+
+    fp16 has room for both factors: an error is a few units, and a row of ``feedback`` is at most
+    the root of the condition of the metric, ``1 + strength * head_dim``. Two parts of each keep 22
+    bits, so that codes are those of fp32 but for ties.
+    """
+    error_high, error_low = split_half(error)
+    fed = ()
+    for j in tl.static_range(num_planes(fmt)):
+        x = planes[j]
+        if j > plane:
+            high, low = split_half(matrices[j - plane - 1])
+            x = tl.dot(error_low, high, x)
+            x = tl.dot(error_high, low, x)
+            x = tl.dot(error_high, high, x)
+        fed += (x,)
+    return fed
+
+
+@triton.constexpr_function
+def largest_scale(fmt):
+    """The largest scale that a unit of a number asks for in any plane group."""
+    return max(fmt.least_scales)
+
+
+@triton.constexpr_function
+def relative_scale(fmt, plane):
+    """What a plane group asks for relative to that: one where all widths are equal."""
+    return fmt.least_scales[plane] / max(max(fmt.least_scales), 1e-30)
+
+
+@triton.jit
 def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.constexpr):
     """Quantize latent tokens into ``slot``."""
     squares = planes[0] * planes[0]
-    asked = tl.abs(planes[0]) * scale_asked(fmt, 0)
+    asked = tl.abs(planes[0]) * relative_scale(fmt, 0)
     for j in tl.static_range(1, num_planes(fmt)):
         squares += planes[j] * planes[j]
-        asked = tl.maximum(asked, tl.abs(planes[j]) * scale_asked(fmt, j))
+        asked = tl.maximum(asked, tl.abs(planes[j]) * relative_scale(fmt, j))
+    asked = tl.max(asked, 1, keep_dims=True) * largest_scale(fmt)
     scale = tl.sqrt(tl.sum(squares, 1, keep_dims=True) / fmt.head_dim)
-    scale = tl.maximum(scale, tl.max(asked, 1, keep_dims=True))
+    scale = tl.maximum(scale, asked)
     scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF).to(tl.float16)
     scale = tl.where(slot % 2 == 0, scale, -scale)
     tl.store(stored.scale + head * stored.capacity + slot, scale, mask=keep)
-    unit = scale.to(tl.float32)
-    per_unit = 1.0 / unit
+    per_unit = 1.0 / scale.to(tl.float32)
     words = no_words(slot, fmt)
-    for j in tl.static_range(num_planes(fmt)):
-        x = planes[j]
-        error = -x
-        if largest_code(fmt, j) > 0:
-            level = x * (per_unit * (1.0 / step(fmt, j))) + largest_code(fmt, j) / 2
-            code = round_half_even(tl.minimum(tl.maximum(level, 0.0), largest_code(fmt, j)))
-            error += (code.to(tl.float32) - largest_code(fmt, j) / 2) * (unit * step(fmt, j))
-            code = tl.where(16 * j + lane < fmt.head_dim, code, 0)
-            words = add_plane(words, code, j, fmt)
-        if feedback is not None and j + 1 < num_planes(fmt):
-            planes = feed_back(planes, error, feedback, j, fmt)
+    if feedback is None:
+        for j in tl.static_range(num_planes(fmt)):
+            if largest_code(fmt, j) > 0:
+                level = planes[j] * (per_unit * (1.0 / step(fmt, j))) + largest_code(fmt, j) / 2
+                words = add_levels(words, level, lane, j, fmt)
+    else:
+        units = ()
+        for j in tl.static_range(num_planes(fmt)):
+            units += (planes[j] * per_unit,)
+        # The matrices of a plane group are loaded while the one before it is rounded, where
+        # registers have room for both.
+        ahead: tl.constexpr = num_planes(fmt) <= MOST_PLANES_AHEAD
+        if ahead:
+            matrices = feedback_row(feedback, 0, fmt)
+        for j in tl.static_range(num_planes(fmt)):
+            if ahead:
+                next_matrices = feedback_row(feedback, j + 1, fmt)
+            error = -units[j]
+            if largest_code(fmt, j) > 0:
+                level = units[j] * (1.0 / step(fmt, j)) + largest_code(fmt, j) / 2
+                words = add_levels(words, level, lane, j, fmt)
+                rounded = nearest_level(level, j, fmt) - ROUND_TO_INTEGER
+                error += (rounded - largest_code(fmt, j) / 2) * step(fmt, j)
+            if ahead:
+                units = feed_back_units(units, error, matrices, j, fmt)
+                matrices = next_matrices
+            else:
+                units = feed_back(units, error, feedback, j, fmt)
     store_words(stored, head, slot, keep, lane, words, fmt)
+
+
+@triton.jit
+def nearest_level(level, plane: tl.constexpr, fmt: tl.constexpr):
+    """The code of a level, plus ``ROUND_TO_INTEGER``."""
+    return tl.minimum(tl.maximum(level, 0.0), largest_code(fmt, plane)) + ROUND_TO_INTEGER
+
+
+@triton.jit
+def add_levels(words, level, lane, plane: tl.constexpr, fmt: tl.constexpr):
+    """``add_plane`` of the codes nearest to levels."""
+    code = nearest_level(level, plane, fmt).to(tl.int32, bitcast=True)
+    if 16 * plane + 16 > fmt.head_dim:
+        code = tl.where(16 * plane + lane < fmt.head_dim, code, 0)
+    return add_plane(words, code, plane, fmt)

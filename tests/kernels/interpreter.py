@@ -92,6 +92,11 @@ def test_quantizing_with_feedback_agrees_with_the_reference(seed: int) -> None:
     laws.quantizing_agrees_with_the_reference(case, "key", "cpu", with_feedback=True)
 
 
+def test_quantizing_wide_heads_with_feedback_agrees_with_the_reference() -> None:
+    case = replace(case_of(500), codec=Squat(), key_dim=144)
+    laws.quantizing_agrees_with_the_reference(case, "key", "cpu", with_feedback=True)
+
+
 @pytest.mark.parametrize("seed", range(200, 208))
 @pytest.mark.parametrize("role", ROLES)
 def test_quantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
