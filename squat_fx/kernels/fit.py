@@ -145,7 +145,7 @@ def _run(
 
 def chunk_tokens(programs: int, tokens: int, queries_per_kv: int, device: torch.device) -> int:
     """Tokens of a chunk: as many chunks as fill the GPU, or more if one had too many rows."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs
-    wanted = max(1, wanted, triton.cdiv(tokens * queries_per_kv, MOST_ROWS))
-    chunk = triton.cdiv(max(tokens, 1), min(wanted, MOST_CHUNKS))
-    return triton.cdiv(chunk, triton_fit.BLOCK_T) * triton_fit.BLOCK_T
+    fewest = -(-tokens * queries_per_kv // MOST_ROWS)
+    wanted = max(1, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(device) // programs, fewest)
+    chunk = -(-max(tokens, 1) // min(wanted, MOST_CHUNKS))
+    return -(-chunk // triton_fit.BLOCK_T) * triton_fit.BLOCK_T
