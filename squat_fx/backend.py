@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
@@ -24,6 +26,7 @@ from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
+from squat_fx.storage import TOKENS, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +211,7 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
     handles = [fakes[rewriting.placeholders.index(node)] for node in rewriting.handles]
     if not handles:
         return None
-    like = handles[0]._storage["start"]
+    like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
         return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
 
@@ -220,6 +223,29 @@ def _fake_constant(tensor: Tensor, fakes: Sequence[Any]) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
+def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tensor:
+    """An example of an arena: nothing may depend on how many tokens fit into one that grows.
+
+    Dynamo does not know of it and guards on nothing of it.
+    """
+    arena = storage[fed.name]
+    modes = (f.fake_mode for f in fakes if isinstance(f, FakeTensor))
+    mode = next(modes, None)
+    if mode is None or mode.shape_env is None or fed.name not in storage.fmt.packed_names:
+        return _fake_constant(arena, fakes)
+    sizes = list(arena.shape)
+    sizes[TOKENS] = max(sizes[TOKENS], 2)  # 0 and 1 would be taken for constants
+    context = StatelessSymbolicContext(
+        dynamic_sizes=[
+            DimDynamic.DYNAMIC if dim == TOKENS else DimDynamic.STATIC for dim in range(len(sizes))
+        ]
+    )
+    with torch.inference_mode(False):
+        like = arena.new_empty(sizes) if sizes != list(arena.shape) else arena
+        source = LocalSource(f"squat_fx_{fed.index}_{fed.name}")
+        return mode.from_tensor(like, symbolic_context=context, source=source)
+
+
 def _inner_example(
     fed: InnerInput, examples: Sequence[Any], fakes: Sequence[Any], positions: Any
 ) -> Any:
@@ -228,7 +254,7 @@ def _inner_example(
     if fed.tensor is not None:
         return _fake_constant(fed.tensor, fakes)
     if fed.kind == "arena":
-        return examples[fed.index]._storage[fed.name]
+        return _fake_arena(examples[fed.index]._storage, fed, fakes)
     fake = fakes[fed.index]
     if fed.kind == "dense" and isinstance(fake, QuantizedKV):
         dense: Any = fake._storage["dense"]

@@ -167,21 +167,20 @@ class QuantizedKV(Tensor):
     # the traceable wrapper protocol ---------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return list(self._storage.fmt.arena_names), (self._storage.fmt, self._storage.role)
+        # Dynamo guards on each tensor at every call, and what is packed never looks different.
+        return ["dense"], (self._storage.fmt, self._storage.role)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> QuantizedKV:
-        fmt, role = context
-        arenas = Arenas.of(fmt, tuple(inner[name] for name in fmt.arena_names))
-        storage = Storage(arenas, Extent(size[TOKENS], 0), fmt, role)
+        storage = Storage.outline(inner["dense"], size[TOKENS], *context)
         return QuantizedKV(storage, size[TOKENS])
 
     def __getattr__(self, name: str) -> Tensor:
-        # Dynamo reads the flattened tensors as attributes of the handle.
+        # Dynamo reads the flattened tensor, and arenas if it asks for them, as attributes.
         storage = self.__dict__.get("_storage")
-        if storage is not None and name in storage.fmt.arena_names:
+        if storage is not None and name in storage:
             return storage[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,14 @@ class Storage:
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
 
     @classmethod
+    def outline(cls, dense: Tensor, length: Any, fmt: Format, role: Role) -> Storage:
+        """What tracing needs to know of a storage: its dense buffer."""
+        storage = cls.__new__(cls)
+        storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
+        storage._arenas, storage._leases = {"dense": dense}, weakref.WeakSet()
+        return storage
+
+    @classmethod
     def pooled(
         cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int
     ) -> Storage:
@@ -83,6 +92,9 @@ class Storage:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._arenas[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arenas
 
     def lease(self, length: int) -> Lease:
         """Note a living reader of the first ``length`` tokens."""

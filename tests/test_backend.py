@@ -48,6 +48,28 @@ def test_two_graphs_serve_a_whole_generation_growth_included() -> None:
     assert out.past_key_values.layers[0].keys.shape[2] == 1999
 
 
+def test_arenas_of_one_graph_grow_each_by_itself() -> None:
+    """Inductor compiles sizes into its code: those of two arenas must not be taken for one."""
+
+    def tokens(model: Any, grows: bool) -> Tensor:
+        cache, ids, out = DynamicCache(config=model.config), prompt(1, 20), []
+        for step in range(8):
+            with torch.no_grad():
+                ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            out.append(ids)
+            for index, layer in enumerate(cache.layers if grows and step == 3 else ()):
+                layer.keys.writable_storage().reserve(600 * (index + 1))
+                layer.values.writable_storage().reserve(2500)
+        return torch.cat(out, 1)
+
+    expected = tokens(build("llama"), False)
+    model = squat_fx.compile(build("llama"), codec="none", residual_length=8)
+    assert torch.equal(tokens(model, True), expected)
+    report = squat_fx.report(model)
+    assert [graph.kind for graph in report.graphs] == ["prefill", "decode"]
+    assert report.eager_calls == 0
+
+
 def test_inductor_copies_no_arena_and_mutates_them_in_place() -> None:
     from torch._inductor.utils import run_and_get_code
 

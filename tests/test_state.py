@@ -643,8 +643,8 @@ def test_a_fake_is_its_dense_shape_and_nothing_is_written(
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-def test_a_fake_never_looks_at_capacity(handle: QuantizedKV) -> None:
-    """A guard on capacity would compile a new graph at each growth."""
+def test_a_fake_knows_nothing_that_grows(handle: QuantizedKV) -> None:
+    """A guard on capacity would compile a new graph at each growth, and guards take time."""
     shape_env = ShapeEnv()
     with (
         torch.inference_mode(False),
@@ -652,13 +652,11 @@ def test_a_fake_never_looks_at_capacity(handle: QuantizedKV) -> None:
         FakeTensorMode(shape_env=shape_env) as fake_mode,
     ):
         fake = fake_mode.from_tensor(handle)
-        capacity = fake._storage["qdata"].shape[2]
-        assert isinstance(capacity, torch.SymInt)
+        assert [name for name in handle.format.arena_names if hasattr(fake, name)] == ["dense"]
         longer = torch.cat([fake, torch.empty(3, 2, 1, 16)], -2)
-        F.scaled_dot_product_attention(torch.empty(3, 2, 1, 16), longer, longer)
+        out = F.scaled_dot_product_attention(torch.empty(3, 2, 1, 16), longer, longer)
+        assert tuple(out.shape) == (3, 2, 1, 16)
         torch.cat([fake, torch.empty(3, 2, 1000, 16)], -2)
-    guarded = set().union(*(guard.expr.free_symbols for guard in shape_env.guards))
-    assert capacity.node.expr not in guarded
 
 
 def test_a_write_to_a_fake_is_refused_too(handle: QuantizedKV) -> None:

@@ -88,9 +88,6 @@ class QuantizeKVCache(GraphPass):
             for name in edge.fmt.arena_names:
                 with graph.inserting_after(after):
                     after = graph.placeholder(f"{carrier.name}_{name}")
-                handle = value_of(carrier)
-                if hasattr(handle, "_storage"):
-                    after.meta["example_value"] = handle._storage[name]
                 nodes.append(after)
             self._arenas[carrier] = nodes
         return self._arenas[carrier]
