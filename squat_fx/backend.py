@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
-from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
@@ -228,6 +226,8 @@ def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tens
 
     Dynamo does not know of it and guards on nothing of it.
     """
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     arena = storage[fed.name]
     modes = (f.fake_mode for f in fakes if isinstance(f, FakeTensor))
     mode = next(modes, None)
@@ -242,7 +242,7 @@ def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tens
     )
     with torch.inference_mode(False):
         like = arena.new_empty(sizes) if sizes != list(arena.shape) else arena
-        source = LocalSource(f"squat_fx_{fed.index}_{fed.name}")
+        source = _source(f"squat_fx_{fed.index}_{fed.name}")
         return mode.from_tensor(like, symbolic_context=context, source=source)
 
 
