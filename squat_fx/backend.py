@@ -214,10 +214,14 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
 
 
+def _fake_mode(fakes: Sequence[Any]) -> Any:
+    """The mode of the other examples; None if they are real."""
+    return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+
+
 def _fake_constant(tensor: Tensor, fakes: Sequence[Any]) -> Tensor:
     """An example of ``tensor`` in the mode of the other examples, with sizes that are numbers."""
-    modes = (f.fake_mode for f in fakes if isinstance(f, FakeTensor))
-    with next(modes, contextlib.nullcontext()):
+    with _fake_mode(fakes) or contextlib.nullcontext():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
@@ -229,8 +233,7 @@ def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tens
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     arena = storage[fed.name]
-    modes = (f.fake_mode for f in fakes if isinstance(f, FakeTensor))
-    mode = next(modes, None)
+    mode = _fake_mode(fakes)
     if mode is None or mode.shape_env is None or fed.name not in storage.fmt.packed_names:
         return _fake_constant(arena, fakes)
     sizes = list(arena.shape)

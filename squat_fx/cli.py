@@ -1,4 +1,4 @@
-"""The command line: ``squat-fx demo | explain MODEL | bench kernel | bench generate | version``.
+"""The command line: ``squat-fx demo | explain MODEL | bench kernel, tune or generate | version``.
 
 Results go to stdout, progress and errors to stderr. A failure that the user can mend is one
 sentence and exit code 1. Importing this module imports neither transformers nor Triton.

@@ -28,6 +28,7 @@ TILES_OF_SHARES = (1, 2, 3, 4, 8)
 def measure(log: Callable[[str], None]) -> list[Choice]:
     """The fastest choice for each class of shapes; what was preferred before is forgotten."""
     found: dict[tuple[str, int, int], Choice] = {}
+    tuning.prefer()
     for name, codec, bits in CODECS:
         formats = [stored_format(format_of(codec, role, bits, FULL.head_dim)) for role in ROLES]
         row_bytes = max(fmt.row_size for fmt in formats)
@@ -36,7 +37,6 @@ def measure(log: Callable[[str], None]) -> list[Choice]:
             continue
 
         def timed(where: Shape, chosen: Choice) -> float:
-            tuning.prefer()
             tuning.prefer(chosen)
             try:
                 return kernel.attend(where, codec, bits)["microseconds"]  # noqa: B023

@@ -22,8 +22,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from squat_fx.kernels import gluon_attend_token
 from squat_fx.kernels.gluon_attend_token import (
-    BLOCK_M,
     CODES,
     ROWS,
     SCALES_IN_MEMORY,
@@ -53,8 +53,6 @@ from squat_fx.kernels.triton_planes import (
     plane_exponent,
 )
 
-__all__ = ["BLOCK_M"]
-
 PARAMETERS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 CODE_CHANNELS = gl.constexpr(gl.SliceLayout(0, CODES.value))
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -64,7 +62,7 @@ SHORTEST_TILE = 32
 def takes(key: StoredFormat, value: StoredFormat) -> bool:
     """Whether tokens are rows of whole 16-bit words, and groups whole tiles and plane groups."""
     return (
-        all(f.whole_bytes > 0 and f.whole_bytes % 2 == 0 and not f.sections for f in (key, value))
+        all(map(gluon_attend_token.takes, (key, value)))
         and key.channel_group == value.token_group == 1
         and key.token_group % SHORTEST_TILE == 0
         and value.channel_group % 16 == 0

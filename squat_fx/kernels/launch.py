@@ -180,14 +180,12 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
         num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
     if swapped is not None:
-        dependent = launches_early(device)
-        options = {"launch_pdl": True} if dependent else {}
         gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
             *work.formats, work.queries_per_kv,
-            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
-            DEPENDENT=dependent, num_warps=1, **options,
+            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
+            num_warps=1, **_early(device),
         )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D
     triton_attend.merge_kernel[(work.heads * work.rows, triton.cdiv(head_dim, block_d))](
@@ -204,8 +202,6 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     swapped = None
     if _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats)):
         swapped = _choice("planes/token", work)
-    dependent = launches_early(device)
-    options = {"launch_pdl": True} if dependent else {}
     block_n = triton_attend_token.BLOCK_N
     if swapped is not None:
         shares = _chosen_shares(swapped, work)
@@ -224,7 +220,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             *work.strides()[:3], *work.formats, work.queries_per_kv,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
-            DEPENDENT=dependent, num_warps=1, **options,
+            num_warps=1, **_early(device),
         )  # fmt: skip
     else:
         half = work.query.dtype != torch.float32
@@ -245,7 +241,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         *left, work.sinks, work.value, work.output, work.query.shape[1], q_len, shares,
         all_rows // bases, row_blocks, bases, work.formats[1], work.queries_per_kv,
         PADDED_D=padded(head_dim), BLOCK_M=rows, BLOCK_S=triton.next_power_of_2(shares),
-        BLOCK_D=block_d, DEPENDENT=dependent, num_warps=num_warps, **options,
+        BLOCK_D=block_d, num_warps=num_warps, **_early(device),
     )  # fmt: skip
 
 
