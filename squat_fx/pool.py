@@ -13,6 +13,7 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+TOKENS = 2  # the dim of an arena that grows
 GROWTH_SHARE = 8  # an arena grows by 1/8: doubling would cost the peak memory that packing saves
 SMALLEST_GROWTH = 256  # tokens
 CAPACITY_MULTIPLE = 128  # tokens; whole groups of every group size
@@ -24,16 +25,35 @@ def grown_capacity(capacity: int, needed: int) -> int:
     return -(-target // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
 
 
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+def _kind(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Kind:
+    """What arenas have in common of which one may stand for another."""
+    return (*shape[:TOKENS], *shape[TOKENS + 1 :]), dtype, device
+
+
+def _kind_of(arena: Tensor) -> Kind:
+    return _kind(tuple(arena.shape), arena.dtype, arena.device)
+
+
 class ArenaPool:
     """Freed arenas by shape, dtype and device; holds no more bytes than ``slack`` times the live
     ones at their peak.
+
+    The same arenas are handed out again in the same order, however they came back: a CUDA graph
+    that was recorded on them can be replayed.
     """
 
     def __init__(self, slack: float = 1.25) -> None:
         self.slack = slack
         self._live_bytes = 0
+        self._free_bytes = 0
         self._peak_bytes = 0
-        self._free: OrderedDict[int, Tensor] = OrderedDict()
+        self._made = 0
+        self._numbers: dict[int, int] = {}  # of arenas by identity, in the order they were made
+        self._free: OrderedDict[int, Tensor] = OrderedDict()  # by identity, the oldest first
+        self._kinds: dict[Kind, dict[int, Tensor]] = {}
         self._returned: deque[Tensor] = deque()
         self._lock = RLock()
 
@@ -51,21 +71,37 @@ class ArenaPool:
     @property
     def free_bytes(self) -> int:
         """Bytes kept for the next generation."""
-        with self._lock:
-            self._settle()
-            return sum(arena.nbytes for arena in self._free.values())
+        self._settle()
+        return self._free_bytes
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A zeroed tensor that may be written under any grad or inference mode."""
+    def take(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        grows: bool = False,
+    ) -> Tensor:
+        """A zeroed tensor that may be written under any grad or inference mode.
+
+        One that ``grows`` may have room for more tokens than asked for, if such an arena is free:
+        the memory is held anyway, and what grew to that size once is likely to do so again.
+        """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._settle()
-            for address, arena in self._free.items():
-                if arena.shape == shape and arena.dtype == dtype and arena.device == device:
-                    del self._free[address]
-                    arena.zero_()
-                    break
+            same_kind = self._kinds.get(_kind(shape, dtype, device), {})
+            fitting = [
+                arena
+                for arena in same_kind.values()
+                if arena.shape == shape or (grows and arena.shape[TOKENS] > shape[TOKENS])
+            ]
+            if fitting:
+                arena = min(fitting, key=self._preference)
+                self._remove(arena)
+                arena.zero_()
             else:
                 arena = torch.zeros(shape, dtype=dtype, device=device)
+                self._made += 1
+                self._numbers[id(arena)] = self._made
             self._live_bytes += arena.nbytes
             self._peak_bytes = max(self._peak_bytes, self._live_bytes)
             self._evict()
@@ -83,8 +119,12 @@ class ArenaPool:
         """Free everything that is not in use."""
         with self._lock:
             self._settle()
-            self._free.clear()
+            while self._free:
+                self._forget_oldest()
             self._peak_bytes = self._live_bytes
+
+    def _preference(self, arena: Tensor) -> tuple[int, int]:
+        return arena.nbytes, self._numbers[id(arena)]
 
     def _settle(self) -> None:
         """Move what came back to what is free."""
@@ -92,11 +132,27 @@ class ArenaPool:
             while self._returned:
                 arena = self._returned.popleft()
                 self._live_bytes -= arena.nbytes
+                self._free_bytes += arena.nbytes
                 self._free[id(arena)] = arena
+                self._kinds.setdefault(_kind_of(arena), {})[id(arena)] = arena
+
+    def _remove(self, arena: Tensor) -> None:
+        """Take an arena from what is free."""
+        self._free_bytes -= arena.nbytes
+        del self._free[id(arena)]
+        same = self._kinds[_kind_of(arena)]
+        del same[id(arena)]
+        if not same:
+            del self._kinds[_kind_of(arena)]
+
+    def _forget_oldest(self) -> None:
+        oldest = next(iter(self._free.values()))
+        self._remove(oldest)
+        del self._numbers[id(oldest)]
 
     def _evict(self) -> None:
-        while self._free and self.free_bytes + self._live_bytes > self.slack * self._peak_bytes:
-            self._free.popitem(last=False)
+        while self._free and self._free_bytes + self._live_bytes > self.slack * self._peak_bytes:
+            self._forget_oldest()
 
 
 POOL = ArenaPool()

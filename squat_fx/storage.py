@@ -16,9 +16,7 @@ from torch import Tensor
 from squat_fx.codecs import Format, Role
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
-from squat_fx.pool import POOL, grown_capacity
-
-TOKENS = 2  # the dim that grows
+from squat_fx.pool import POOL, TOKENS, grown_capacity
 
 
 class Lease:
@@ -83,7 +81,7 @@ class Storage:
     @property
     def capacity(self) -> int:
         """Packed tokens that fit."""
-        return self._arenas["qdata"].shape[TOKENS]
+        return self.capacity_of(self.fmt.packed_names[0])
 
     @property
     def nbytes(self) -> int:
@@ -107,14 +105,19 @@ class Storage:
         return max((lease.length for lease in self._leases if lease is not besides), default=0)
 
     def reserve(self, new_tokens: int) -> None:
-        """Grow until ``new_tokens`` more fit, whatever leaves the ring."""
-        needed = self.extent.after(new_tokens, self.fmt).packed(0, self.fmt)
-        for name in self.fmt.packed_names:
-            # Each for itself: memory may have run out between two of them, and the caller tried
-            # again.
-            if needed > self.capacity_of(name):
-                with torch.inference_mode(False), torch.no_grad():
-                    self._replace(name, grown_capacity(self.capacity_of(name), needed), pooled=True)
+        """Grow until ``new_tokens`` more fit, wherever they come to lie: keys and values grow in
+        the same step, whichever of them are exact.
+        """
+        needed = self.length + new_tokens
+        first, *others = self.fmt.packed_names
+        with torch.inference_mode(False), torch.no_grad():
+            if needed > self.capacity_of(first):
+                capacity = grown_capacity(self.capacity_of(first), needed)
+                self._replace(first, capacity, pooled=True)
+            for name in others:
+                # Each for itself: memory may have run out before it, and the caller tried again.
+                if self.capacity_of(name) != self.capacity:
+                    self._replace(name, self.capacity, pooled=True)
 
     def capacity_of(self, name: str) -> int:
         """Tokens that fit into the packed arena ``name``."""
@@ -170,22 +173,25 @@ class Storage:
         return op(*self.tensors, positions, 0, length, self.fmt.to_ints())
 
     def _move_to_pool(self, capacity: int) -> None:
-        for name in self.fmt.packed_names:
-            self._replace(name, capacity, pooled=False)
+        first, *others = self.fmt.packed_names
+        self._replace(first, capacity, pooled=False)
+        for name in others:
+            self._replace(name, self.capacity, pooled=False)
         for name in self.fmt.stored_names[len(self.fmt.packed_names) :]:
             old = self._arenas[name]
             self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
             self._arenas[name].copy_(old)
 
     def _replace(self, name: str, capacity: int, pooled: bool) -> None:
-        """Move a packed arena into one with room for ``capacity`` tokens; the old one goes back if
-        it is ``pooled``.
+        """Move a packed arena into one with room for ``capacity`` tokens, the first of them maybe
+        for more; the old one goes back if it is ``pooled``.
         """
         old = self._arenas[name]
         shape = list(old.shape)
         shape[TOKENS] = capacity // self.fmt.tokens_per_slot(name)
-        new = POOL.take(tuple(shape), old.dtype, old.device)
-        kept = min(old.shape[TOKENS], shape[TOKENS])
+        is_first = name == self.fmt.packed_names[0]
+        new = POOL.take(tuple(shape), old.dtype, old.device, grows=is_first)
+        kept = min(old.shape[TOKENS], new.shape[TOKENS])
         new[:, :, :kept].copy_(old[:, :, :kept])
         torch._dynamo.maybe_mark_dynamic(new, TOKENS)
         self._arenas[name] = new

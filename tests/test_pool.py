@@ -70,6 +70,30 @@ def test_near_miss_of_another_shape_or_dtype_is_not_reused(
     assert pool.live_bytes == 24
 
 
+def test_what_grows_gets_the_smallest_free_arena_with_room() -> None:
+    pool = ArenaPool()
+    arenas = [take(pool, 1, 2, tokens, 3) for tokens in (300, 900, 600)]
+    for arena in arenas:
+        pool.give(arena)
+    sizes = [pool.take((1, 2, 400, 3), torch.float32, CPU, grows=True).shape[2] for _ in range(3)]
+    assert sizes == [600, 900, 400]
+    pool.give(arenas[0])
+    assert take(pool, 1, 2, 200, 3).shape[2] == 200, "what does not grow gets what it asked for"
+
+
+@given(order=st.permutations(range(6)))
+def test_a_generation_gets_the_arenas_of_the_last_one(order: list[int]) -> None:
+    pool = ArenaPool()
+
+    def generation() -> list[Tensor]:
+        return [pool.take((1, 2, 128, 3), torch.float32, CPU, grows=True) for _ in order]
+
+    first = generation()
+    for i in order:
+        pool.give(first[i])
+    assert [a.data_ptr() for a in generation()] == [a.data_ptr() for a in first]
+
+
 def test_two_takes_never_share_memory() -> None:
     pool = ArenaPool()
     pool.give(take(pool, 2, 3))
@@ -133,7 +157,7 @@ def test_arenas_may_come_back_while_one_is_searched_for() -> None:
     pool = ArenaPool(slack=4)
     size = Collecting(3)
     size.pool, size.garbage = pool, [take(pool, n) for n in (5, 6)]
-    pool.give(take(pool, 2))
-    assert pool.take((size,), torch.float32, CPU).shape == (3,)
+    pool.give(take(pool, 1, 1, 2))
+    assert pool.take((1, 1, size), torch.float32, CPU).shape == (1, 1, 3)
     assert not size.garbage
     assert pool.live_bytes == 12

@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from squat_fx.codecs import Format, Kivi, Squat
+from squat_fx.codecs import Codec, Format, Kivi, Role, Squat
 from squat_fx.kernels import reference
 from squat_fx.pool import POOL
 from squat_fx.state import QuantizedKV
@@ -544,17 +545,43 @@ def test_growth_that_fails_midway_can_be_tried_again() -> None:
     handle = QuantizedKV.from_dense(randn(1, 2, 90, 16), fmt, "key")
     storage, take, taken = handle._storage, POOL.take, []
 
-    def failing_take(*args: object) -> Tensor:
+    def failing_take(*args: Any, **kwargs: Any) -> Tensor:
         if taken:
             raise MemoryError
         taken.append(args)
-        return take(*args)  # pyright: ignore[reportArgumentType]
+        return take(*args, **kwargs)
 
     with patch.object(POOL, "take", failing_take), pytest.raises(MemoryError):
         storage.reserve(1000)
     storage.reserve(1000)
     capacities = {storage.capacity_of(name) for name in fmt.packed_names}
-    assert min(capacities) >= 1000
+    assert capacities == {storage.capacity}
+    assert storage.capacity >= 1000
+
+
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32)], ids=lambda c: c.name)
+def test_keys_and_values_grow_in_the_same_step(codec: Codec) -> None:
+    x = randn(*SHAPE)
+    roles: tuple[Role, ...] = ("key", "value")
+    handles: list[Any] = [
+        QuantizedKV.from_dense(x, stored_format(codec, role), role) for role in roles
+    ]
+    for step in range(700):
+        handles = [torch.cat([h, new_tokens(1)], 2) for h in handles]
+        assert len({h.writable_storage().capacity for h in handles}) == 1, step
+
+
+def test_arenas_of_a_longer_generation_serve_a_shorter_one(dense: Tensor) -> None:
+    POOL.clear()
+    fmt = stored_format(Squat())
+    long = QuantizedKV.from_dense(dense.repeat(1, 1, 40, 1), fmt, "key")
+    capacity, address = long._storage.capacity, long._storage["qdata"].data_ptr()
+    del long
+    short = QuantizedKV.from_dense(dense, fmt, "key")
+    assert (short._storage.capacity, short._storage["qdata"].data_ptr()) == (capacity, address)
+    assert {short._storage.capacity_of(name) for name in fmt.packed_names} == {capacity}
+    assert_is(short, QuantizedKV.from_dense(dense, fmt, "key").dequantize())
+    POOL.clear()
 
 
 # arenas -----------------------------------------------------------------------------------------

@@ -231,7 +231,8 @@ def swapped_attend_kernel(
     query, key, value, positions, key_row, value_row, partial, partial_max, partial_sum,
     num_kv_heads, q_len, scale, query_strides,
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
+    TILES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``; the launch before leaves one
     more share.
@@ -245,7 +246,7 @@ def swapped_attend_kernel(
     key_count = packed_tokens(gl.load(positions + 2 * key_row + 1).to(gl.int32), start, KEY)
     value_count = packed_tokens(gl.load(positions + 2 * value_row + 1).to(gl.int32), start, VALUE)
     tiles = whole_groups(key_count, value_count, KEY) * (KEY.token_group // BLOCK_N)
-    tiles_per_share = (tiles + shares - 1) // shares
+    tiles_per_share = gl.maximum((tiles + shares - 1) // shares, TILES)
     tile_begin = share * tiles_per_share
     tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
 

@@ -339,7 +339,7 @@ def attend_packed(
     query, key, value, positions, key_row, latent_query, size, offset,
     partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
     query_strides,
-    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, TILES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):  # fmt: skip
@@ -356,7 +356,7 @@ def attend_packed(
     out = out * (shares + 1) + share
     count = packed_tokens(watermark, start, KEY)
     tiles = (count + BLOCK_N - 1) // BLOCK_N
-    tiles_per_share = (tiles + shares - 1) // shares
+    tiles_per_share = gl.maximum((tiles + shares - 1) // shares, TILES)
     tile_begin = share * tiles_per_share
     tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = gl.minimum(tile_end, count // BLOCK_N)
@@ -462,7 +462,7 @@ def swapped_attend_kernel(
     query, new_key, new_value, key, value, positions, key_row, latent_query, size, offset,
     partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale,
     query_strides, new_key_strides, new_value_strides,
-    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr,
+    KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, TILES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     EXACT_BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
@@ -487,5 +487,6 @@ def swapped_attend_kernel(
         attend_packed(
             query, key, value, positions, key_row, latent_query, size, offset,
             partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, scale,
-            query_strides, KEY, VALUE, QUERIES_PER_KV, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
+            query_strides, KEY, VALUE, QUERIES_PER_KV, TILES, BLOCK_M, BLOCK_N, STAGES,
+            DEPENDENT,
         )  # fmt: skip

@@ -176,14 +176,14 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
         work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
         *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        REST=swapped is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        REST=swapped is not None, TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
     if swapped is not None:
         gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
-            *work.formats, work.queries_per_kv,
+            *work.formats, work.queries_per_kv, TILES=swapped.tiles,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             num_warps=1, **_early(device),
         )  # fmt: skip
@@ -217,7 +217,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
         gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
-            *work.strides()[:3], *work.formats, work.queries_per_kv,
+            *work.strides()[:3], *work.formats, work.queries_per_kv, TILES=swapped.tiles,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             num_warps=1, **_early(device),
@@ -229,7 +229,7 @@ def _attend_per_token(work: _Attention, row: int) -> None:
             *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
             *work.formats, work.queries_per_kv, work.causal, work.softcap,
             HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
-            BLOCK_M=block_m, BLOCK_N=block_n,
+            TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
         )  # fmt: skip
     bases = work.num_kv_heads if work.value.basis_stride else 1
@@ -530,7 +530,12 @@ def num_shares(
     programs: int, tokens: int, block_n: int, device: torch.device,
     tiles: int = TILES_PER_SHARE, per_multiprocessor: int = PROGRAMS_PER_MULTIPROCESSOR,
 ) -> int:  # fmt: skip
-    """Into how many shares to split ``tokens``: enough to fill the GPU, enough tiles in each."""
+    """Into how many shares to split ``tokens`` at most: enough to fill the GPU, each of ``tiles``
+    or more.
+
+    Kernels give a share no fewer either, so that it does not depend on the room in an arena how
+    the tokens in it are split.
+    """
     wanted = per_multiprocessor * multiprocessors(device) // programs
     most = -(-tokens // (tiles * block_n))
     return max(1, min(wanted, most, MOST_SHARES))

@@ -214,7 +214,8 @@ def attend_kernel(
     num_kv_heads, q_len, new_len, scale, lefts,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``; these are the last of
     ``lefts`` that the merge finds.
@@ -249,7 +250,7 @@ def attend_kernel(
     num_mixed = num_sinks + kv_len - tail
     packed_tiles = 0 if REST else tl.cdiv(last - first, BLOCK_N)
     tiles = packed_tiles + tl.cdiv(num_mixed, BLOCK_N)
-    tiles_per_share = tl.cdiv(tiles, shares)
+    tiles_per_share = tl.maximum(tl.cdiv(tiles, shares), TILES)
     tile_begin = share * tiles_per_share
     tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
 

@@ -204,7 +204,7 @@ def attend_kernel(
     key, value, positions, key_row, mask, latent_query, size, offset,
     partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The packed tokens. Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
@@ -221,7 +221,7 @@ def attend_kernel(
     first = start + KEY.sink_length
     count = packed_tokens(watermark, start, KEY)
     tiles = tl.cdiv(count, BLOCK_N)
-    tiles_per_share = tl.cdiv(tiles, shares)
+    tiles_per_share = tl.maximum(tl.cdiv(tiles, shares), TILES)
     tile_begin = share * tiles_per_share
     tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = tl.minimum(tile_end, count // BLOCK_N)

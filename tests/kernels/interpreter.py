@@ -45,9 +45,15 @@ def with_feedback(case: laws.Case) -> laws.Case:
     return replace(case, codec=Squat() if case.per_token else SquatPaper(32))
 
 
+def split_into(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split tokens even if they are few."""
+    monkeypatch.setattr(launch, "num_shares", lambda *_: shares)
+    monkeypatch.setattr(launch, "TILES_PER_SHARE", 1)
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "num_shares", lambda *_: 1 + seed % 3)
+    split_into(1 + seed % 3, monkeypatch)
     laws.attending_agrees_with_float64(case_of(seed), "cpu")
 
 
@@ -55,7 +61,7 @@ def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatc
 def test_attending_in_many_shares_agrees_with_float64(
     head_dim: int, shares: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "num_shares", lambda *_: shares)
+    split_into(shares, monkeypatch)
     case = replace(case_of(4), codec=Squat(), key_dim=head_dim, value_dim=head_dim, chunks=(300,))
     laws.attending_agrees_with_float64(replace(case, calibrated=False, bits=2, pads=(0, 9)), "cpu")
 

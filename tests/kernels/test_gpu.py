@@ -9,9 +9,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from squat_fx.codecs import Codec, Format, Kivi, Lossless, Role, Squat, SquatPaper
+from squat_fx.codecs import (
+    Codec,
+    Format,
+    Kivi,
+    Lossless,
+    Role,
+    Squat,
+    SquatPaper,
+    codec_spec,
+)
+from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.state import QuantizedKV
+from tests.conftest import randn, stored_format
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,12 +31,17 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from squat_fx.kernels import gluon_attend_channel, gluon_attend_token  # noqa: E402
+from squat_fx.kernels import gluon_attend_channel, gluon_attend_token, launch  # noqa: E402
 from tests.kernels import laws  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 40, 64, 80, 96, 112, 128, 192, 256)
 ROLES: tuple[Role, ...] = ("key", "value")
+
+
+def on_gpu(*shape: int, seed: int) -> torch.Tensor:
+    """Random normal numbers, fp16."""
+    return randn(*shape, seed=seed).cuda().half()
 
 
 def case_of(seed: int) -> laws.Case:
@@ -118,6 +135,32 @@ def test_groups_of_keys_on_the_side_of_16_rows_agree_with_float64(
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
+
+
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32), Kivi(128)], ids=codec_spec)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_room_in_an_arena_changes_no_answer(codec: Codec, bits: int) -> None:
+    handles = [
+        QuantizedKV.from_dense(
+            on_gpu(2, 8, 3000, 128, seed=i), stored_format(codec, role, 128, bits), role
+        )
+        for i, role in enumerate(ROLES)
+    ]
+    query, new = on_gpu(2, 32, 1, 128, seed=2), [on_gpu(2, 8, 1, 128, seed=i) for i in (3, 4)]
+
+    def attended() -> torch.Tensor:
+        storages = [handle.writable_storage() for handle in handles]
+        extent = torch.tensor([[storages[0].length, storages[0].watermark]]).cuda()
+        key, value = ((s.arenas, (extent, 0), s.fmt) for s in storages)
+        return launch.attend(
+            query, *new, key, value,
+            mask=None, sinks=None, scale=128**-0.5, causal=reference.NO_CAUSALITY, softcap=0.0,
+        )  # fmt: skip
+
+    tight = attended()
+    for handle in handles:
+        handle.writable_storage().reserve(30000)
+    assert torch.equal(attended(), tight)
 
 
 @pytest.mark.parametrize("seed", range(100, 124))
@@ -360,6 +403,7 @@ def test_ops_never_wait_for_the_gpu(codec: Codec) -> None:
         ops.overload(name, fmt.layout) for name in ("append_", "store", "quantize")
     )
     learned = arenas[2:4] if fmt.layout == "planes/token" else ()
+    rotation_pair(64, new.device)  # a table that a process makes once
     with no_waiting():
         decoding.step()
         store(new, valid, decoding.query.expand(-1, -1, 40, -1), None, "key", *codec_and_ints(fmt))
