@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from squat_fx.boundary import Boundary
+from squat_fx.boundary import Boundary, is_number
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
@@ -105,14 +105,14 @@ def _compile_rewritten(
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     static = is_static(fakes, rewriting.inputs)
     inner_name = _available_inner(config, inner_examples)
-    replayed = config.cuda_graphs and static and bool(rewriting.handles)
-    compiler = _inner_compiler(config, inner_examples, replayed)
+    compiler = _inner_compiler(config, inner_examples)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
     inner = compiler(rewriting.module, inner_examples)
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
-        inner, rewriting.inputs, rewriting.outputs, handles, fakes, report, replayed
-    )
+        inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
+        _moving_inputs(rewriting, examples, report) if config.cuda_graphs and static else None,
+    )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
 
@@ -153,10 +153,8 @@ def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that may be changed: Dynamo reads the original afterwards, AOT reads these attributes.
-
-    Without the placeholders' sources parameters lose their static mark, and CUDA graphs copy the
-    weights every step.
+    """A copy that may be changed: Dynamo reads the original afterwards, AOT reads these attributes
+    to know which inputs are parameters.
     """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -180,9 +178,7 @@ def _source(name: str) -> Any:
 
 
 def _annotate_sources(rewriting: Rewriting) -> None:
-    """Give arena placeholders the source ``carrier.arena``, and mark them static where CUDA graphs
-    may want it.
-    """
+    """Give arena placeholders the source ``carrier.arena``."""
     from torch._dynamo.source import AttrSource
 
     nodes = rewriting.graph.find_nodes(op="placeholder")
@@ -192,10 +188,38 @@ def _annotate_sources(rewriting: Rewriting) -> None:
         source = getattr(rewriting.placeholders[fed.index], "_dynamo_source", None)
         if source is not None:
             node._dynamo_source = AttrSource(source, fed.name)
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 # the inner compiler -------------------------------------------------------------------------------
+
+
+def _moving_inputs(
+    rewriting: Rewriting, examples: Sequence[Any], report: Report
+) -> tuple[int, ...] | None:
+    """Which inner inputs may be elsewhere at every call; None if the graph cannot be replayed as a
+    CUDA graph, with a note that says why.
+    """
+    moving = []
+    for i, fed in enumerate(rewriting.inputs):
+        if fed.kind == "positions":
+            moving.append(i)
+        elif fed.kind in ("argument", "dense"):
+            node, example = rewriting.placeholders[fed.index], examples[fed.index]
+            if not isinstance(example, Tensor) or is_number(example):
+                continue
+            if isinstance(example, QuantizedKV) or example.device.type != "cuda":
+                where = "packed" if isinstance(example, QuantizedKV) else f"on {example.device}"
+                report.note(f"a graph is not replayed, because its input {node.name} is {where}")
+                return None
+            if not _stays_in_place(node, example):
+                moving.append(i)
+    return tuple(moving) if rewriting.handles else None
+
+
+def _stays_in_place(node: fx.Node, example: Tensor) -> bool:
+    """Whether an argument is a weight or a buffer."""
+    marks = node.meta.get("tensor_dict") or {}
+    return isinstance(example, torch.nn.Parameter) or "_dynamo_static_input_type" in marks
 
 
 def _needs_gradients(examples: Sequence[Any]) -> bool:
@@ -294,7 +318,7 @@ def _available_inner(config: Config, examples: Sequence[Any]) -> str:
 
 
 def _inner_compiler(
-    config: Config, examples: Sequence[Any], replayed: bool = False
+    config: Config, examples: Sequence[Any]
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     name = _available_inner(config, examples)
     if name == "eager":
@@ -305,12 +329,5 @@ def _inner_compiler(
         return aot_eager
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {}
-    if replayed:
-        patches = {
-            "triton.cudagraphs": True,
-            "triton.cudagraph_trees": True,
-            "triton.cudagraph_support_input_mutation": True,
-        }
     compiler: Any = compile_fx
-    return lambda module, inputs: compiler(module, inputs, config_patches=patches)
+    return compiler

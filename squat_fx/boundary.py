@@ -8,7 +8,7 @@ interrupted between layers, leaves every handle as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,13 @@ from torch import Tensor
 
 from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
 from squat_fx.passes.spelling import size_of
+from squat_fx.pool import POOL
+from squat_fx.replay import Replayed
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import TOKENS, Storage
+
+NOTHING: Mapping[int, Tensor] = {}
 
 
 class Size:
@@ -44,6 +48,18 @@ class Size:
         if self._expression is None:
             return int(values[0])
         return int(self._expression.subs(zip((s for s, _, _ in self._terms), values, strict=True)))
+
+
+def is_number(x: Tensor) -> bool:
+    """Whether a tensor is a number of the host: Dynamo makes such of Python's."""
+    return x.device.type == "cpu" and x.dim() == 0
+
+
+def _identity(x: Any) -> Any:
+    """What a recorded CUDA graph depends on: the address of a tensor, the value of a number."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.item() if is_number(x) else x.data_ptr()
 
 
 def _find_symbol(symbol: sympy.Symbol, examples: Sequence[Any]) -> tuple[int, int | None]:
@@ -72,8 +88,8 @@ class Carrier:
 class Boundary:
     """Calls the inner graph with plain tensors; called by whoever called the original graph.
 
-    ``replayed``: the inner graph is a CUDA graph, which writes its next outputs where the last ones
-    are; the caller gets copies.
+    ``moving``: which inner inputs may be elsewhere at every call, if the graph is to be replayed as
+    a CUDA graph; None if not.
     """
 
     def __init__(
@@ -84,10 +100,11 @@ class Boundary:
         handles: Sequence[int],
         examples: Sequence[Any],
         report: Report,
-        replayed: bool = False,
+        moving: Sequence[int] | None = None,
     ) -> None:
         self._inner = inner
-        self._replayed = replayed
+        self._moving = moving
+        self._replayed = Replayed(report)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._report = report
@@ -106,8 +123,37 @@ class Boundary:
         args = self._packed_arguments(args)
         staged = self._stage(args)
         dense = self._copied_rings(staged)
-        results = self._inner(*self._gather(args, staged, dense))
+        if self._stored_tokens:
+            POOL.make_room(next((x.device for x in args if isinstance(x, Tensor)), None))
+        if self._moving is None or dense:
+            results = self._inner(*self._gather(args, staged, dense))
+        else:
+            results = self._replay(self._moving, args, staged)
         return self._finish(args, results, staged, dense)
+
+    def _replay(
+        self, moving: Sequence[int], args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]
+    ) -> Sequence[Any]:
+        """The results of a CUDA graph that was recorded where storages and weights are now."""
+        copied, fixed = {}, []
+        for i, fed in enumerate(self._inputs):
+            if fed.kind == "positions":
+                copied[i] = self._positions(args, staged)
+            elif fed.kind == "argument":
+                x = args[fed.index]
+                if i in moving:
+                    copied[i] = x
+                else:
+                    fixed.append(_identity(x))
+        key = (tuple(storage.addresses for storage, _ in staged.values()), tuple(fixed))
+        with torch.cuda.device(self._device(args)):
+            return self._replayed(
+                key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))
+            )
+
+    def _device(self, args: tuple[Any, ...]) -> torch.device:
+        """Where the caches are."""
+        return args[self._carriers[0].index].device
 
     def _packed_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Pack a cache that arrives dense where a carrier was expected."""
@@ -149,26 +195,31 @@ class Boundary:
         args: tuple[Any, ...],
         staged: dict[int, tuple[Storage, int]],
         dense: dict[int, Tensor],
+        copied: Mapping[int, Tensor] = NOTHING,
     ) -> list[Any]:
         gathered = []
-        for fed in self._inputs:
-            if fed.kind == "argument":
+        for i, fed in enumerate(self._inputs):
+            if i in copied:
+                gathered.append(copied[i])
+            elif fed.kind == "argument":
                 gathered.append(args[fed.index])
             elif fed.kind == "arena":
                 storage = staged[fed.index][0]
-                copied = dense.get(fed.index) if fed.name == "dense" else None
-                gathered.append(storage[fed.name] if copied is None else copied)
+                ring = dense.get(fed.index) if fed.name == "dense" else None
+                gathered.append(storage[fed.name] if ring is None else ring)
             elif fed.kind == "constant":
                 gathered.append(fed.tensor)
             elif fed.kind == "dense":
                 x = args[fed.index]
                 gathered.append(x.dequantize() if isinstance(x, QuantizedKV) else x)
             else:
-                gathered.append(self._positions(args, staged))
+                positions = self._positions(args, staged)
+                gathered.append(positions.to(self._device(args), non_blocking=True))
         return gathered
 
     def _positions(self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]) -> Tensor:
-        rows, device = [], torch.device("cpu")
+        """What is written of each carrier, int64 ``[carriers, 2]`` on the CPU."""
+        rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
             rows.append(
@@ -176,8 +227,7 @@ class Boundary:
                 if storage
                 else (args[carrier.index].shape[TOKENS], 0)
             )
-            device = args[carrier.index].device
-        return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        return torch.tensor(rows, dtype=torch.int64)
 
     def _finish(
         self,
@@ -198,9 +248,7 @@ class Boundary:
         out: list[Any] = []
         for position, made in enumerate(self._outputs):
             if made.kind == "value":
-                value = results[made.first]
-                is_output = self._replayed and isinstance(value, Tensor)
-                out.append(value.clone() if is_output else value)
+                out.append(results[made.first])
             elif made.kind == "appended":
                 out.append(appended[made.argument])
             else:

@@ -16,6 +16,7 @@ from torch import Tensor
 TOKENS = 2  # the dim of an arena that grows
 GROWTH_SHARE = 8  # an arena grows by 1/8: doubling would cost the peak memory that packing saves
 SMALLEST_GROWTH = 256  # tokens
+KEPT_SHARE = 64  # of a GPU's memory, 1/64 may wait for the next generation while a prompt runs
 CAPACITY_MULTIPLE = 128  # tokens; whole groups of every group size
 
 
@@ -99,7 +100,7 @@ class ArenaPool:
                 self._remove(arena)
                 arena.zero_()
             else:
-                arena = torch.zeros(shape, dtype=dtype, device=device)
+                arena = self._zeros(shape, dtype, device)
                 self._made += 1
                 self._numbers[id(arena)] = self._made
             self._live_bytes += arena.nbytes
@@ -115,12 +116,19 @@ class ArenaPool:
         """
         self._returned.append(arena)
 
+    def make_room(self, device: torch.device | None) -> None:
+        """Keep little for what may come again on a GPU, because a prompt needs memory now."""
+        if device is not None and device.type == "cuda":
+            with self._lock:
+                self._settle()
+                total = torch.cuda.get_device_properties(device).total_memory
+                self._shrink_to(total // KEPT_SHARE)
+
     def clear(self) -> None:
         """Free everything that is not in use."""
         with self._lock:
             self._settle()
-            while self._free:
-                self._forget_oldest()
+            self._shrink_to(0)
             self._peak_bytes = self._live_bytes
 
     def _preference(self, arena: Tensor) -> tuple[int, int]:
@@ -145,14 +153,25 @@ class ArenaPool:
         if not same:
             del self._kinds[_kind_of(arena)]
 
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        try:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            self._shrink_to(0)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+    def _shrink_to(self, most: int) -> None:
+        """Free the oldest until no more than so many bytes are free."""
+        while self._free and self._free_bytes > most:
+            self._forget_oldest()
+
     def _forget_oldest(self) -> None:
         oldest = next(iter(self._free.values()))
         self._remove(oldest)
         del self._numbers[id(oldest)]
 
     def _evict(self) -> None:
-        while self._free and self._free_bytes + self._live_bytes > self.slack * self._peak_bytes:
-            self._forget_oldest()
+        self._shrink_to(int(self.slack * self._peak_bytes) - self._live_bytes)
 
 
 POOL = ArenaPool()

@@ -136,12 +136,16 @@ class Report:
         graphs: one entry per compiled graph, in order.
         notes: what happened outside graphs: eager fallbacks, copies that are not compiled.
         eager_calls: calls in which no compiled graph ran.
+        runs: calls of compiled graphs, replayed ones among them.
+        recordings, replays: of CUDA graphs.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     eager_calls: int = 0
     runs: int = 0
+    recordings: int = 0
+    replays: int = 0
     _storages: weakref.WeakSet[Storage] = field(default_factory=weakref.WeakSet, repr=False)
 
     @property
@@ -187,6 +191,11 @@ class Report:
         if self.eager_calls:
             lines.append(
                 f"{self.eager_calls} calls ran eagerly, their caches were packed afterwards"
+            )
+        if self.recordings:
+            lines.append(
+                f"CUDA graphs: {self.replays} of {self.runs} calls were replays of "
+                f"{self.recordings} recordings"
             )
         lines += [f"note: {note}" for note in self.notes]
         live = self.live_bytes

@@ -44,6 +44,7 @@ class Storage:
         self.watermark = extent.watermark
         self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._addresses: tuple[int, ...] | None = None
 
     @classmethod
     def outline(cls, dense: Tensor, length: Any, fmt: Format, role: Role) -> Storage:
@@ -82,6 +83,13 @@ class Storage:
     def capacity(self) -> int:
         """Packed tokens that fit."""
         return self.capacity_of(self.fmt.packed_names[0])
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the arenas are, and the capacity: what a recorded CUDA graph depends on."""
+        if self._addresses is None:
+            self._addresses = (self.capacity, *(arena.data_ptr() for arena in self.tensors))
+        return self._addresses
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +189,7 @@ class Storage:
             old = self._arenas[name]
             self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
             self._arenas[name].copy_(old)
+        self._addresses = None
 
     def _replace(self, name: str, capacity: int, pooled: bool) -> None:
         """Move a packed arena into one with room for ``capacity`` tokens, the first of them maybe
@@ -195,6 +204,7 @@ class Storage:
         new[:, :, :kept].copy_(old[:, :, :kept])
         torch._dynamo.maybe_mark_dynamic(new, TOKENS)
         self._arenas[name] = new
+        self._addresses = None
         if pooled:
             POOL.give(old)
 

@@ -21,19 +21,6 @@ pytestmark = [
 GROWTHS = 3
 
 
-def recordings() -> int:
-    """How many CUDA graphs Inductor holds."""
-    from torch._inductor import cudagraph_trees
-
-    manager = cudagraph_trees.get_manager(0, create_if_none_exists=False)
-    nodes: list[Any] = [] if manager is None else list(manager.get_roots())
-    count = 0
-    while nodes:
-        count += 1
-        nodes += [child for children in nodes.pop().children.values() for child in children]
-    return count
-
-
 def compiled(**options: Any) -> Any:
     """A tiny model on the GPU."""
     torch._dynamo.reset()
@@ -51,14 +38,43 @@ def generate(model: Any, tokens: int, batch: int = 1) -> Tensor:
 def test_growth_records_anew_and_answers_the_same(codec: str) -> None:
     expected = generate(compiled(codec=codec), 256 * GROWTHS)
     model = compiled(codec=codec, cuda_graphs=True)
+    report = squat_fx.report(model)
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
-    first = recordings()
-    assert 1 <= first <= GROWTHS + 2
-    # The pool hands the same arenas out again.
+    assert 1 <= report.recordings <= GROWTHS
+    assert report.replays >= 256 * GROWTHS - 2 * GROWTHS - 2
+    # The pool hands the same arenas out again, and those have room.
+    first = report.recordings
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
-    assert recordings() <= 2 * first
-    assert squat_fx.report(model).eager_calls == 0
+    assert report.recordings == first
+    assert report.eager_calls == 0
+    assert len(report.graphs) == 2
+
+
+def test_other_batches_and_caches_are_recorded_for_themselves() -> None:
+    plain, model = compiled(codec="squat"), None
+    expected = {batch: generate(plain, 40, batch) for batch in (1, 3)}
+    model = compiled(codec="squat", cuda_graphs=True)
+    for batch in (1, 3, 1, 3, 3):
+        assert torch.equal(generate(model, 40, batch), expected[batch])
+    assert squat_fx.report(model).recordings >= 2
+
+
+def test_a_prompt_finds_memory_that_a_generation_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled(codec="squat", cuda_graphs=True)
+    expected = generate(model, 300)
+    monkeypatch.setattr("squat_fx.pool.KEPT_SHARE", 2**60)
+    assert POOL.free_bytes > 0
+    kept = []
+    original = POOL.make_room
+
+    def make_room(device: torch.device | None) -> None:
+        original(device)
+        kept.append(POOL.free_bytes)
+
+    monkeypatch.setattr(POOL, "make_room", make_room)
+    assert torch.equal(generate(model, 300), expected)
+    assert kept[0] == 0
 
 
 def test_outputs_stay_what_they_were() -> None:

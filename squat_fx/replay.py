@@ -1,0 +1,139 @@
+"""Decode steps replayed as CUDA graphs.
+
+A CUDA graph works at the addresses it was recorded with. Arenas and weights stay where they are, so
+a recording belongs to a set of their addresses; a cache that grew, or another one, gets a recording
+of its own. Other inputs, such as token ids, are copied to where a recording reads them, and what it
+returns is copied out, since the next replay writes there.
+
+Inductor could record the graphs it compiles. It looks at every input at every step, and a cache
+alone has hundreds; it keeps all recordings for ever; and after some number of recordings it gives
+up. Here the caller knows what is where, and old recordings go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squat_fx.report import Report
+
+logger = logging.getLogger(__name__)
+
+Copied = dict[int, Tensor]
+MOST_RECORDINGS = 8
+
+
+class Recording:
+    """One CUDA graph of a call, with the memory of its copied inputs and of its outputs."""
+
+    def __init__(
+        self, call: Callable[[Copied], list[Any]], copied: Mapping[int, Tensor], pool: Any
+    ):
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._inputs = {i: x.to(device, copy=True) for i, x in copied.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        stream = _recording_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self._outputs = call(self._inputs)
+            finally:
+                self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self, copied: Mapping[int, Tensor]) -> list[Any]:
+        """Replay it on the current stream; the outputs are the caller's."""
+        for i, x in copied.items():
+            self._inputs[i].copy_(x, non_blocking=True)
+        self._graph.replay()
+        return [x.clone() if isinstance(x, Tensor) else x for x in self._outputs]
+
+
+class Replayed:
+    """A call that is replayed from the third time on at which it finds everything where it was.
+
+    The first time it runs as it is, which compiles what is not compiled yet and may not happen
+    while a graph is recorded; the second time it is recorded.
+
+    Args:
+        report: counts recordings and replays.
+        most: recordings that are kept.
+    """
+
+    def __init__(self, report: Report, most: int = MOST_RECORDINGS) -> None:
+        self._report = report
+        self._most = most
+        self._found: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._pool: Any = None
+        self._works = True
+        self._lock = RLock()
+
+    def __call__(
+        self, key: Hashable, copied: Mapping[int, Tensor], call: Callable[[Copied], list[Any]]
+    ) -> list[Any]:
+        """``call`` on its copied inputs.
+
+        Args:
+            key: of what is taken where it is; equal if and only if all of it is at the same
+                addresses, with the same sizes.
+            copied: inputs that may be anywhere, by a number.
+            call: takes such inputs on the GPU, and returns outputs.
+        """
+        with self._lock:
+            key = (torch.cuda.current_stream(), key)
+            if not self._works or key not in self._found:
+                outputs = call(_on_gpu(copied))
+                self._remember(key, None)
+                return outputs
+            recording = self._found[key]
+            self._found.move_to_end(key)
+            if recording is None:
+                recording = self._record(copied, call)
+                if recording is None:
+                    return call(_on_gpu(copied))
+                self._remember(key, recording)
+                self._report.recordings += 1
+            self._report.replays += 1
+            return recording(copied)
+
+    def _record(
+        self, copied: Mapping[int, Tensor], call: Callable[[Copied], list[Any]]
+    ) -> Recording | None:
+        """None if that fails; nothing of it has run then."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            return Recording(call, copied, self._pool)
+        except Exception as error:
+            self._works = False
+            self._found.clear()
+            logger.warning(
+                "a decode graph runs without CUDA graphs, because recording it failed: %s", error,
+                exc_info=True,
+            )  # fmt: skip
+            return None
+
+    def _remember(self, key: Hashable, recording: Recording | None) -> None:
+        if self._works:
+            self._found[key] = recording
+            while len(self._found) > self._most:
+                self._found.popitem(last=False)
+
+
+@lru_cache(maxsize=16)
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings, since cuBLAS has a workspace for every stream."""
+    return torch.cuda.Stream(device)
+
+
+def _on_gpu(copied: Mapping[int, Tensor]) -> Copied:
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {i: x.to(device, non_blocking=True) for i, x in copied.items()}
