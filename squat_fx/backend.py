@@ -17,11 +17,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from squat_fx.boundary import Boundary, is_number
+from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
+from squat_fx.replay import Moving, is_number
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import TOKENS, Storage
@@ -193,27 +194,28 @@ def _annotate_sources(rewriting: Rewriting) -> None:
 # the inner compiler -------------------------------------------------------------------------------
 
 
-def _moving_inputs(
-    rewriting: Rewriting, examples: Sequence[Any], report: Report
-) -> tuple[int, ...] | None:
+def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report) -> Moving | None:
     """Which inner inputs may be elsewhere at every call; None if the graph cannot be replayed as a
     CUDA graph, with a note that says why.
     """
-    moving = []
+    arguments: dict[int, int] = {}
+    positions: list[int] = []
+    others: list[int] = []
     for i, fed in enumerate(rewriting.inputs):
         if fed.kind == "positions":
-            moving.append(i)
+            positions.append(i)
         elif fed.kind in ("argument", "dense"):
             node, example = rewriting.placeholders[fed.index], examples[fed.index]
-            if not isinstance(example, Tensor) or is_number(example):
-                continue
-            if isinstance(example, QuantizedKV) or example.device.type != "cuda":
-                where = "packed" if isinstance(example, QuantizedKV) else f"on {example.device}"
+            if is_number(example) or _stays_in_place(node, example):
+                others.append(fed.index)
+            else:
+                arguments[i] = fed.index
+            is_packed = isinstance(example, QuantizedKV)
+            if is_packed or not (is_number(example) or example.device.type == "cuda"):
+                where = "packed" if is_packed else f"on {example.device}"
                 report.note(f"a graph is not replayed, because its input {node.name} is {where}")
                 return None
-            if not _stays_in_place(node, example):
-                moving.append(i)
-    return tuple(moving) if rewriting.handles else None
+    return Moving(arguments, positions, others) if rewriting.handles else None
 
 
 def _stays_in_place(node: fx.Node, example: Tensor) -> bool:

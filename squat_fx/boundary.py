@@ -19,7 +19,7 @@ from torch import Tensor
 from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
 from squat_fx.passes.spelling import size_of
 from squat_fx.pool import POOL
-from squat_fx.replay import Replayed
+from squat_fx.replay import Moving, Replayed, Whereabouts
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import TOKENS, Storage
@@ -50,18 +50,6 @@ class Size:
         return int(self._expression.subs(zip((s for s, _, _ in self._terms), values, strict=True)))
 
 
-def is_number(x: Tensor) -> bool:
-    """Whether a tensor is a number of the host: Dynamo makes such of Python's."""
-    return x.device.type == "cpu" and x.dim() == 0
-
-
-def _identity(x: Any) -> Any:
-    """What a recorded CUDA graph depends on: the address of a tensor, the value of a number."""
-    if not isinstance(x, Tensor):
-        return x
-    return x.item() if is_number(x) else x.data_ptr()
-
-
 def _find_symbol(symbol: sympy.Symbol, examples: Sequence[Any]) -> tuple[int, int | None]:
     """Which argument, or which dim of it, carries ``symbol``."""
     for index, example in enumerate(examples):
@@ -88,8 +76,8 @@ class Carrier:
 class Boundary:
     """Calls the inner graph with plain tensors; called by whoever called the original graph.
 
-    ``moving``: which inner inputs may be elsewhere at every call, if the graph is to be replayed as
-    a CUDA graph; None if not.
+    ``moving`` says that the inner graph is to be replayed as a CUDA graph, and which of its inputs
+    may be elsewhere at every call.
     """
 
     def __init__(
@@ -100,11 +88,13 @@ class Boundary:
         handles: Sequence[int],
         examples: Sequence[Any],
         report: Report,
-        moving: Sequence[int] | None = None,
+        moving: Moving | None = None,
     ) -> None:
         self._inner = inner
         self._moving = moving
-        self._replayed = Replayed(report)
+        if moving is not None:
+            self._replayed = Replayed(report)
+            self._whereabouts = Whereabouts(moving.others)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._report = report
@@ -126,26 +116,19 @@ class Boundary:
         if self._stored_tokens:
             POOL.make_room(next((x.device for x in args if isinstance(x, Tensor)), None))
         if self._moving is None or dense:
-            results = self._inner(*self._gather(args, staged, dense))
+            results = list(self._inner(*self._gather(args, staged, dense)))
         else:
             results = self._replay(self._moving, args, staged)
         return self._finish(args, results, staged, dense)
 
     def _replay(
-        self, moving: Sequence[int], args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]
-    ) -> Sequence[Any]:
+        self, moving: Moving, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]
+    ) -> list[Any]:
         """The results of a CUDA graph that was recorded where storages and weights are now."""
-        copied, fixed = {}, []
-        for i, fed in enumerate(self._inputs):
-            if fed.kind == "positions":
-                copied[i] = self._positions(args, staged)
-            elif fed.kind == "argument":
-                x = args[fed.index]
-                if i in moving:
-                    copied[i] = x
-                else:
-                    fixed.append(_identity(x))
-        key = (tuple(storage.addresses for storage, _ in staged.values()), tuple(fixed))
+        copied = {i: args[index] for i, index in moving.arguments.items()}
+        for i in moving.positions:
+            copied[i] = self._positions(args, staged)
+        key = (self._whereabouts.version(args), *(s.addresses for s, _ in staged.values()))
         with torch.cuda.device(self._device(args)):
             return self._replayed(
                 key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))
@@ -232,19 +215,22 @@ class Boundary:
     def _finish(
         self,
         args: tuple[Any, ...],
-        results: Sequence[Any],
+        results: list[Any],
         staged: dict[int, tuple[Storage, int]],
         dense: dict[int, Tensor],
     ) -> tuple[Any, ...]:
-        """Commit what was appended, and put together what the caller expects."""
+        """Commit what was appended, and put together what the caller expects.
+
+        Takes arenas out of ``results``, so that no two layers are held twice.
+        """
+        for index, ring in dense.items():
+            staged[index][0]["dense"].copy_(ring)
         appended: dict[int, QuantizedKV] = {}
-        for index, (storage, new_tokens) in staged.items():
-            if index in dense:
-                storage["dense"].copy_(dense[index])
-            storage.commit(storage.extent.after(new_tokens, storage.fmt))
-            appended[index] = self._report.track(QuantizedKV(storage, storage.length))
+        with torch.inference_mode():  # entered once, and not for every handle
+            for index, (storage, new_tokens) in staged.items():
+                storage.commit(storage.extent.after(new_tokens, storage.fmt))
+                appended[index] = self._report.track(QuantizedKV(storage, storage.length))
         stored: dict[int, QuantizedKV] = {}
-        results = list(results)
         out: list[Any] = []
         for position, made in enumerate(self._outputs):
             if made.kind == "value":
@@ -261,5 +247,6 @@ class Boundary:
                         arenas, length, made.edge.fmt, made.edge.role, made.edge.basis
                     )
                     stored[made.first] = self._report.track(handle)
+                    del arenas
                 out.append(stored[made.first])
         return tuple(out)

@@ -16,7 +16,7 @@ from torch import Tensor
 TOKENS = 2  # the dim of an arena that grows
 GROWTH_SHARE = 8  # an arena grows by 1/8: doubling would cost the peak memory that packing saves
 SMALLEST_GROWTH = 256  # tokens
-KEPT_SHARE = 64  # of a GPU's memory, 1/64 may wait for the next generation while a prompt runs
+KEPT_SHARE = 128  # of a GPU's memory, 1/128 may wait for the next generation while a prompt runs
 CAPACITY_MULTIPLE = 128  # tokens; whole groups of every group size
 
 
@@ -55,7 +55,7 @@ class ArenaPool:
         self._numbers: dict[int, int] = {}  # of arenas by identity, in the order they were made
         self._free: OrderedDict[int, Tensor] = OrderedDict()  # by identity, the oldest first
         self._kinds: dict[Kind, dict[int, Tensor]] = {}
-        self._returned: deque[Tensor] = deque()
+        self._returned: deque[tuple[Tensor, bool]] = deque()
         self._lock = RLock()
 
     @property
@@ -108,13 +108,14 @@ class ArenaPool:
             self._evict()
         return arena
 
-    def give(self, arena: Tensor) -> None:
-        """Take back an arena that nobody reads any more.
+    def give(self, arena: Tensor, outgrown: bool = False) -> None:
+        """Take back an arena that nobody reads any more; one that was ``outgrown`` is freed, since
+        the next cache gets the larger one.
 
         The garbage collector may call this at any moment, also in the middle of ``take``: it only
         leaves a note.
         """
-        self._returned.append(arena)
+        self._returned.append((arena, outgrown))
 
     def make_room(self, device: torch.device | None) -> None:
         """Keep little for what may come again on a GPU, because a prompt needs memory now."""
@@ -138,8 +139,11 @@ class ArenaPool:
         """Move what came back to what is free."""
         with self._lock:
             while self._returned:
-                arena = self._returned.popleft()
+                arena, outgrown = self._returned.popleft()
                 self._live_bytes -= arena.nbytes
+                if outgrown:
+                    del self._numbers[id(arena)]
+                    continue
                 self._free_bytes += arena.nbytes
                 self._free[id(arena)] = arena
                 self._kinds.setdefault(_kind_of(arena), {})[id(arena)] = arena

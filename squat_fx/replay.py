@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -28,6 +29,61 @@ logger = logging.getLogger(__name__)
 
 Copied = dict[int, Tensor]
 MOST_RECORDINGS = 8
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Which inputs of a call may be elsewhere every time.
+
+    Attributes:
+        arguments: those that the caller of the boundary passes, as ``{input: argument}``.
+        positions: those that are told what is written.
+        others: arguments that are weights, buffers or numbers.
+    """
+
+    arguments: Mapping[int, int]
+    positions: Sequence[int]
+    others: Sequence[int]
+
+
+def is_number(x: Any) -> bool:
+    """Whether something is a number of the host; Dynamo makes tensors of Python's."""
+    return not isinstance(x, Tensor) or (x.device.type == "cpu" and x.dim() == 0)
+
+
+class Whereabouts:
+    """Notices if a weight moved, or a number changed."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self._indices = list(indices)
+        self._tensors: list[int] = []
+        self._numbers: list[int] = []
+        self._addresses: list[int] = []
+        self._found: list[Any] = []
+        self._version = 0
+
+    def version(self, args: Sequence[Any]) -> int:
+        """The same as the last time if and only if all is where it was, and as it was."""
+        if not self._version:
+            self._numbers = [i for i in self._indices if is_number(args[i])]
+            self._tensors = [i for i in self._indices if not is_number(args[i])]
+        numbers = [
+            x.item() if isinstance(x, Tensor) else x for x in (args[i] for i in self._numbers)
+        ]
+        if not self._version or numbers != self._found or not self._same_addresses(args):
+            self._found = numbers
+            self._addresses = [0] * len(args)
+            for i in self._tensors:
+                self._addresses[i] = args[i].data_ptr()
+            self._version += 1
+        return self._version
+
+    def _same_addresses(self, args: Sequence[Any]) -> bool:
+        # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.
+        equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+        if equal is not None:
+            return equal(list(args), self._addresses, self._tensors)
+        return all(args[i].data_ptr() == self._addresses[i] for i in self._tensors)
 
 
 class Recording:

@@ -56,7 +56,8 @@ class QuantizedKV(Tensor):
         # An inference tensor is no base of views: autograd would make a crop hold on to the longer
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
-        with contextlib.nullcontext() if is_fake else torch.inference_mode():
+        is_set = is_fake or torch.is_inference_mode_enabled()
+        with contextlib.nullcontext() if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dense.dtype, device=dense.device
             )

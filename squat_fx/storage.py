@@ -44,7 +44,7 @@ class Storage:
         self.watermark = extent.watermark
         self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-        self._addresses: tuple[int, ...] | None = None
+        self._note_sizes()
 
     @classmethod
     def outline(cls, dense: Tensor, length: Any, fmt: Format, role: Role) -> Storage:
@@ -117,6 +117,8 @@ class Storage:
         the same step, whichever of them are exact.
         """
         needed = self.length + new_tokens
+        if needed <= self._room:
+            return
         first, *others = self.fmt.packed_names
         with torch.inference_mode(False), torch.no_grad():
             if needed > self.capacity_of(first):
@@ -180,6 +182,12 @@ class Storage:
         op = ops.overload("dequantize", self.fmt.layout)
         return op(*self.tensors, positions, 0, length, self.fmt.to_ints())
 
+    def _note_sizes(self) -> None:
+        """What follows from the arenas and is asked for at every step."""
+        capacities = {self.capacity_of(name) for name in self.fmt.packed_names}
+        self._room = capacities.pop() if len(capacities) == 1 else 0
+        self._addresses: tuple[int, ...] | None = None
+
     def _move_to_pool(self, capacity: int) -> None:
         first, *others = self.fmt.packed_names
         self._replace(first, capacity, pooled=False)
@@ -189,11 +197,11 @@ class Storage:
             old = self._arenas[name]
             self._arenas[name] = POOL.take(tuple(old.shape), old.dtype, old.device)
             self._arenas[name].copy_(old)
-        self._addresses = None
+        self._note_sizes()
 
     def _replace(self, name: str, capacity: int, pooled: bool) -> None:
         """Move a packed arena into one with room for ``capacity`` tokens, the first of them maybe
-        for more; the old one goes back if it is ``pooled``.
+        for more; the old one is given up if it is ``pooled``.
         """
         old = self._arenas[name]
         shape = list(old.shape)
@@ -204,9 +212,9 @@ class Storage:
         new[:, :, :kept].copy_(old[:, :, :kept])
         torch._dynamo.maybe_mark_dynamic(new, TOKENS)
         self._arenas[name] = new
-        self._addresses = None
+        self._note_sizes()
         if pooled:
-            POOL.give(old)
+            POOL.give(old, outgrown=True)
 
 
 def _give_back(arenas: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from squat_fx import replay
-from squat_fx.replay import Replayed
+from squat_fx.replay import Replayed, Whereabouts
 from squat_fx.report import Report
 
 
@@ -127,3 +127,21 @@ def test_a_call_that_raises_is_not_recorded_next_time() -> None:
     steps = Steps()
     run(replayed, "a", steps)
     assert steps.ran == ["direct"]
+
+
+def test_a_weight_that_moved_and_a_number_that_changed_are_noticed() -> None:
+    weight, ids, scale = torch.ones(3), torch.ones(2), torch.tensor(0.5)
+    whereabouts = Whereabouts([0, 2, 3])
+    first = whereabouts.version([weight, ids, scale, 7])
+    assert whereabouts.version([weight, ids + 1, scale.clone(), 7]) == first
+    versions = [first]
+    for args in (
+        [weight.clone(), ids, scale, 7],
+        [weight, ids, scale, 7],
+        [weight, ids, scale + 1, 7],
+        [weight, ids, scale + 1, 8],
+    ):
+        versions.append(whereabouts.version(args))
+    assert len(set(versions)) == 5
+    weight.data = weight.clone()
+    assert whereabouts.version([weight, ids, scale + 1, 8]) not in versions

@@ -72,6 +72,11 @@ class Format:
     affine: bool = False
     latent: bool = False
 
+    def __deepcopy__(self, memo: object) -> Format:
+        # Nothing of it changes, and the same object is compared faster: Dynamo keeps a copy of it,
+        # and looks at every handle's at every step.
+        return self
+
     @property
     def ring_length(self) -> int:
         """Slots of the ring of recent tokens: one packed group more than the residual."""
