@@ -136,6 +136,12 @@ def bench_generate(
         list[str] | None, typer.Option(help="A cache to measure; repeat. All when left out.")
     ] = None,
     bits: Bits = 2,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of a prompt that the model takes at once; 0: all.", min=0)
+    ] = 0,
+    together: Annotated[
+        int, typer.Option(help="Processes that compile side by side, and measure in turn.", min=1)
+    ] = 1,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -156,10 +162,13 @@ def bench_generate(
             if name not in generate.CACHES:
                 known = ", ".join(generate.CACHES)
                 raise DemoError(f"there is no cache {name!r}; choose from {known}")
-        result = generate.measure(cases, caches, bits, say)
+        settings = generate.Settings(bits, prefill_chunk, together)
+        result = generate.measure(cases, caches, settings, say)
         Console(width=150).print(generate.table(result))
         command = " ".join(["squat-fx bench generate", *(f"--case {c}" for c in cases)])
         command += "".join(f' --cache "{name}"' for name in cache or ()) + f" --bits {bits}"
+        command += f" --prefill-chunk {prefill_chunk}" if prefill_chunk else ""
+        command += f" --together {together}" if together > 1 else ""
         keep_measurement(command, result, out, plot, plot_generate)
 
 

@@ -99,6 +99,7 @@ def test_whole_models_are_measured_in_processes_of_their_own(tmp_path: Path) -> 
     out, picture = tmp_path / "new" / "generate.json", tmp_path / "generate.png"
     done = squat(
         "generate", "--case", "tiny:2:16:6", "--cache", "eager", "--cache", "squat",
+        "--together", "2", "--prefill-chunk", "8",
         "--out", str(out), "--plot", str(picture),
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
@@ -118,7 +119,9 @@ def test_whole_models_are_measured_in_processes_of_their_own(tmp_path: Path) -> 
 
 def test_what_went_wrong_in_a_process_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate.sys, "executable", "/bin/false")
-    result = generate.measure([generate.Case("tiny", 1, 8, 4)], ["eager"], 2, lambda _: None)
+    result = generate.measure(
+        [generate.Case("tiny", 1, 8, 4)], ["eager"], generate.Settings(), lambda _: None
+    )
     assert result["rows"][0]["error"] == "exit status 1"
     assert "exit status 1" in printed(generate.table(result))
 

@@ -12,6 +12,9 @@ its own:
     squat         squat_fx.compile(model, bits=2)
     squat graphs  the same with cuda_graphs=True
 
+Compiling takes most of the time, and memory is plenty for small cases: with ``together``, processes
+compile side by side, and measure one after the other once all are ready.
+
 A step is the median time between two tokens, by events on the GPU's own clock, without the first
 three; throughput counts the whole generation after the first token. Peaks are the allocator's, of
 the prefill and of all. The floor of a step is the time in which the GPU reads the weights once, at
@@ -20,12 +23,16 @@ the speed at which it copies memory in the same process.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -64,6 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 CACHES = ("eager", "compiled", "squat", "squat graphs")
 WARM_STEPS = 3
+FIRST_TOKENS = 8  # of the generation that compiles
 GIB = 2.0**30
 
 
@@ -155,8 +163,50 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / median(times)
 
 
-def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
-    """One case with one cache, in this process."""
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every case.
+
+    Attributes:
+        bits: of the packed caches.
+        prefill_chunk: tokens of a prompt that the model takes at once; 0: all.
+        together: how many processes compile side by side.
+    """
+
+    bits: int = 2
+    prefill_chunk: int = 0
+    together: int = 1
+
+
+class Turns:
+    """Processes that wait for each other: first until all are ready, then for their turn.
+
+    A file in ``folder`` says that one is ready, or gone; one more is locked by whose turn it is.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
+        self._count = count
+
+    def ready(self, name: str) -> None:
+        """Process ``name`` is ready, or gone."""
+        (self._folder / f"{name}.ready").touch()
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Alone, once all are ready."""
+        self.ready(name)
+        while len(list(self._folder.glob("*.ready"))) < self._count:
+            time.sleep(0.1)
+        with (self._folder / "turn").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def run_one(
+    case: Case, cache: str, settings: Settings, alone: Callable[[], AbstractContextManager]
+) -> dict[str, Any]:
+    """One case with one cache, in this process; what is measured runs in ``alone()``."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = make_model(case.shape, case.prompt + case.new, device)
     weights = sum(p.nbytes for p in model.parameters())
@@ -164,12 +214,13 @@ def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
     if cache == "compiled":
         options = {"cache_implementation": "static", "compile_config": CompileConfig()}
     elif cache.startswith("squat"):
-        squat_fx.compile(model, bits, cuda_graphs=cache == "squat graphs")
+        squat_fx.compile(model, settings.bits, cuda_graphs=cache == "squat graphs")
     ids = torch.randint(1, model.config.vocab_size, (case.batch, case.prompt), device=device)
-    options |= {"do_sample": False, "min_new_tokens": case.new, "max_new_tokens": case.new}
+    options |= {"do_sample": False, "prefill_chunk_size": settings.prefill_chunk or None}
 
-    def generate() -> tuple[Ticks, float]:
+    def generate(new_tokens: int) -> tuple[Ticks, float]:
         ticks = Ticks()
+        options.update(min_new_tokens=new_tokens, max_new_tokens=new_tokens)
         started = time.perf_counter()
         with torch.no_grad():
             model.generate(ids, stopping_criteria=[ticks], **options)
@@ -177,10 +228,13 @@ def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         return ticks, time.perf_counter() - started
 
-    _, first_seconds = generate()  # compiles
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ticks, seconds = generate()
+    # Compiles; a static cache has the size of what will be generated.
+    _, first_seconds = generate(case.new if cache == "compiled" else min(case.new, FIRST_TOKENS))
+    with alone():
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        ticks, seconds = generate(case.new)
     steps = ticks.milliseconds()
     decoding = sum(steps) / 1e3
     found: dict[str, Any] = {
@@ -200,28 +254,55 @@ def run_one(case: Case, cache: str, bits: int) -> dict[str, Any]:
     return found
 
 
-def run_in_process(case: Case, cache: str, bits: int) -> dict[str, Any]:
-    """The same in a process that starts with nothing allocated; what went wrong as ``error``."""
-    command = [sys.executable, "-m", __name__, str(case), cache, str(bits)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in reversed(done.stdout.splitlines()):
+def run_together(
+    rows: Sequence[tuple[Case, str]], settings: Settings
+) -> Iterator[tuple[Case, str, dict[str, Any]]]:
+    """Cases in processes that start with nothing allocated; what went wrong as ``error``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        turns, running = Turns(folder, len(rows)), {}
+        for i, (case, cache) in enumerate(rows):
+            arguments = [
+                str(case),
+                cache,
+                json.dumps(asdict(settings)),
+                name,
+                str(len(rows)),
+                str(i),
+            ]
+            with (folder / f"{i}.out").open("w") as out, (folder / f"{i}.err").open("w") as err:
+                command = [sys.executable, "-m", __name__, *arguments]
+                running[i] = subprocess.Popen(command, stdout=out, stderr=err)
+        while running:
+            time.sleep(0.05)
+            for i in [i for i, process in running.items() if process.poll() is not None]:
+                turns.ready(str(i))  # or the others would wait for one that is gone
+                status = running.pop(i).returncode
+                output, errors = ((folder / f"{i}.{end}").read_text() for end in ("out", "err"))
+                yield *rows[i], _result(status, output, errors)
+
+
+def _result(status: int, output: str, errors: str) -> dict[str, Any]:
+    """What a process printed; if it found nothing, its last words."""
+    for line in reversed(output.splitlines()):
         if line.startswith("{"):
             return json.loads(line)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return {"error": lines[-1][:300] if lines else f"exit status {done.returncode}"}
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return {"error": lines[-1][:300] if lines else f"exit status {status}"}
 
 
 def measure(
-    cases: Sequence[Case], caches: Sequence[str], bits: int, log: Callable[[str], None]
+    cases: Sequence[Case], caches: Sequence[str], settings: Settings, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Every case with every cache, as json takes it; ``log`` is told of each."""
-    rows = []
-    for case in cases:
-        for cache in caches:
-            found = run_in_process(case, cache, bits)
-            rows.append(asdict(case) | {"cache": cache} | found)
-            log(f"{case} {cache}: {found}"[:300])
-    return {"bits": bits, "rows": rows}
+    todo = [(case, cache) for case in cases for cache in caches]
+    found = {}
+    for first in range(0, len(todo), settings.together):
+        group = todo[first : first + settings.together]
+        for case, cache, result in run_together(group, settings):
+            found[case, cache] = asdict(case) | {"cache": cache} | result
+            log(f"{case} {cache}: {result}"[:300])
+    return asdict(settings) | {"rows": [found[row] for row in dict.fromkeys(todo)]}
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -246,6 +327,12 @@ def table(result: dict[str, Any]) -> Table:
     return table
 
 
+def main(case: str, cache: str, settings: str, folder: str, count: str, name: str) -> None:
+    """What a process of :func:`run_together` does."""
+    turns = Turns(Path(folder), int(count))
+    parsed = Settings(**json.loads(settings))
+    print(json.dumps(run_one(Case.parse(case), cache, parsed, lambda: turns.turn(name))))
+
+
 if __name__ == "__main__":
-    text, cache, bits = sys.argv[1:]
-    print(json.dumps(run_one(Case.parse(text), cache, int(bits))))
+    main(*sys.argv[1:])
