@@ -228,7 +228,7 @@ class Boundary:
         appended: dict[int, QuantizedKV] = {}
         with torch.inference_mode():  # entered once, and not for every handle
             for index, (storage, new_tokens) in staged.items():
-                storage.commit(storage.extent.after(new_tokens, storage.fmt))
+                storage.advance(new_tokens)
                 appended[index] = self._report.track(QuantizedKV(storage, storage.length))
         stored: dict[int, QuantizedKV] = {}
         out: list[Any] = []

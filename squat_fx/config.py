@@ -41,7 +41,7 @@ class Config:
             ``{layer: (key_bits, value_bits)}``; kept as sorted pairs.
         calibration: from :func:`squat_fx.calibrate`, for codecs that take one (``squat`` does).
         inner: what compiles the rewritten graph.
-        cuda_graphs: let Inductor replay static decode graphs as CUDA graphs.
+        cuda_graphs: record static decode graphs as CUDA graphs, and replay them.
         strict: raise where an attention is left alone or a graph cannot be compiled, instead of
             running it as it was.
 

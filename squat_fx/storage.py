@@ -18,6 +18,8 @@ from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.pool import POOL, TOKENS, grown_capacity
 
+MANY_LEASES = 32  # dead ones are dropped when there are so many
+
 
 class Lease:
     """That a living handle reads the first ``length`` stored tokens of a storage."""
@@ -43,7 +45,7 @@ class Storage:
         self.length = extent.length
         self.watermark = extent.watermark
         self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
-        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._leases: list[weakref.ref[Lease]] = []
         self._note_sizes()
 
     @classmethod
@@ -51,7 +53,7 @@ class Storage:
         """What tracing needs to know of a storage: its dense buffer."""
         storage = cls.__new__(cls)
         storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
-        storage._arenas, storage._leases = {"dense": dense}, weakref.WeakSet()
+        storage._arenas, storage._leases = {"dense": dense}, []
         return storage
 
     @classmethod
@@ -105,12 +107,16 @@ class Storage:
     def lease(self, length: int) -> Lease:
         """Note a living reader of the first ``length`` tokens."""
         lease = Lease(length)
-        self._leases.add(lease)
+        if len(self._leases) >= MANY_LEASES:
+            self._leases = [ref for ref in self._leases if ref() is not None]
+        self._leases.append(weakref.ref(lease))
         return lease
 
     def longest_reader(self, besides: Lease) -> int:
         """Tokens that the other living handles read."""
-        return max((lease.length for lease in self._leases if lease is not besides), default=0)
+        leases = (ref() for ref in self._leases)
+        lengths = (lease.length for lease in leases if lease is not None and lease is not besides)
+        return max(lengths, default=0)
 
     def reserve(self, new_tokens: int) -> None:
         """Grow until ``new_tokens`` more fit, wherever they come to lie: keys and values grow in
@@ -133,9 +139,10 @@ class Storage:
         """Tokens that fit into the packed arena ``name``."""
         return self._arenas[name].shape[TOKENS] * self.fmt.tokens_per_slot(name)
 
-    def commit(self, extent: Extent) -> None:
-        """Make ``extent`` what is written; the append itself has happened."""
-        self.length, self.watermark = extent.length, extent.watermark
+    def advance(self, new_tokens: int) -> None:
+        """Count ``new_tokens`` more as written; the append itself has happened."""
+        self.length += new_tokens
+        self.watermark = max(self.watermark, self.length - self.fmt.residual_length)
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
         """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that
@@ -159,13 +166,13 @@ class Storage:
             )
             if written is not dense:
                 dense.copy_(written)
-        self.commit(self.extent.after(new_tokens, self.fmt))
+        self.advance(new_tokens)
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from ``length`` on, in place."""
         after = Extent(length, min(self.watermark, length))
         reference.truncate(self.arenas, self.extent, after, self.fmt)
-        self.commit(after)
+        self.length, self.watermark = after.length, after.watermark
 
     def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
         """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""

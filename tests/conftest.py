@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Format, Lossless, Role, codec_spec, make_format
+from squat_fx.pool import POOL
 
 settings.register_profile("squat_fx", deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("squat_fx")
+
+
+@pytest.fixture(autouse=True)
+def empty_pool() -> None:
+    """No test gets arenas that another one made large."""
+    POOL.clear()
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -42,11 +42,13 @@ def test_growth_records_anew_and_answers_the_same(codec: str) -> None:
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
     assert 1 <= report.recordings <= GROWTHS
     assert report.replays >= 256 * GROWTHS - 2 * GROWTHS - 2
-    # The pool hands the same arenas out again, and those have room.
+    # The pool hands the grown arenas out, maybe to other layers, and then the same to each.
     first = report.recordings
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
+    second = report.recordings
+    assert second <= first + 1
     assert torch.equal(generate(model, 256 * GROWTHS), expected)
-    assert report.recordings == first
+    assert report.recordings == second
     assert report.eager_calls == 0
     assert len(report.graphs) == 2
 
