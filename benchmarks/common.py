@@ -6,7 +6,6 @@ names, so that two machines write the same command.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,17 @@ from typing import Any
 import torch
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import squat_fx
 from squat_fx.bench.record import write_json
 from squat_fx.cli import late_progress, stay_offline
 from squat_fx.demo import smollm2_folder
+from squat_fx.evaluate.measure import innermost
+from squat_fx.evaluate.settings import new_cache as new_cache
+from squat_fx.evaluate.texts import leading_tokens as leading_tokens
+from squat_fx.evaluate.texts import text_record as text_record
+from squat_fx.evaluate.texts import text_tokens as text_tokens
 
 
 def model_folder(chosen: Path | None) -> Path:
@@ -38,26 +42,6 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
         folder, dtype=dtype, attn_implementation=attention, local_files_only=True
     )
     return model.eval()
-
-
-def text_tokens(folder: Path, text: Path) -> Tensor:
-    """The whole text as the model's tokens, int64 ``[tokens]``, without special tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    content = text.read_text(encoding="utf-8")
-    encoded = tokenizer(content, add_special_tokens=False, return_tensors="pt", verbose=False)
-    return encoded.input_ids[0]
-
-
-def leading_tokens(folder: Path) -> Tensor:
-    """What the model's tokenizer puts before every text, int64 ``[0 or 1]``."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return torch.tensor([tokenizer.bos_token_id] if begins else [], dtype=torch.int64)
-
-
-def new_cache(model: Any) -> DynamicCache:
-    """The cache that ``generate()`` would make."""
-    return DynamicCache(config=model.config)
 
 
 def prefill(model: Any, prompt: Tensor, cache: Any) -> Any:
@@ -85,20 +69,6 @@ def stored_bytes(cache: Any) -> squat_fx.CacheBytes:
                 found = squat_fx.CacheBytes(stored, found.dense)
             total = total + found
     return total
-
-
-def innermost(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a traceable wrapper is made of; a plain tensor is made of itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from innermost(getattr(tensor, name))
-
-
-def text_record(text: Path) -> dict[str, str]:
-    """Which text it was."""
-    return {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
 
 
 def command(

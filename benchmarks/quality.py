@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
@@ -54,7 +54,8 @@ import squat_fx
 from squat_fx.bench.record import versions
 from squat_fx.cli import late_progress
 from squat_fx.codecs import Kivi, Squat, SquatPaper
-from squat_fx.demo import Advance
+from squat_fx.evaluate.measure import Advance, standard_error
+from squat_fx.evaluate.texts import spread
 
 GROUP_SIZE, RESIDUAL_LENGTH, SINK_LENGTH = 32, 32, 4
 
@@ -279,22 +280,6 @@ def measure(
     return row
 
 
-def spread_windows(ids: Tensor, count: int, length: int) -> tuple[list[int], Tensor]:
-    """``count`` windows whose offsets are multiples of the same stride, from the first token on."""
-    stride = len(ids) // count
-    if stride < length:
-        raise typer.BadParameter(
-            f"{count} windows of {length} tokens need {count * length} tokens, "
-            f"the text has {len(ids)}; ask for fewer"
-        )
-    offsets = [index * stride for index in range(count)]
-    return offsets, torch.stack([ids[offset : offset + length] for offset in offsets])
-
-
-def standard_error(numbers: list[float]) -> float:
-    return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
-
-
 def print_rows(rows: list[Row], setup: Setup, console: Console) -> None:
     for text in dict.fromkeys(setup.texts):
         title = f"{text}, prompt {setup.prompt}"
@@ -344,10 +329,10 @@ def main(
     cut, names, records = [], [], []
     for path in text:
         ids = text_tokens(folder, path)
-        offsets, found = spread_windows(ids, windows, prompt + tokens + 1 - len(leading))
+        found = spread(ids, windows, prompt + tokens + 1 - len(leading), path.name)
         cut.append(torch.cat([leading.expand(windows, -1), found], 1))
         names += [path.name] * windows
-        records.append(text_record(path) | {"tokens": len(ids), "window_offsets": offsets})
+        records.append(text_record(path) | {"tokens": len(ids)})
     setup = Setup(
         folder,
         torch.cat(cut).to(device),

@@ -1,4 +1,5 @@
-"""The command line: ``squat-fx demo | explain MODEL | bench kernel, tune or generate | version``.
+"""The command line: ``squat-fx demo | explain MODEL | eval | bench kernel, tune or generate |
+version``.
 
 Results go to stdout, progress and errors to stderr. A failure that the user can mend is one
 sentence and exit code 1. Importing this module imports neither transformers nor Triton.
@@ -127,6 +128,75 @@ def bench_tune(
 
         tuning.write(out, tune.measure(say))
     typer.echo(f"wrote {out}; use it with {tuning.VARIABLE}={out}")
+
+
+@app.command("eval")
+def evaluate(
+    text: Annotated[
+        list[Path], typer.Option(help="UTF-8 text; repeat.", exists=True, dir_okay=False)
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face model folder; SmolLM2-135M when left out.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, or a name and its fields as json; repeat. squat and kivi."),
+    ] = None,
+    bits: Annotated[
+        list[str] | None, typer.Option(help="A width, or keys/values as 3/2; repeat. 2.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
+    prompt: Annotated[int, typer.Option(help="Tokens fed in one call.", min=1)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens then fed one by one.", min=1)] = 256,
+    residual_length: Annotated[int, typer.Option(help="Newest tokens kept exact.", min=0)] = 32,
+    sink_length: Annotated[int, typer.Option(help="First tokens kept exact.", min=0)] = 4,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(help="Another text; codecs that can are calibrated too.", exists=True),
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option(help="Quantized caches of transformers too, where installed.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Windows fed together.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    inner: Annotated[str, typer.Option(help="inductor, aot_eager or eager.")] = "eager",
+    out: Out = None,
+    plot: Plot = None,
+) -> None:
+    """Compare small caches on texts: likelihood, KL, bits, bytes, and attention layer by layer."""
+    with one_sentence_errors():
+        require_for_plot(plot)
+        smollm2.require_packages("transformers")
+        stay_offline()
+        from squat_fx.bench.plot import plot_eval
+        from squat_fx.evaluate import report, settings, texts
+
+        folder = model or smollm2.smollm2_folder(late_progress)
+        try:
+            ids = None if calibration_text is None else texts.text_tokens(folder, calibration_text)
+            options = {"residual_length": residual_length, "sink_length": sink_length}
+            chosen = settings.ours(
+                codec or ["squat", "kivi"], bits or ["2"], ids, inner=inner, **options
+            )
+            cut, records = texts.windows_of(folder, text, windows, prompt, tokens)
+            report.check(device, dtype)
+        except (ValueError, OSError) as error:
+            raise DemoError(str(error)) from error
+        if peers:
+            chosen += settings.peers(2, residual_length)
+        rows = report.run(folder, device, dtype, cut, batch, [settings.full(), *chosen],
+                          late_progress, say)  # fmt: skip
+        for table in report.tables(rows, cut.texts, prompt):
+            Console(width=150).print(table)
+        command = report.command(
+            model, text, codec, bits, windows=windows, prompt=prompt, tokens=tokens,
+            residual_length=residual_length, sink_length=sink_length,
+            calibration_text=calibration_text, batch=batch, device=device, dtype=dtype, inner=inner,
+        )  # fmt: skip
+        result = {"model": folder.name, "texts": records, "prompt": prompt, "tokens": tokens}
+        result["rows"] = [row.record(cut.texts) for row in rows]
+        keep_measurement(command + " --peers" * peers, result, out, plot, plot_eval)
 
 
 @bench.command("generate")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
+LEAST_KL = 1e-6  # as far down as it is drawn: an exact cache has none
 
 
 def plot_kernel(rows: Rows, out: Path) -> None:
@@ -78,6 +79,50 @@ def plot_generate(rows: Rows, out: Path) -> None:
     if done:
         axes[0].legend(fontsize=7)
     _save(figure, out)
+
+
+def plot_eval(rows: Rows, out: Path) -> None:
+    """KL against the bits of an element, the best at each size joined; errors layer by layer.
+
+    Args:
+        rows: of ``eval``; the first is the full cache.
+        out: the PNG file.
+    """
+    figure, axes = _axes(2)
+    _plot_front(rows[1:], axes[0])
+    _plot_layers([row for row in rows if row["attention_error"]], axes[1])
+    _save(figure, out)
+
+
+def _plot_front(rows: Rows, axis: Any) -> None:
+    """A point for each cache, the mean over texts; a line through those that nothing beats."""
+    points = []
+    for row in rows:
+        kls = [scores["kl"] for scores in row["texts"].values()]
+        points.append((row["all_bits"], max(sum(kls) / len(kls), LEAST_KL), row["name"]))
+        axis.plot(*points[-1][:2], "o")
+        axis.annotate(row["name"], points[-1][:2], fontsize=6, xytext=(3, 3),
+                      textcoords="offset points")  # fmt: skip
+    front = [p for p in sorted(points) if all(p[1] <= q[1] for q in points if q[0] <= p[0])]
+    axis.plot([p[0] for p in front], [p[1] for p in front], "-", color="black", linewidth=0.8)
+    axis.set_xlabel("bits an element, everything counted")
+    axis.set_ylabel("KL to the full cache, nats a token")
+    axis.set_yscale("log")
+
+
+def _plot_layers(rows: Rows, axis: Any) -> None:
+    """A row for each cache, a column for each layer: the relative error of attention's output."""
+    layers = sorted({int(layer) for row in rows for layer in row["attention_error"]})
+    if not layers:
+        axis.set_visible(False)
+        return
+    errors = [[row["attention_error"].get(str(n), float("nan")) for n in layers] for row in rows]
+    image = axis.imshow(errors, aspect="auto", vmin=0)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=6)
+    axis.set_xticks(range(len(layers)), [str(n) for n in layers], fontsize=6)
+    axis.set_xlabel("layer")
+    axis.set_title("relative error of attention's output", fontsize=8)
+    axis.figure.colorbar(image, ax=axis)
 
 
 def _shape(row: dict[str, Any]) -> str:

@@ -375,8 +375,10 @@ def exact_attention(
                 if causal != NO_CAUSALITY:
                     scores[max(last_seen[causal] + i + 1, 0) :] = -torch.inf
                 scores = scores.masked_fill(hidden[b], -torch.inf)
-                weight = scores.exp()
-                total = weight.sum() + (0.0 if sinks is None else sinks[h].to(dtype).exp())
+                sink = torch.tensor(-torch.inf) if sinks is None else sinks[h].to(dtype)
+                peak = torch.maximum(scores.max(), sink).clamp(min=-1e4)  # or fp32 overflows
+                weight = (scores - peak).exp()
+                total = weight.sum() + (sink - peak).exp()
                 if total > 0:
                     out[b, h, i] = weight @ value[b, h // per_kv] / total
     return out

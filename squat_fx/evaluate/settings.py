@@ -1,0 +1,142 @@
+"""The caches that are compared: our codecs, and those of transformers where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+import squat_fx
+from squat_fx.codecs import Codec, codec_class, codec_from_spec
+
+MakeCache = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A cache by name; ``prepare`` readies a fresh model for it and says how to make one."""
+
+    name: str
+    prepare: Callable[[Any], MakeCache]
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """The cache that ``generate()`` would make."""
+    return DynamicCache(config=model.config)
+
+
+def full() -> Setting:
+    """The untouched model; the others are compared with it."""
+    return Setting("full", lambda model: lambda: new_cache(model))
+
+
+def packed(name: str, calibration_ids: Tensor | None = None, **options: Any) -> Setting:
+    """``squat_fx.compile(model, **options)``, calibrated on some tokens if there are any."""
+
+    def prepare(model: Any) -> MakeCache:
+        calibration: dict[str, Any] = {}
+        if calibration_ids is not None:
+            calibration = {"calibration": squat_fx.calibrate(model, calibration_ids)}
+        squat_fx.compile(model, **options, **calibration)
+        return lambda: new_cache(model)
+
+    return Setting(name, prepare)
+
+
+def of_transformers(name: str, backend: str, bits: int, **options: Any) -> Setting:
+    """A ``QuantizedCache`` of transformers."""
+
+    def prepare(model: Any) -> MakeCache:
+        from transformers import QuantizedCache
+
+        return lambda: QuantizedCache(backend, model.config, nbits=bits, **options)
+
+    return Setting(name, prepare)
+
+
+def parse_codec(text: str) -> tuple[str, Codec]:
+    """``name`` or ``name {"field": value}``, as it is shown and what it means.
+
+    Raises:
+        ValueError: there is no such codec, or it has no such field; the message says which it has.
+    """
+    try:
+        return text, codec_from_spec(text)
+    except TypeError as error:
+        found: Any = codec_class(text.split(" ")[0])
+        known = ", ".join(f.name for f in fields(found)) or "none"
+        raise ValueError(f"{error}; its fields are: {known}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"after the name of a codec come its fields as json, got {text!r}"
+        ) from error
+
+
+def parse_bits(text: str) -> dict[str, Any]:
+    """``2``, or ``3/2`` for keys and values, as options of ``compile``.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    try:
+        numbers = [float(part) for part in text.split("/")]
+        if len(numbers) > 2:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"bits are a number, or keys/values as 3/2; got {text!r}") from None
+    whole = [int(n) if n == int(n) else n for n in numbers]
+    return (
+        {"bits": whole[-1]} if len(whole) == 1 else {"key_bits": whole[0], "value_bits": whole[1]}
+    )
+
+
+def ours(
+    codecs: Sequence[str],
+    bits: Sequence[str],
+    calibration_ids: Tensor | None = None,
+    **options: Any,
+) -> list[Setting]:
+    """Every codec at every width, and calibrated too if it can be; ``none`` has no widths.
+
+    Raises:
+        ValueError: a codec or a width is unknown, or the codec has no such width.
+    """
+    found: list[Setting] = []
+    for text in codecs:
+        label, codec = parse_codec(text)
+        for width in ["16"] if codec.name == "none" else bits:
+            chosen: dict[str, Any] = {} if codec.name == "none" else parse_bits(width)
+            name = label if codec.name == "none" else f"{label}, {width} bits"
+            squat_fx.Config(codec=codec, **chosen, **options)  # refuses what there is not
+            found.append(packed(name, codec=codec, **chosen, **options))
+            if calibration_ids is not None and codec.takes_calibration:
+                calibrated = packed(
+                    f"{name}, calibrated", calibration_ids, codec=codec, **chosen, **options
+                )
+                found.append(calibrated)
+    return found
+
+
+def peers(bits: int, residual_length: int) -> list[Setting]:
+    """Quantized caches of transformers whose packages are installed."""
+    found = []
+    for package, backend, keys in (("optimum.quanto", "quanto", -1), ("hqq", "hqq", 1)):
+        if not _is_installed(package):
+            continue
+        found.append(of_transformers(f"transformers {backend}, {bits} bits", backend, bits))
+        options = {"axis_key": keys, "q_group_size": 32, "residual_length": residual_length}
+        name = f"transformers {backend}, {bits} bits, per-channel keys"
+        found.append(of_transformers(name, backend, bits, **options))
+    return found
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,266 @@
+"""The comparison measures what it says: scores against a plain forward pass, bits against bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import squat_fx
+from squat_fx.cli import app
+from squat_fx.evaluate import attention, settings
+from squat_fx.evaluate.measure import Evaluation, Row, hold
+from squat_fx.evaluate.texts import Windows, spread
+from tests.conftest import randn
+from tests.models import VOCABULARY, build
+
+PROMPT, TOKENS = 40, 12
+NO_TOKENS = torch.tensor([], dtype=torch.int64)
+
+
+def tokens_of(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def two_texts() -> Windows:
+    texts = {"a.txt": tokens_of(400), "b.txt": tokens_of(300, seed=1)}
+    return Windows.cut(texts, NO_TOKENS, 2, PROMPT, TOKENS)
+
+
+def run(family: str, *chosen: settings.Setting, batch: int = 3) -> list[Row]:
+    evaluation = Evaluation(lambda: build(family), two_texts(), batch)
+    return [evaluation.run(s, lambda _: None) for s in (settings.full(), *chosen)]
+
+
+# texts ------------------------------------------------------------------------------------------
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_first_and_lie_apart() -> None:
+    ids = torch.arange(100)
+    windows = Windows.cut({"x": ids}, torch.tensor([999]), 3, prompt=10, tokens=5)
+    assert windows.ids.tolist() == [[999, *range(i, i + 15)] for i in (0, 33, 66)]
+    assert windows.texts == ("x",) * 3
+
+
+def test_a_text_that_is_too_short_is_refused() -> None:
+    message = "3 windows of 40 tokens need 120 tokens, x has 100; ask for fewer or shorter ones"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        spread(torch.arange(100), 3, 40, "x")
+
+
+# settings ---------------------------------------------------------------------------------------
+
+
+def test_codecs_and_widths_are_combined() -> None:
+    found = settings.ours(["squat", 'kivi {"group_size": 64}', "none"], ["2", "3/2"])
+    assert [setting.name for setting in found] == [
+        "squat, 2 bits", "squat, 3/2 bits", 'kivi {"group_size": 64}, 2 bits',
+        'kivi {"group_size": 64}, 3/2 bits', "none",
+    ]  # fmt: skip
+
+
+def test_what_can_be_calibrated_is_measured_both_ways() -> None:
+    found = settings.ours(["squat", "kivi"], ["2"], tokens_of(20))
+    assert [s.name for s in found] == ["squat, 2 bits", "squat, 2 bits, calibrated", "kivi, 2 bits"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "message"),
+    [
+        ("squid", "2", "did you mean 'squat'?"),
+        ('kivi {"size": 3}', "2", "its fields are: group_size"),
+        ("kivi 32", "2", None),
+        ("kivi {32", "2", "come its fields as json"),
+        ("squat", "two", "bits are a number, or keys/values as 3/2; got 'two'"),
+        ("squat", "1/2/3", "bits are a number, or keys/values as 3/2; got '1/2/3'"),
+        ("kivi", "2.5", "codec 'kivi' takes whole bits, got 2.5; the nearest are 2 and 3"),
+    ],
+)
+def test_what_there_is_not_is_refused(codec: str, bits: str, message: str | None) -> None:
+    with pytest.raises(ValueError, match=None if message is None else re.escape(message)):
+        settings.ours([codec], [bits])
+
+
+# scores -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_scores_are_those_of_a_plain_forward_pass(family: str) -> None:
+    (full,) = run(family)
+    model, ids = build(family), two_texts().ids
+    with torch.no_grad():
+        logits = model(ids[:, :-1], use_cache=False).logits[:, PROMPT:]
+    expected = F.cross_entropy(
+        logits.transpose(1, 2).double(), ids[:, PROMPT + 1 :], reduction="none"
+    )
+    torch.testing.assert_close(full.nll, expected, rtol=1e-4, atol=1e-4)
+    assert full.kl.abs().max() == 0
+    assert full.top1.min() == 1
+    assert not full.layers
+
+
+def test_divergence_is_that_of_the_two_predictions() -> None:
+    full, small = run("llama", *settings.ours(["squat"], ["2"], inner="eager", residual_length=8))
+    windows = two_texts()
+    models: list[Any] = [build("llama"), squat_fx.compile(build("llama"), inner="eager",
+                                                          residual_length=8)]  # fmt: skip
+    found = []
+    with torch.no_grad():
+        for model in models:
+            cache, logits = DynamicCache(config=model.config), []
+            model(windows.ids[:3, :PROMPT], past_key_values=cache, use_cache=True)
+            for token in windows.ids[:3, PROMPT:-1].split(1, dim=1):
+                logits.append(model(token, past_key_values=cache).logits[:, -1])
+            found.append(torch.stack(logits, 1).double().log_softmax(-1))
+    expected = F.kl_div(found[1], found[0], log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(small.kl[:3], expected, rtol=1e-4, atol=1e-7)
+    assert small.kl.mean() > 1e-5
+    assert torch.equal(small.top1[:3], (found[0].argmax(-1) == found[1].argmax(-1)).double())
+    assert small.nll.shape == full.nll.shape == (4, TOKENS)
+
+
+def test_batches_do_not_change_scores() -> None:
+    chosen = settings.ours(["squat"], ["2"], inner="eager", residual_length=8)
+    for one, all_of_them in zip(run("llama", *chosen, batch=1), run("llama", *chosen, batch=4),
+                                strict=True):  # fmt: skip
+        torch.testing.assert_close(one.nll, all_of_them.nll, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.kl, all_of_them.kl, rtol=1e-2, atol=1e-5)
+
+
+def test_a_hundredth_of_tokens_is_above_the_percentile() -> None:
+    kl = torch.arange(1000, dtype=torch.float64).reshape(4, 250)
+    row = Row("x", kl, kl, kl, hold(DynamicCache()))
+    scores = row.scores(range(4))
+    assert (kl > scores.kl_p99).sum() == 10
+    assert scores.mean_kl == 499.5
+
+
+# attention --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.0, False), (5.0, False), (0.0, True)])
+def test_attention_of_the_newest_tokens(softcap: float, with_sinks: bool) -> None:
+    query, key, value = randn(4, 3, 16, seed=1), randn(2, 20, 16, seed=2), randn(2, 20, 16, seed=3)
+    sinks = randn(4, seed=4) if with_sinks else None
+    found = attention.attend(query, key, value, 0.3, softcap, sinks)
+    for head in range(4):
+        for i in range(3):
+            seen = 18 + i
+            scores = key[head // 2, :seen] @ query[head, i] * 0.3
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp()
+            total = weights.sum() + (sinks[head].exp() if sinks is not None else 0)
+            expected = weights @ value[head // 2, :seen] / total
+            torch.testing.assert_close(found[head, i], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", [0, 1]), ("gemma2", [1, 3])])
+def test_errors_are_those_of_layers_that_are_packed(family: str, layers: list[int]) -> None:
+    chosen = settings.ours(["none", "squat"], ["2", "4"], inner="eager", residual_length=8)
+    _, exact, two, four = run(family, *chosen)
+    for row in (exact, two, four):
+        assert sorted(row.layers) == layers
+    assert max(exact.layers.values()) < 1e-4
+    for layer in layers:
+        assert exact.layers[layer] < four.layers[layer] < two.layers[layer]
+
+
+# bytes ------------------------------------------------------------------------------------------
+
+
+def test_bits_are_bytes_that_are_held() -> None:
+    _, none, two = run("llama", *settings.ours(["none", "squat"], ["2"], inner="eager"))
+    assert two.held.packed_bits == 2 + 16 / 16  # a scale a token of 16 channels
+    for row in (none, two):
+        elements = row.held.dense / 4
+        assert row.held.all_bits == pytest.approx(8 * row.held.stored / elements)
+    assert none.held.packed_bits == 16
+
+
+def test_what_a_cache_holds_is_measured_on_the_cache() -> None:
+    model: Any = squat_fx.compile(build("gemma2"), inner="eager")
+    with torch.no_grad():
+        cache = model(tokens_of(50)[None], use_cache=True).past_key_values
+    held = hold(cache)
+    packed = [x for layer in cache.layers for x in (layer.keys, layer.values)
+              if isinstance(x, squat_fx.QuantizedKV)]  # fmt: skip
+    assert held.stored == sum(x.storage_nbytes for x in packed)
+    assert held.dense == sum(x.numel() * x.element_size() for x in packed)
+    assert held.left == len(cache.layers) - len(packed) // 2 == 2
+
+
+# the command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model with a tokenizer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    path = tmp_path / "tiny"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    build("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def evaluate(folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{i}" for i in tokens_of(300).tolist()), encoding="utf-8")
+
+    def call(*arguments: str) -> Any:
+        fixed = ["--model", str(folder), "--text", str(text), "--prompt", "60", "--tokens", "6"]
+        return CliRunner().invoke(app, ["eval", *fixed, "--windows", "2", *arguments])
+
+    return call
+
+
+def test_the_command_writes_what_it_shows(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+    done = evaluate("--codec", "squat", "--bits", "2", "--bits", "4", "--out", str(out), "--plot",
+                    str(picture))  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "squat, 4 bits" in done.stdout
+    assert "words.txt, prompt 60" in done.stdout
+    written = json.loads(out.read_text())
+    assert written["command"].startswith(
+        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --windows 2"
+    )
+    full, two, four = written["rows"]
+    assert full["texts"]["words.txt"]["kl"] == 0
+    assert 0 < four["texts"]["words.txt"]["kl"] < two["texts"]["words.txt"]["kl"]
+    assert sorted(two["attention_error"]) == ["0", "1"]
+    assert two["cache_bytes"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--codec", "squid"), "did you mean 'squat'?"),
+        (("--windows", "40"), "words.txt has 300; ask for fewer or shorter ones"),
+        (("--dtype", "int8"), "dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        (("--device", "tpu"), "device must be cpu or cuda, got 'tpu'"),
+        (("--inner", "fast"), "inner must be one of inductor, aot_eager, eager, got 'fast'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    evaluate: Callable[..., Any], arguments: tuple[str, ...], message: str
+) -> None:
+    refused = evaluate(*arguments)
+    assert refused.exit_code == 1
+    assert message in re.sub(r"\s+", " ", refused.stderr)
