@@ -157,6 +157,17 @@ def evaluate(
     peers: Annotated[
         bool, typer.Option(help="Quantized caches of transformers too, where installed.")
     ] = False,
+    needle: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of the first text to hide a number in, to be asked for; repeat."),
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Json lines with question and answer.", exists=True)
+    ] = None,
+    num_questions: Annotated[int, typer.Option(help="How many of them.", min=1)] = 32,
+    free_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate freely after 32 of each window; 0: none.", min=0)
+    ] = 0,
     batch: Annotated[int, typer.Option(help="Windows fed together.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -170,7 +181,7 @@ def evaluate(
         smollm2.require_packages("transformers")
         stay_offline()
         from squat_fx.bench.plot import plot_eval
-        from squat_fx.evaluate import report, settings, texts
+        from squat_fx.evaluate import report, settings, tasks, texts
 
         folder = model or smollm2.smollm2_folder(late_progress)
         try:
@@ -181,18 +192,24 @@ def evaluate(
             )
             cut, records = texts.windows_of(folder, text, windows, prompt, tokens)
             report.check(device, dtype)
+            haystack = texts.text_tokens(folder, text[0])
+            todo = tasks.tasks_of(folder, haystack, needle or (), questions, num_questions,
+                                  cut.ids[:, :32], free_tokens)  # fmt: skip
         except (ValueError, OSError) as error:
             raise DemoError(str(error)) from error
         if peers:
             chosen += settings.peers(2, residual_length)
-        rows = report.run(folder, device, dtype, cut, batch, [settings.full(), *chosen],
+        rows = report.run(folder, device, dtype, cut, batch, [settings.full(), *chosen], todo,
                           late_progress, say)  # fmt: skip
         for table in report.tables(rows, cut.texts, prompt):
             Console(width=150).print(table)
         command = report.command(
-            model, text, codec, bits, windows=windows, prompt=prompt, tokens=tokens,
+            model, text, {"codec": codec, "bits": bits, "needle": needle},
+            windows=windows, prompt=prompt, tokens=tokens,
             residual_length=residual_length, sink_length=sink_length,
-            calibration_text=calibration_text, batch=batch, device=device, dtype=dtype, inner=inner,
+            calibration_text=calibration_text, questions=questions,
+            num_questions=num_questions if questions else None,
+            free_tokens=free_tokens or None, batch=batch, device=device, dtype=dtype, inner=inner,
         )  # fmt: skip
         result = {"model": folder.name, "texts": records, "prompt": prompt, "tokens": tokens}
         result["rows"] = [row.record(cut.texts) for row in rows]

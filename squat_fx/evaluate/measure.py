@@ -21,9 +21,8 @@ from torch import Tensor
 import squat_fx
 from squat_fx.evaluate.attention import Queries, Seen, errors_by_layer
 from squat_fx.evaluate.settings import MakeCache, Setting
+from squat_fx.evaluate.tasks import Advance, Task
 from squat_fx.evaluate.texts import Windows
-
-Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Row:
         held: of the last batch of windows.
         layers: relative error of attention's output by layer.
         ms_per_token: of a decoding call with a batch of windows.
+        tasks: the numbers of each task, by its name.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Row:
     layers: dict[int, float] = field(default_factory=dict)
     ms_per_token: float = 0.0
     seconds: float = 0.0
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def scores(self, rows: Sequence[int]) -> Scores:
         """Of some windows."""
@@ -86,6 +87,7 @@ class Row:
             "ms_per_token": round(self.ms_per_token, 3),
             "seconds": round(self.seconds, 1),
             "attention_error": {str(k): round(v, 5) for k, v in self.layers.items()},
+            "tasks": {n: {k: digits(v) for k, v in t.items()} for n, t in self.tasks.items()},
             "texts": {
                 text: self.scores(windows).record() for text, windows in by_text(texts).items()
             },
@@ -160,10 +162,14 @@ class Evaluation:
         load: makes a fresh model on its device.
         windows: what is fed.
         batch: windows that go through together.
+        tasks: what else is done.
     """
 
-    def __init__(self, load: Callable[[], Any], windows: Windows, batch: int) -> None:
+    def __init__(
+        self, load: Callable[[], Any], windows: Windows, batch: int, tasks: Sequence[Task] = ()
+    ) -> None:
         self._load = load
+        self._tasks = tasks
         self._windows = windows
         self._batch = batch
         self._reference: list[Tensor] = []  # log-probabilities [batch, vocabulary], by step
@@ -194,7 +200,8 @@ class Evaluation:
         assert held is not None
         seconds = time.perf_counter() - started
         nll, kl, top1 = scores
-        return Row(setting.name, nll, kl, top1, held, layers, 1e3 * median(times), seconds)
+        tasks = {task.name: task.run(model, make_cache, advance) for task in self._tasks}
+        return Row(setting.name, nll, kl, top1, held, layers, 1e3 * median(times), seconds, tasks)
 
     def _decode(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from squat_fx.evaluate.measure import Advance, Evaluation, Row, by_text
+from squat_fx.evaluate.measure import Evaluation, Row, by_text
 from squat_fx.evaluate.settings import Setting
+from squat_fx.evaluate.tasks import Advance, Task
 from squat_fx.evaluate.texts import Windows
 
 Progress = Callable[[str], AbstractContextManager[Advance]]
@@ -41,6 +42,7 @@ def run(
     windows: Windows,
     batch: int,
     settings: Sequence[Setting],
+    tasks: Sequence[Task],
     progress: Progress,
     log: Callable[[str], None],
 ) -> list[Row]:
@@ -52,7 +54,7 @@ def run(
         )
         return model.eval().to(device)
 
-    evaluation = Evaluation(load, windows, batch)
+    evaluation = Evaluation(load, windows, batch, tasks)
     rows = []
     for setting in settings:
         with progress(setting.name) as advance:
@@ -62,7 +64,7 @@ def run(
 
 
 def tables(rows: Sequence[Row], texts: Sequence[str], prompt: int) -> Iterator[Table]:
-    """One table for each text."""
+    """One table for each text, and one for the tasks if there are any."""
     for text, windows in by_text(texts).items():
         table = Table(
             "", "packed", "all bits", "MiB", "ppl", "KL to full", "KL p99", "top-1",
@@ -86,22 +88,30 @@ def tables(rows: Sequence[Row], texts: Sequence[str], prompt: int) -> Iterator[T
                 f"{row.ms_per_token:.1f}",
             )
         yield table
+    if tasks := {name: list(numbers) for name, numbers in rows[0].tasks.items()}:
+        columns = [f"{name}: {number}" for name, numbers in tasks.items() for number in numbers]
+        table = Table("", *columns, title="tasks", box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            values = (x for numbers in row.tasks.values() for x in numbers.values())
+            table.add_row(row.name, *(f"{x:.3f}" for x in values))
+        yield table
 
 
 def command(
     model: Path | None,
     texts: Sequence[Path],
-    codecs: Sequence[str] | None,
-    bits: Sequence[str] | None,
+    repeated: Mapping[str, Sequence[Any] | None],
     **options: Any,
 ) -> str:
     """The command line that repeats a run; file names are bare, options that are None left out."""
     parts = ["squat-fx", "eval"]
     if model is not None:
         parts += ["--model", model.name]
-    for name, values in (("text", [t.name for t in texts]), ("codec", codecs), ("bits", bits)):
+    for name, values in ({"text": [t.name for t in texts]} | dict(repeated)).items():
         for value in values or ():
-            parts += [f"--{name}", value]
+            parts += [f"--{name}", str(value)]
     for name, value in options.items():
         if value is not None:
             shown = value.name if isinstance(value, Path) else str(value)

@@ -231,20 +231,27 @@ def evaluate(folder: Path, tmp_path: Path) -> Callable[..., Any]:
 def test_the_command_writes_what_it_shows(evaluate: Callable[..., Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "eval.json", tmp_path / "eval.png"
-    done = evaluate("--codec", "squat", "--bits", "2", "--bits", "4", "--out", str(out), "--plot",
-                    str(picture))  # fmt: skip
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "w5 w6", "answer": "w7 w8 w9"}\n', encoding="utf-8")
+    done = evaluate(
+        "--codec", "squat", "--bits", "2", "--bits", "4", "--out", str(out), "--plot",
+        str(picture), "--needle", "100", "--questions", str(questions), "--free-tokens", "5",
+    )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert "squat, 4 bits" in done.stdout
     assert "words.txt, prompt 60" in done.stdout
     written = json.loads(out.read_text())
     assert written["command"].startswith(
-        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --windows 2"
+        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --needle 100"
     )
     full, two, four = written["rows"]
     assert full["texts"]["words.txt"]["kl"] == 0
     assert 0 < four["texts"]["words.txt"]["kl"] < two["texts"]["words.txt"]["kl"]
     assert sorted(two["attention_error"]) == ["0", "1"]
     assert two["cache_bytes"] > 0
+    assert list(two["tasks"]) == ["needle in 100 tokens", "q.jsonl", "5 tokens of its own"]
+    assert full["tasks"]["5 tokens of its own"]["same"] == 5
+    assert "q.jsonl" in re.sub(r"\s+", " ", done.stdout)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
