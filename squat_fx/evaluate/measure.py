@@ -16,6 +16,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 import squat_fx
@@ -174,6 +175,7 @@ class Evaluation:
         self._batch = batch
         self._reference: list[Tensor] = []  # log-probabilities [batch, vocabulary], by step
         self._seen: dict[int, Seen] = {}
+        self._dense: dict[int, Held] = {}  # the full cache, by windows in a batch
 
     @torch.no_grad()
     def run(self, setting: Setting, advance: Advance) -> Row:
@@ -196,7 +198,9 @@ class Evaluation:
                 self._seen = queries.seen(cache)
             if not first:
                 layers = {} if is_reference else errors_by_layer(self._seen, cache)
-            held = hold(cache)
+            held = hold(cache, self._dense.get(len(ids)))
+            if is_reference:
+                self._dense[len(ids)] = held
         assert held is not None
         seconds = time.perf_counter() - started
         nll, kl, top1 = scores
@@ -242,20 +246,34 @@ class Evaluation:
         return cache
 
 
-def hold(cache: Any) -> Held:
-    """What a cache holds; of a tensor that wraps others, what those take."""
-    layers = [[x for x in vars(layer).values() if isinstance(x, Tensor)] for layer in cache.layers]
+def hold(cache: Any, dense: Held | None = None) -> Held:
+    """What a cache holds; of a tensor that wraps others, what those take.
+
+    Args:
+        cache: of transformers.
+        dense: what the full cache held of the same tokens; another library's may not tell. None:
+            this is the full cache.
+    """
+    layers = [_distinct_tensors(vars(layer)) for layer in cache.layers]
     packed = [x for tensors in layers for x in tensors if isinstance(x, squat_fx.QuantizedKV)]
-    found = packed or [x for tensors in layers for x in tensors]
-    stored = sum(stored_bytes(x) for x in found)
-    # A quantized cache of transformers keeps only the newest tokens as tensors of their size.
-    dense = sum(_dense_bytes(x) for x in found)
-    bits = 8 * found[0].element_size() if found else 16
     if not packed:
-        return Held(stored, dense, bits)
-    per_element = mean(x.format.packed_bits_per_element() for x in packed)
-    left = sum(not any(isinstance(x, squat_fx.QuantizedKV) for x in t) for t in layers)
-    return Held(stored, dense, bits, per_element, left)
+        stored = sum(stored_bytes(x) for tensors in layers for x in tensors)
+        if dense is not None:
+            return Held(stored, dense.dense, dense.dense_bits)
+        sizes = [x.element_size() for tensors in layers for x in tensors]
+        return Held(stored, stored, 8 * max(sizes, default=2))
+    return Held(
+        stored=sum(stored_bytes(x) for x in packed),
+        dense=sum(x.numel() * x.element_size() for x in packed),
+        dense_bits=8 * packed[0].element_size(),
+        packed_bits=mean(x.format.packed_bits_per_element() for x in packed),
+        left=sum(not any(isinstance(x, squat_fx.QuantizedKV) for x in t) for t in layers),
+    )
+
+
+def _distinct_tensors(nested: Any) -> list[Tensor]:
+    found = {id(x): x for x in pytree.tree_leaves(nested) if isinstance(x, Tensor)}
+    return list(found.values())
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -263,10 +281,6 @@ def stored_bytes(tensor: Tensor) -> int:
     if isinstance(tensor, squat_fx.QuantizedKV):
         return tensor.storage_nbytes
     return sum(inner.nbytes for inner in innermost(tensor))
-
-
-def _dense_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def innermost(tensor: Tensor) -> Iterator[Tensor]:

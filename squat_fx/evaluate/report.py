@@ -57,8 +57,14 @@ def run(
     evaluation = Evaluation(load, windows, batch, tasks)
     rows = []
     for setting in settings:
-        with progress(setting.name) as advance:
-            rows.append(evaluation.run(setting, advance))
+        try:
+            with progress(setting.name) as advance:
+                rows.append(evaluation.run(setting, advance))
+        except ValueError as error:
+            if not setting.optional:
+                raise
+            log(f"{setting.name} is left out: {error}")
+            continue
         log(f"{setting.name}: KL {rows[-1].kl.mean():.4f}, {rows[-1].seconds:.0f} s")
     return rows
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache, cache_utils
 
 import squat_fx
 from squat_fx.codecs import Codec, codec_class, codec_from_spec
@@ -19,10 +19,14 @@ MakeCache = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """A cache by name; ``prepare`` readies a fresh model for it and says how to make one."""
+    """A cache by name; ``prepare`` readies a fresh model for it and says how to make one.
+
+    One that is ``optional`` may raise ``ValueError`` where it does not know the model.
+    """
 
     name: str
     prepare: Callable[[Any], MakeCache]
+    optional: bool = False
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -48,15 +52,13 @@ def packed(name: str, calibration_ids: Tensor | None = None, **options: Any) -> 
     return Setting(name, prepare)
 
 
-def of_transformers(name: str, backend: str, bits: int, **options: Any) -> Setting:
+def of_transformers(name: str, backend: str, **options: Any) -> Setting:
     """A ``QuantizedCache`` of transformers."""
 
     def prepare(model: Any) -> MakeCache:
-        from transformers import QuantizedCache
+        return lambda: QuantizedCache(backend, model.config, **options)
 
-        return lambda: QuantizedCache(backend, model.config, nbits=bits, **options)
-
-    return Setting(name, prepare)
+    return Setting(name, prepare, optional=True)
 
 
 def parse_codec(text: str) -> tuple[str, Codec]:
@@ -123,15 +125,18 @@ def ours(
 
 
 def peers(bits: int, residual_length: int) -> list[Setting]:
-    """Quantized caches of transformers whose packages are installed."""
+    """Quantized caches of transformers whose packages are installed, and its 8-bit floats."""
     found = []
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        found.append(of_transformers("transformers fp8", "fp8"))
     for package, backend, keys in (("optimum.quanto", "quanto", -1), ("hqq", "hqq", 1)):
         if not _is_installed(package):
             continue
-        found.append(of_transformers(f"transformers {backend}, {bits} bits", backend, bits))
+        name = f"transformers {backend}, {bits} bits"
+        found.append(of_transformers(name, backend, nbits=bits))
         options = {"axis_key": keys, "q_group_size": 32, "residual_length": residual_length}
-        name = f"transformers {backend}, {bits} bits, per-channel keys"
-        found.append(of_transformers(name, backend, bits, **options))
+        name += ", per-channel keys"
+        found.append(of_transformers(name, backend, nbits=bits, **options))
     return found
 
 

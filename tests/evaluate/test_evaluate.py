@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import squat_fx
 from squat_fx.cli import app
-from squat_fx.evaluate import attention, settings
+from squat_fx.evaluate import attention, report, settings
 from squat_fx.evaluate.measure import Evaluation, Row, hold
 from squat_fx.evaluate.texts import Windows, spread
 from tests.conftest import randn
@@ -197,6 +198,41 @@ def test_what_a_cache_holds_is_measured_on_the_cache() -> None:
     assert held.stored == sum(x.storage_nbytes for x in packed)
     assert held.dense == sum(x.numel() * x.element_size() for x in packed)
     assert held.left == len(cache.layers) - len(packed) // 2 == 2
+
+
+def test_eight_bit_floats_take_a_byte_each() -> None:
+    found = [setting for setting in settings.peers(2, 32) if setting.name == "transformers fp8"]
+    if not found:
+        pytest.skip("this transformers has none")
+    full, small = run("llama", *found)
+    assert small.held.dense == full.held.dense == full.held.stored
+    assert small.held.all_bits == pytest.approx(8, abs=0.1)
+    assert 0 < small.kl.mean() < 1e-2
+
+
+def silent(_: str) -> Any:
+    """Progress of which nobody is told."""
+    return nullcontext(lambda _: None)
+
+
+def test_a_peer_that_refuses_a_model_is_left_out(folder: Path) -> None:
+    def refuse(_: Any) -> Any:
+        raise ValueError("only full attention")
+
+    said: list[str] = []
+    chosen = [settings.full(), settings.Setting("peer", refuse, optional=True)]
+    rows = report.run(
+        folder, "cpu", "float32", two_texts(), 4, chosen, [], silent,
+        said.append,
+    )  # fmt: skip
+    assert [row.name for row in rows] == ["full"]
+    assert said[-1] == "peer is left out: only full attention"
+    chosen[1] = settings.Setting("ours", refuse)
+    with pytest.raises(ValueError, match=r"^only full attention$"):
+        report.run(
+            folder, "cpu", "float32", two_texts(), 4, chosen, [], silent,
+            said.append,
+        )  # fmt: skip
 
 
 # the command ------------------------------------------------------------------------------------
