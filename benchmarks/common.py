@@ -19,7 +19,8 @@ import squat_fx
 from squat_fx.bench.record import write_json
 from squat_fx.cli import late_progress, stay_offline
 from squat_fx.demo import smollm2_folder
-from squat_fx.evaluate.measure import innermost
+from squat_fx.evaluate import measure
+from squat_fx.evaluate.measure import innermost as innermost
 from squat_fx.evaluate.settings import new_cache as new_cache
 from squat_fx.evaluate.texts import leading_tokens as leading_tokens
 from squat_fx.evaluate.texts import text_record as text_record
@@ -64,10 +65,7 @@ def stored_bytes(cache: Any) -> squat_fx.CacheBytes:
     for layer in cache.layers:
         for tensor in (x for x in vars(layer).values() if isinstance(x, Tensor)):
             found = squat_fx.cache_bytes(tensor)
-            if not isinstance(tensor, squat_fx.QuantizedKV):
-                stored = sum(inner.nbytes for inner in innermost(tensor))
-                found = squat_fx.CacheBytes(stored, found.dense)
-            total = total + found
+            total = total + squat_fx.CacheBytes(measure.stored_bytes(tensor), found.dense)
     return total
 
 

@@ -54,7 +54,8 @@ import squat_fx
 from squat_fx.bench.record import versions
 from squat_fx.cli import late_progress
 from squat_fx.codecs import Kivi, Squat, SquatPaper
-from squat_fx.evaluate.measure import Advance, standard_error
+from squat_fx.demo import Advance
+from squat_fx.evaluate.measure import standard_error
 from squat_fx.evaluate.texts import spread
 
 GROUP_SIZE, RESIDUAL_LENGTH, SINK_LENGTH = 32, 32, 4
@@ -329,7 +330,10 @@ def main(
     cut, names, records = [], [], []
     for path in text:
         ids = text_tokens(folder, path)
-        found = spread(ids, windows, prompt + tokens + 1 - len(leading), path.name)
+        try:
+            found = spread(ids, windows, prompt + tokens + 1 - len(leading), path.name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
         cut.append(torch.cat([leading.expand(windows, -1), found], 1))
         names += [path.name] * windows
         records.append(text_record(path) | {"tokens": len(ids)})

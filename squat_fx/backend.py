@@ -206,15 +206,17 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
             positions.append(i)
         elif fed.kind in ("argument", "dense"):
             node, example = rewriting.placeholders[fed.index], examples[fed.index]
-            if is_number(example) or _stays_in_place(node, example):
-                others.append(fed.index)
-            else:
-                arguments[i] = fed.index
             is_packed = isinstance(example, QuantizedKV)
-            if is_packed or not (is_number(example) or example.device.type == "cuda"):
+            if is_number(example):
+                others.append(fed.index)
+            elif is_packed or example.device.type != "cuda":
                 where = "packed" if is_packed else f"on {example.device}"
                 report.note(f"a graph is not replayed, because its input {node.name} is {where}")
                 return None
+            elif _stays_in_place(node, example):
+                others.append(fed.index)
+            else:
+                arguments[i] = fed.index
     return Moving(arguments, positions, others) if rewriting.handles else None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
 from squat_fx.passes.spelling import size_of
 from squat_fx.pool import POOL
-from squat_fx.replay import Moving, Replayed, Whereabouts
+from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import TOKENS, Storage
@@ -114,7 +114,7 @@ class Boundary:
         staged = self._stage(args)
         dense = self._copied_rings(staged)
         if self._stored_tokens:
-            POOL.make_room(next((x.device for x in args if isinstance(x, Tensor)), None))
+            POOL.make_room(next((x.device for x in args if not is_number(x)), None))
         if self._moving is None or dense:
             results = list(self._inner(*self._gather(args, staged, dense)))
         else:

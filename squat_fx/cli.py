@@ -190,11 +190,11 @@ def evaluate(
             chosen = settings.ours(
                 codec or ["squat", "kivi"], bits or ["2"], ids, inner=inner, **options
             )
-            cut, records = texts.windows_of(folder, text, windows, prompt, tokens)
+            found = texts.tokens_by_name(folder, text)
+            cut = texts.Windows.cut(found, texts.leading_tokens(folder), windows, prompt, tokens)
             report.check(device, dtype)
-            haystack = texts.text_tokens(folder, text[0])
-            todo = tasks.tasks_of(folder, haystack, needle or (), questions, num_questions,
-                                  cut.ids[:, :32], free_tokens)  # fmt: skip
+            todo = tasks.tasks_of(folder, found[text[0].name], needle or (), questions,
+                                  num_questions, cut.ids[:, :32], free_tokens)  # fmt: skip
         except (ValueError, OSError) as error:
             raise DemoError(str(error)) from error
         if peers:
@@ -211,6 +211,7 @@ def evaluate(
             num_questions=num_questions if questions else None,
             free_tokens=free_tokens or None, batch=batch, device=device, dtype=dtype, inner=inner,
         )  # fmt: skip
+        records = [texts.text_record(t) | {"tokens": len(found[t.name])} for t in text]
         result = {"model": folder.name, "texts": records, "prompt": prompt, "tokens": tokens}
         result["rows"] = [row.record(cut.texts) for row in rows]
         keep_measurement(command + " --peers" * peers, result, out, plot, plot_eval)

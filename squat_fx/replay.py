@@ -114,10 +114,10 @@ class Recording:
 
 
 class Replayed:
-    """A call that is replayed from the third time on at which it finds everything where it was.
+    """A call that is replayed from the second time on at which it finds everything where it was.
 
     The first time it runs as it is, which compiles what is not compiled yet and may not happen
-    while a graph is recorded; the second time it is recorded.
+    while a graph is recorded; the second time it is recorded before.
 
     Args:
         report: counts recordings and replays.

@@ -141,8 +141,9 @@ class Storage:
 
     def advance(self, new_tokens: int) -> None:
         """Count ``new_tokens`` more as written; the append itself has happened."""
-        self.length += new_tokens
-        self.watermark = max(self.watermark, self.length - self.fmt.residual_length)
+        self.length, self.watermark = reference.advanced(
+            self.length, self.watermark, new_tokens, self.fmt
+        )
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
         """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that

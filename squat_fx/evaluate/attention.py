@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from squat_fx.kernels import reference
+
 NEWEST = 8  # queries
 
 
@@ -110,17 +112,9 @@ def attend(
         scale, softcap: of scores; 0: no cap.
         sinks: logits ``[heads]`` that take part in the softmax and have no value.
     """
-    heads, queries, _ = query.shape
-    repeats = heads // key.shape[0]
-    key, value = (x.repeat_interleave(repeats, 0) for x in (key, value))
-    scores = query @ key.mT * scale
-    if softcap:
-        scores = (scores / softcap).tanh() * softcap
-    later = torch.ones(queries, key.shape[1], dtype=torch.bool).triu(key.shape[1] - queries + 1)
-    scores = scores.masked_fill(later, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(-1, queries, 1)], -1)
-    return scores.softmax(-1)[..., : key.shape[1]] @ value
+    options: Any = {"sinks": sinks, "scale": scale, "softcap": softcap}
+    one_row = (x[None] for x in (query, key, value))
+    return reference.attention(*one_row, mask=None, causal=reference.BOTTOM_RIGHT, **options)[0]
 
 
 def _first_row(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:

@@ -20,9 +20,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import squat_fx
+from squat_fx.demo import Advance
 from squat_fx.evaluate.attention import Queries, Seen, errors_by_layer
 from squat_fx.evaluate.settings import MakeCache, Setting
-from squat_fx.evaluate.tasks import Advance, Task
+from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
 
 
@@ -183,10 +184,8 @@ class Evaluation:
         model = self._load()
         make_cache = setting.prepare(model)
         is_reference = not self._reference
-        windows, scores = (
-            self._windows,
-            torch.zeros(3, len(self._windows.ids), self._windows.tokens, dtype=torch.float64),
-        )
+        windows = self._windows
+        scores = torch.zeros(3, len(windows.ids), windows.tokens, dtype=torch.float64)
         times: list[float] = []
         queries, held, layers = Queries(), None, {}
         started = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from squat_fx.demo import Steps
 from squat_fx.evaluate.measure import Evaluation, Row, by_text
 from squat_fx.evaluate.settings import Setting
-from squat_fx.evaluate.tasks import Advance, Task
+from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
 
-Progress = Callable[[str], AbstractContextManager[Advance]]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +42,7 @@ def run(
     batch: int,
     settings: Sequence[Setting],
     tasks: Sequence[Task],
-    progress: Progress,
+    progress: Steps,
     log: Callable[[str], None],
 ) -> list[Row]:
     """Measure settings one after the other, the full cache first; ``log`` is told of each."""

@@ -7,7 +7,7 @@ prompt, of an answer, or of the model's own text go through the packed cache one
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,13 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from squat_fx.demo import Advance
 from squat_fx.evaluate.settings import MakeCache
-from squat_fx.evaluate.texts import leading_tokens
+from squat_fx.evaluate.texts import Encode, encoder, leading_tokens
 
-Advance = Callable[[float], None]
-Encode = Callable[[str], Tensor]
 NEEDLE = "\nThe secret number of the {name} is {number}.\n"
 QUESTION = "\n\nQuestion: What is the secret number of the {name}?\nAnswer: It is"
 NAMES = ("harbour", "library", "orchard", "lighthouse", "windmill", "chapel", "market", "mill")
@@ -38,16 +36,6 @@ class Task(Protocol):
     def run(self, model: Any, make_cache: MakeCache, advance: Advance) -> dict[str, float]:
         """Numbers by what they mean; the untouched model comes first."""
         ...
-
-
-def encoder(folder: Path) -> Encode:
-    """Text as tokens, int64 ``[tokens]``, without special tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    def encode(text: str) -> Tensor:
-        return tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-
-    return encode
 
 
 def decode_after(model: Any, cache: Any, prompt: Tensor, following: Tensor) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+
+Encode = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,20 @@ def spread(ids: Tensor, count: int, length: int, name: str) -> Tensor:
     return torch.stack([ids[i * stride : i * stride + length] for i in range(count)])
 
 
-def text_tokens(folder: Path, text: Path) -> Tensor:
-    """The whole text as the model's tokens, int64 ``[tokens]``, without special tokens."""
+def encoder(folder: Path) -> Encode:
+    """Text as the model's tokens, int64 ``[tokens]``, without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    content = text.read_text(encoding="utf-8")
-    encoded = tokenizer(content, add_special_tokens=False, return_tensors="pt", verbose=False)
-    return encoded.input_ids[0]
+
+    def encode(text: str) -> Tensor:
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)
+        return encoded.input_ids[0]
+
+    return encode
+
+
+def text_tokens(folder: Path, text: Path) -> Tensor:
+    """The whole of a text, likewise."""
+    return encoder(folder)(text.read_text(encoding="utf-8"))
 
 
 def leading_tokens(folder: Path) -> Tensor:
@@ -86,16 +95,13 @@ def text_record(text: Path) -> dict[str, str]:
     return {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()}
 
 
-def windows_of(
-    folder: Path, texts: Sequence[Path], count: int, prompt: int, tokens: int
-) -> tuple[Windows, list[dict[str, Any]]]:
-    """Windows of files, and which files they were.
+def tokens_by_name(folder: Path, texts: Sequence[Path]) -> dict[str, Tensor]:
+    """The tokens of files by their names.
 
     Raises:
-        ValueError: a text is too short, or two have the same name.
+        ValueError: two have the same name.
     """
     found = {text.name: text_tokens(folder, text) for text in texts}
     if len(found) < len(texts):
         raise ValueError("two texts have the same file name; rename one")
-    windows = Windows.cut(found, leading_tokens(folder), count, prompt, tokens)
-    return windows, [text_record(t) | {"tokens": len(found[t.name])} for t in texts]
+    return found

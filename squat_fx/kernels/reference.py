@@ -76,6 +76,12 @@ class Arenas:
         return (*self.packed, *(getattr(self, n) for n in fmt.arena_names[len(self.packed) :]))
 
 
+def advanced(length: int, watermark: int, new_tokens: int, fmt: Format) -> tuple[int, int]:
+    """Length and watermark once ``new_tokens`` more are stored."""
+    length += new_tokens
+    return length, max(watermark, length - fmt.residual_length)
+
+
 @dataclass(frozen=True)
 class Extent:
     """How much of an arena is meant: the first ``length`` tokens, packed up to ``watermark``."""
@@ -91,8 +97,7 @@ class Extent:
 
     def after(self, new_tokens: int, fmt: Format) -> Extent:
         """The extent once ``new_tokens`` more are stored."""
-        length = self.length + new_tokens
-        return Extent(length, max(self.watermark, length - fmt.residual_length))
+        return Extent(*advanced(self.length, self.watermark, new_tokens, fmt))
 
     def packed(self, start: int, fmt: Format) -> int:
         """Packed tokens of a row that starts at ``start``."""
