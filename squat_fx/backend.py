@@ -9,6 +9,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
@@ -112,7 +114,9 @@ def _compile_rewritten(
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
         inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
-        _moving_inputs(rewriting, examples, report) if config.cuda_graphs and static else None,
+        _moving_inputs(rewriting, examples, report)
+        if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
+        else None,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
@@ -218,6 +222,11 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
             else:
                 arguments[i] = fed.index
     return Moving(arguments, positions, others) if rewriting.handles else None
+
+
+def _batch_symbols(fakes: Sequence[Any], handles: Sequence[int]) -> AbstractSet[Any]:
+    """The symbols in the batch size of caches: all steps of a generation have the same."""
+    return set().union(*(free_symbols(fakes[i].shape[0]) for i in handles))
 
 
 def _stays_in_place(node: fx.Node, example: Tensor) -> bool:

@@ -128,7 +128,9 @@ class Boundary:
         copied = {i: args[index] for i, index in moving.arguments.items()}
         for i in moving.positions:
             copied[i] = self._positions(args, staged)
-        key = (self._whereabouts.version(args), *(s.addresses for s, _ in staged.values()))
+        sizes = (args[index].shape for index in moving.arguments.values())
+        addresses = (s.addresses for s, _ in staged.values())
+        key = (*self._whereabouts.key(args), *sizes, *addresses)
         with torch.cuda.device(self._device(args)):
             return self._replayed(
                 key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))

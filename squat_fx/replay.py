@@ -59,24 +59,20 @@ class Whereabouts:
         self._tensors: list[int] = []
         self._numbers: list[int] = []
         self._addresses: list[int] = []
-        self._found: list[Any] = []
         self._version = 0
 
-    def version(self, args: Sequence[Any]) -> int:
-        """The same as the last time if and only if all is where it was, and as it was."""
+    def key(self, args: Sequence[Any]) -> tuple[Hashable, ...]:
+        """Equal to that of an earlier call only if all is where it was then, and as it was."""
         if not self._version:
             self._numbers = [i for i in self._indices if is_number(args[i])]
             self._tensors = [i for i in self._indices if not is_number(args[i])]
-        numbers = [
-            x.item() if isinstance(x, Tensor) else x for x in (args[i] for i in self._numbers)
-        ]
-        if not self._version or numbers != self._found or not self._same_addresses(args):
-            self._found = numbers
+        if not self._version or not self._same_addresses(args):
             self._addresses = [0] * len(args)
             for i in self._tensors:
                 self._addresses[i] = args[i].data_ptr()
             self._version += 1
-        return self._version
+        numbers = (args[i] for i in self._numbers)
+        return self._version, *(x.item() if isinstance(x, Tensor) else x for x in numbers)
 
     def _same_addresses(self, args: Sequence[Any]) -> bool:
         # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.

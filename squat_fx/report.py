@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.codecs import Format
 from squat_fx.passes.records import AttentionSite, Rewriting, Skipped
@@ -234,15 +236,18 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, r)) for r in out)
 
 
-def is_static(examples: list[Any], inputs: list[Any]) -> bool:
-    """Whether what feeds the inner graph holds no symbolic size, arena capacities aside."""
+def is_static(
+    examples: Sequence[Any], inputs: Sequence[Any], besides: AbstractSet[Any] = frozenset()
+) -> bool:
+    """Whether what feeds the inner graph holds no symbolic size, arena capacities aside, and those
+    that depend on the symbols ``besides`` alone.
+    """
     for fed in inputs:
         if fed.kind in ("arena", "positions", "constant"):
             continue
         example = examples[fed.index]
-        if isinstance(example, torch.SymInt):
-            return False
-        sizes = example.shape if isinstance(example, Tensor) else ()
-        if any(isinstance(size, torch.SymInt) for size in sizes):
+        sizes = example.shape if isinstance(example, Tensor) else (example,)
+        symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
+        if any(not (besides and free_symbols(size) <= besides) for size in symbolic):
             return False
     return True

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import squat_fx
-from squat_fx import QuantizedKV
+from squat_fx import QuantizedKV, backend
 from squat_fx.kernels import reference
 from tests.models import build, greedy, left_padded_batch, prompt
 
@@ -46,6 +46,30 @@ def test_two_graphs_serve_a_whole_generation_growth_included() -> None:
     assert report.graphs[1].static
     assert report.eager_calls == 0
     assert out.past_key_values.layers[0].keys.shape[2] == 1999
+
+
+def test_a_graph_of_any_batch_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo makes the batch a symbol when a second one comes; a step of a batch is like another."""
+    replayable: list[bool] = []
+    moving = backend._moving_inputs
+
+    def note(rewriting: Any, *args: Any) -> None:
+        replayable.append(bool(rewriting.handles))
+        moving(rewriting, *args)  # has its own reasons on a CPU
+
+    monkeypatch.setattr(backend, "_moving_inputs", note)
+    model = squat_fx.compile(build("llama"), codec="none", cuda_graphs=True, **OPTIONS)
+    for batch in (1, 3, 2):
+        model.generate(prompt(batch, 20), max_new_tokens=4, do_sample=False)
+    kinds = [(g.kind, g.static) for g in squat_fx.report(model).graphs]
+    assert kinds.count(("decode", True)) == 1
+    assert kinds.count(("decode", False)) == 1
+    assert replayable.count(True) == 2
+    padded = squat_fx.compile(build("llama"), codec="none", cuda_graphs=True, **OPTIONS)
+    replayable.clear()
+    left_padded_batch(padded, tokens=4)
+    assert squat_fx.report(padded).graphs[-1].kind == "decode"
+    assert not any(replayable)
 
 
 def test_arenas_of_one_graph_grow_each_by_itself() -> None:

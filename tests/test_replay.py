@@ -132,16 +132,17 @@ def test_a_call_that_raises_is_not_recorded_next_time() -> None:
 def test_a_weight_that_moved_and_a_number_that_changed_are_noticed() -> None:
     weight, ids, scale = torch.ones(3), torch.ones(2), torch.tensor(0.5)
     whereabouts = Whereabouts([0, 2, 3])
-    first = whereabouts.version([weight, ids, scale, 7])
-    assert whereabouts.version([weight, ids + 1, scale.clone(), 7]) == first
-    versions = [first]
+    first = whereabouts.key([weight, ids, scale, 7])
+    assert whereabouts.key([weight, ids + 1, scale.clone(), 7]) == first
+    keys = [first]
     for args in (
         [weight.clone(), ids, scale, 7],
         [weight, ids, scale, 7],
         [weight, ids, scale + 1, 7],
         [weight, ids, scale + 1, 8],
     ):
-        versions.append(whereabouts.version(args))
-    assert len(set(versions)) == 5
+        keys.append(whereabouts.key(args))
+    assert len(set(keys)) == 5
+    assert whereabouts.key([weight, ids, scale, 7]) == keys[2]  # a number that is what it was
     weight.data = weight.clone()
-    assert whereabouts.version([weight, ids, scale + 1, 8]) not in versions
+    assert whereabouts.key([weight, ids, scale + 1, 8]) not in keys

@@ -215,3 +215,11 @@ def test_only_a_capacity_may_be_symbolic_in_a_static_graph() -> None:
     assert not is_static(arguments, [plain, dynamic])
     assert not is_static(arguments, [InnerInput("dense", 1)])
     assert not is_static(arguments, [size])
+    assert not is_static(arguments, [dynamic], besides=symbols_of(growing.shape[0]))
+    assert is_static(arguments, [size, plain], besides=symbols_of(growing.shape[0]))
+
+
+def symbols_of(size: object) -> set[object]:
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
+    return set(free_symbols(size))  # pyright: ignore[reportArgumentType]
