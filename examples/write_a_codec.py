@@ -18,7 +18,6 @@ from squat_fx import QuantizedKV
 from squat_fx.codecs import (
     Codec,
     Kivi,
-    Layout,
     PerChannel,
     PerToken,
     Role,
@@ -35,7 +34,7 @@ class Clipped(Codec):
     """Min-max rounding between ``clip`` times the extremes of each group."""
 
     name: ClassVar[str] = "clipped"
-    layout: ClassVar[Layout] = "planes/channel"
+    layout: ClassVar[str] = "planes/channel"
     summary: ClassVar[str] = "min-max rounding of a clipped range"
     paper: ClassVar[str] = "-"
 

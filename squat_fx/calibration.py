@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squat_fx.codecs.hadamard import rotation
-from squat_fx.codecs.planes import LANES, spread_widths
+from squat_fx.layouts.hadamard import rotation
+from squat_fx.layouts.planes import LANES, spread_widths
 
 FORMAT, VERSION = "squat_fx calibration", 1
 QUERY_WEIGHT = 0.5

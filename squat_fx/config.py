@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -86,11 +85,8 @@ class Config:
         widths = [self.bits, self.key_bits, self.value_bits]
         widths += [width for _, pair in self.layer_bits for width in pair]  # pyright: ignore
         for width in widths:
-            if codec.layout != "planes/token" and width is not None and width != int(width):
-                raise ValueError(
-                    f"codec {codec.name!r} takes whole bits, got {width}; "
-                    f"the nearest are {math.floor(width)} and {math.ceil(width)}"
-                )
+            if width is not None:
+                codec.check_bits(width)
         if self.calibration is None:
             return
         if not isinstance(self.calibration, Calibration):

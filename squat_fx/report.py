@@ -215,11 +215,8 @@ def _describe(fmt: Format) -> str:
     name = fmt.codec.split(" ")[0]
     if fmt.latent:
         name += " calibrated"
-    group = f"{fmt.token_group} tokens" if fmt.token_group > 1 else f"{fmt.channel_group} channels"
-    if fmt.layout == "planes/token":
-        group = "token"
     return (
-        f"{name} {fmt.bits:g} bits per {group} "
+        f"{name} {fmt.bits:g} bits per {fmt.stored_layout.describe(fmt)} "
         f"({fmt.packed_bits_per_element():.2f} stored bits, "
         f"{fmt.residual_length} newest and {fmt.sink_length} first tokens exact)"
     )

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from squat_fx.codecs import Format, Role
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.layouts import PAIRS
 from squat_fx.pool import grown_capacity
 from squat_fx.storage import TOKENS, Lease, Storage
 
@@ -114,7 +115,9 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens."""
         made = dict(zip(fmt.stored_names, arenas, strict=True))
-        made["basis"] = reference.no_basis(made["dense"]) if basis is None else basis
+        layout = fmt.stored_layout
+        for name in layout.shared:
+            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
         extent = Extent(0, 0).after(length, fmt)
         capacity = grown_capacity(length, 0)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
@@ -437,13 +440,13 @@ def _sdpa(
         return NotImplemented
     if any(h._lease.length != h._storage.length for h in (key, value)):
         return NotImplemented  # an older reader: its prefix is dequantized
-    layout = key.format.layout
-    if layout != value.format.layout:
+    pair = key.format.layout, value.format.layout
+    if pair not in PAIRS:
         return NotImplemented
     positions = torch.tensor(
         [[h._storage.length, h._storage.watermark] for h in (key, value)], device=query.device
     )
-    return ops.overload("attend", layout)(
+    return ops.overload("attend", *pair)(
         query,
         key._pending,
         value._pending,

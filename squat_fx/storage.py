@@ -63,7 +63,8 @@ class Storage:
         """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
         storage = cls(arenas, extent, fmt, role)
         storage._move_to_pool(capacity)
-        weakref.finalize(storage, _give_back, storage._arenas).atexit = False
+        shared = fmt.stored_layout.shared
+        weakref.finalize(storage, _give_back, storage._arenas, shared).atexit = False
         return storage
 
     @property
@@ -178,9 +179,10 @@ class Storage:
     def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
         """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
         with torch.inference_mode(False), torch.no_grad():
-            selected = {n: a if n == "basis" else batch(a) for n, a in self._arenas.items()}
-            if "basis" in selected:  # all rows share it
-                selected["basis"] = selected["basis"].to(selected["dense"].device)
+            shared = self.fmt.stored_layout.shared
+            selected = {n: a if n in shared else batch(a) for n, a in self._arenas.items()}
+            for name in shared:
+                selected[name] = selected[name].to(selected["dense"].device)
             arenas = Arenas.of(self.fmt, tuple(selected.values()))
             return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
 
@@ -225,7 +227,7 @@ class Storage:
             POOL.give(old, outgrown=True)
 
 
-def _give_back(arenas: dict[str, Tensor]) -> None:
+def _give_back(arenas: dict[str, Tensor], shared: tuple[str, ...]) -> None:
     for name, arena in arenas.items():
-        if name != "basis":
+        if name not in shared:
             POOL.give(arena)

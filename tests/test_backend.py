@@ -49,7 +49,7 @@ def test_two_graphs_serve_a_whole_generation_growth_included() -> None:
 
 
 def test_a_graph_of_any_batch_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo makes the batch a symbol when a second one comes; a step of a batch is like another."""
+    """Dynamo makes the batch a symbol once a second one comes; all steps of one are alike."""
     replayable: list[bool] = []
     moving = backend._moving_inputs
 

@@ -132,8 +132,7 @@ def copied(arenas: Arenas) -> Arenas:
         tuple(t.clone() for t in arenas.packed),
         arenas.dense.clone(),
         arenas.start.clone(),
-        None if arenas.affine is None else arenas.affine.clone(),
-        arenas.basis,
+        dict(arenas.fixed),
     )
 
 
@@ -225,8 +224,7 @@ def relative_error(
             tuple(t[:1] for t in arenas.packed),
             arenas.dense[:1].double(),
             arenas.start[:1],
-            None if arenas.affine is None else arenas.affine[:1],
-            arenas.basis,
+            arenas.fixed_of(slice(0, 1), fmt),
         )
         full.append(torch.cat([reference.dense_past(one, extent, fmt), n[:1].double()], 2))
     expected = reference.attention(query[:1].double(), *full, **options)

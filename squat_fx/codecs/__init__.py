@@ -8,12 +8,8 @@ import json
 from functools import lru_cache
 
 from squat_fx.codecs.base import (
-    FIXED_ARENAS,
-    PACKED_ARENAS,
     Codec,
     Fit,
-    Format,
-    Layout,
     PerChannel,
     PerToken,
     Role,
@@ -23,6 +19,7 @@ from squat_fx.codecs.kivi import Kivi
 from squat_fx.codecs.none import Lossless
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
+from squat_fx.layouts import Format
 
 CODECS: dict[str, type[Codec]] = {
     Squat.name: Squat,
@@ -33,13 +30,10 @@ CODECS: dict[str, type[Codec]] = {
 
 __all__ = [
     "CODECS",
-    "FIXED_ARENAS",
-    "PACKED_ARENAS",
     "Codec",
     "Fit",
     "Format",
     "Kivi",
-    "Layout",
     "Lossless",
     "PerChannel",
     "PerToken",

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from squat_fx.codecs.planes import PlaneLayout, plane_layout, spread_widths
+from squat_fx.layouts import LAYOUTS, Format
 
 Role = Literal["key", "value"]
-Layout = Literal["planes/token", "planes/channel", "dense"]
 Tap = Literal["query"]
-
-PACKED_ARENAS: dict[Layout, tuple[str, ...]] = {
-    "planes/token": ("qdata", "scale"),
-    "planes/channel": ("qdata", "scale", "zero_point"),
-    "dense": ("qdata",),
-}
-"""The tensors of a layout that grow with the number of tokens."""
-
-FIXED_ARENAS: dict[Layout, tuple[str, ...]] = {
-    "planes/token": ("affine", "basis"),
-    "planes/channel": (),
-    "dense": (),
-}
-"""The tensors of a layout that are made once, at the store, and only read from then on."""
 
 
 @dataclass(frozen=True)
@@ -47,156 +34,59 @@ class PerToken:
 
 
 @dataclass(frozen=True)
-class Format:
-    """How the keys, or the values, of one layer are stored.
-
-    A row of the batch keeps its first ``sink_length`` valid tokens and its newest tokens exactly,
-    in a dense buffer of ``sink_length + ring_length`` slots; what lies between is packed,
-    ``token_group`` tokens at a time. Tokens leave the ring once ``residual_length + token_group``
-    of them are there, so between ``residual_length`` and ``residual_length + token_group - 1``
-    recent tokens are exact.
-
-    ``widths`` has a width for each plane group of 16 channels. In the layout ``planes/token``,
-    ``affine`` says that the channels of packed tokens are shifted and scaled, and ``latent`` that
-    packed tokens are in a basis of their head instead of the fixed rotation.
-    """
-
-    layout: Layout
-    codec: str  # see codec_spec
-    head_dim: int
-    widths: tuple[int, ...]
-    token_group: int
-    channel_group: int
-    residual_length: int
-    sink_length: int
-    affine: bool = False
-    latent: bool = False
-
-    def __deepcopy__(self, memo: object) -> Format:
-        # Nothing of it changes, and the same object is compared faster: Dynamo keeps a copy of it,
-        # and looks at every handle's at every step.
-        return self
-
-    @property
-    def ring_length(self) -> int:
-        """Slots of the ring of recent tokens: one packed group more than the residual."""
-        return self.residual_length + self.token_group
-
-    @property
-    def dense_length(self) -> int:
-        """Slots of the dense buffer: sinks, then the ring."""
-        return self.sink_length + self.ring_length
-
-    @property
-    def channel_groups(self) -> int:
-        """Scales per token group."""
-        return -(-self.head_dim // self.channel_group)
-
-    @property
-    def arena_names(self) -> tuple[str, ...]:
-        """The tensors that hold a role, in the order in which ops take them."""
-        return (*self.packed_names, *FIXED_ARENAS[self.layout], "dense", "start")
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        """What the op ``store`` makes: all arenas but the basis, which belongs to the model."""
-        return tuple(name for name in self.arena_names if name != "basis")
-
-    @property
-    def packed_names(self) -> tuple[str, ...]:
-        """The arenas that grow with the number of tokens."""
-        return PACKED_ARENAS[self.layout]
-
-    def tokens_per_slot(self, name: str) -> int:
-        """How many tokens one position of dim 2 of arena ``name`` stands for."""
-        return 1 if name == "qdata" else self.token_group
-
-    def last_dim(self, name: str) -> int:
-        """Size of the last dim of the packed arena ``name``."""
-        if name != "qdata":
-            return self.channel_groups
-        return self.head_dim if self.layout == "dense" else self.planes.row_bytes
-
-    @property
-    def planes(self) -> PlaneLayout:
-        """Where the codes of one token lie."""
-        return plane_layout(self.head_dim, self.widths)
-
-    def packed_bits_per_element(self, dtype_bits: int = 16) -> float:
-        """Bits per element of a packed token: codes, their padding, and parameters in fp16."""
-        if self.layout == "dense":
-            return float(dtype_bits)
-        parameters = 16 * (len(self.packed_names) - 1) * self.channel_groups
-        return self.planes.bits_per_element + parameters / (self.head_dim * self.token_group)
-
-    @property
-    def bits(self) -> float:
-        """Bits of a code, averaged over the channels."""
-        return sum(self.widths) / len(self.widths)
-
-    def to_ints(self) -> list[int]:
-        """The flat form in which ops take a format; the layout is the op's overload and the codec
-        its own argument.
-        """
-        return [
-            self.head_dim,
-            self.token_group,
-            self.channel_group,
-            self.residual_length,
-            self.sink_length,
-            int(self.affine),
-            int(self.latent),
-            *self.widths,
-        ]
-
-    @classmethod
-    def from_ints(cls, layout: Layout, codec: str, ints: list[int]) -> Format:
-        """Undo :meth:`to_ints`."""
-        head_dim, token_group, channel_group, residual_length, sink_length, *rest = ints
-        affine, latent, *widths = rest
-        return cls(
-            layout,
-            codec,
-            head_dim,
-            tuple(widths),
-            token_group,
-            channel_group,
-            residual_length,
-            sink_length,
-            bool(affine),
-            bool(latent),
-        )
-
-
-@dataclass(frozen=True)
 class Fit:
     """What a codec learned from a prompt, once, when it was stored.
 
     Attributes:
-        affine: fp16 ``[batch, heads, 2, head_dim]``, an offset and a factor for each channel:
-            ``(x - offset) / factor`` is what is packed of every token. None: zeros and ones.
+        fixed: the fixed arenas of the layout by name, for those that are not to stay as the layout
+            makes them. In ``planes/token``: ``affine``, fp16 ``[batch, heads, 2, head_dim]``, an
+            offset and a factor for each channel; ``(x - offset) / factor`` is what is packed.
         feedback: fp32 ``[batch, heads, head_dim, head_dim]``, strictly upper triangular in blocks
             of whole plane groups: the rounding error (rounded minus true) of channel ``i`` times
             row ``i`` is added to the later channels before they are rounded. Only the tokens of
             the prompt are rounded with it; it is not stored.
     """
 
-    affine: Tensor | None = None
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
     feedback: Tensor | None = None
 
 
 class Codec:
     """A quantization method: a frozen dataclass whose fields are its hyper-parameters.
 
-    ``name`` is its row in the table, ``layout`` the stored format of its codes, ``summary`` and
+    ``name`` is its row in the table, ``layout`` the stored layout of its keys, ``summary`` and
     ``paper`` what lists say of it. It is torch only and knows neither graphs nor kernels.
     """
 
     name: ClassVar[str]
-    layout: ClassVar[Layout]
+    layout: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
     takes_calibration: ClassVar[bool] = False
+
+    def layout_of(self, role: Role) -> str:
+        """The stored layout; of values, the one that goes with that of the keys."""
+        return self.layout if role == "key" else LAYOUTS[self.layout].values
+
+    def check_bits(self, bits: float) -> None:
+        """Refuse ``bits`` that no head could be stored with.
+
+        Raises:
+            ValueError: the message names the nearest that there are.
+        """
+        if LAYOUTS[self.layout].whole_bits and bits != int(bits):
+            raise ValueError(
+                f"codec {self.name!r} takes whole bits, got {bits}; "
+                f"the nearest are {math.floor(bits)} and {math.ceil(bits)}"
+            )
+
+    def widths_of(self, role: Role, head_dim: int, bits: float) -> tuple[int, ...]:
+        """``Format.widths`` for ``bits`` on average.
+
+        Raises:
+            ValueError: there are no such widths; the message names the nearest.
+        """
+        return LAYOUTS[self.layout_of(role)].widths(head_dim, bits)
 
     def granularity(self, role: Role) -> PerChannel | PerToken:
         """Which numbers share a scale; the layout ``planes/token`` has one scale per token."""
@@ -207,7 +97,7 @@ class Codec:
         return frozenset()
 
     def affine(self, role: Role) -> bool:
-        """Whether :meth:`fit` gives offsets and factors; for the layout ``planes/token``."""
+        """Whether :meth:`fit` gives offsets and factors, for the layout ``planes/token``."""
         return False
 
     def fit(
@@ -273,25 +163,17 @@ def make_format(
     Raises:
         ValueError: the layout has no such widths; the message names the nearest that it has.
     """
-    granularity = codec.granularity(role)
+    granularity, layout = codec.granularity(role), codec.layout_of(role)
     per_channel = isinstance(granularity, PerChannel)
-    widths: tuple[int, ...] = ()
-    if codec.layout != "dense":
-        widths = bits if isinstance(bits, tuple) else spread_widths(head_dim, bits)
-    if codec.layout == "planes/channel" and len(set(widths)) > 1:
-        raise ValueError(
-            f"codec {codec.name!r} gives all channels the same width, got {bits} bits; "
-            f"the nearest are {min(widths)} and {max(widths)}"
-        )
     return Format(
-        layout=codec.layout,
+        layout=layout,
         codec=spec,
         head_dim=head_dim,
-        widths=widths,
+        widths=bits if isinstance(bits, tuple) else codec.widths_of(role, head_dim, bits),
         token_group=granularity.group_size if per_channel else 1,
         channel_group=1 if per_channel else min(granularity.group_size, head_dim),
         residual_length=residual_length,
         sink_length=sink_length,
-        affine=codec.layout == "planes/token" and codec.affine(role),
+        affine=layout == "planes/token" and codec.affine(role),
         latent=latent,
     )

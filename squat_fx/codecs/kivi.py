@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from squat_fx.codecs.base import Codec, Layout, PerChannel, PerToken, Role
+from squat_fx.codecs.base import Codec, PerChannel, PerToken, Role
 
 GROUP_DIMS = (3, 5)
 SMALLEST_SCALE = 1e-6  # a constant group gets this step, and code 0
@@ -34,7 +34,7 @@ class Kivi(Codec):
     """
 
     name: ClassVar[str] = "kivi"
-    layout: ClassVar[Layout] = "planes/channel"
+    layout: ClassVar[str] = "planes/channel"
     summary: ClassVar[str] = "min-max rounding, keys per channel, values per token"
     paper: ClassVar[str] = "Liu et al., KIVI, ICML 2024"
 

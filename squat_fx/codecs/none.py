@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from squat_fx.codecs.base import Codec, Layout, PerChannel, PerToken, Role
+from squat_fx.codecs.base import Codec, PerChannel, PerToken, Role
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Lossless(Codec):
     """
 
     name: ClassVar[str] = "none"
-    layout: ClassVar[Layout] = "dense"
+    layout: ClassVar[str] = "dense"
     summary: ClassVar[str] = "exact storage, for telling plumbing from quantization"
     paper: ClassVar[str] = "-"
 

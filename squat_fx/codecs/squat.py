@@ -27,12 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from squat_fx.codecs.base import Codec, Fit, Layout, PerToken, Role, Tap
+from squat_fx.codecs.base import Codec, Fit, PerToken, Role, Tap
 from squat_fx.codecs.feedback import feedback_matrix, metric, query_gram
-from squat_fx.codecs.hadamard import rotation_pair
-from squat_fx.codecs.planes import LANES
 from squat_fx.codecs.smoothing import smoothing_factors
-from squat_fx.codecs.symmetric import LARGEST_HALF
+from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.planes import LANES
+from squat_fx.layouts.symmetric import LARGEST_HALF
 
 SMALLEST_PROMPT = 32  # tokens
 ALL_CHANNELS = 2**30
@@ -51,7 +51,7 @@ class Squat(Codec):
     """
 
     name: ClassVar[str] = "squat"
-    layout: ClassVar[Layout] = "planes/token"
+    layout: ClassVar[str] = "planes/token"
     summary: ClassVar[str] = "rotated, a scale per token; keys centred, smoothed, query-aware"
     paper: ClassVar[str] = "Wang et al., SQuat, COLM 2025; Han et al., PolarQuant, 2025"
     takes_calibration: ClassVar[bool] = True
@@ -106,7 +106,8 @@ class Squat(Codec):
                 latent = pair[1].double() * factor.double()  # queries go there with its transpose
                 h = metric(latent @ gram @ latent.transpose(-1, -2), self.strength, relative=True)
                 feedback = feedback_matrix(h, LANES)  # zeros where nothing is learned
-        return Fit(torch.cat([mean, factor], 2) if self.affine(role) else None, feedback)
+        learned = {"affine": torch.cat([mean, factor], 2)} if self.affine(role) else {}
+        return Fit(learned, feedback)
 
 
 def token_mean(x: Tensor, keep: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from squat_fx.codecs.base import Fit, Role, Tap
 from squat_fx.codecs.feedback import feedback_matrix, leading_subspace, metric, query_gram
 from squat_fx.codecs.kivi import Kivi
-from squat_fx.codecs.planes import LANES
+from squat_fx.layouts.planes import LANES
 
 
 @dataclass(frozen=True)

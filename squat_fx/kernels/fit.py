@@ -16,7 +16,6 @@ import triton
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Fit, Format, Role, Squat, SquatPaper, codec_from_spec
-from squat_fx.codecs.planes import LANES, num_planes
 from squat_fx.codecs.squat import SMALLEST_PROMPT
 from squat_fx.kernels import reference, triton_fit
 from squat_fx.kernels.launch import (
@@ -28,6 +27,7 @@ from squat_fx.kernels.launch import (
     padded,
 )
 from squat_fx.kernels.reference import Arenas
+from squat_fx.layouts.planes import LANES, num_planes
 
 DTYPES = (torch.float16, torch.bfloat16)
 LARGEST_STRENGTH = 4.0
@@ -69,7 +69,8 @@ def learn(
     if task.smallest_prompt:  # queries go into the latent frame with the transpose of its inverse
         basis = arenas.basis if fmt.latent else None
         frame = reference.basis_pair(basis, fmt.head_dim, new.device)[1]
-    return Fit(affine, _run(task, affine, frame, new, valid, query, fmt.sink_length))
+    learned = {} if affine is None else {"affine": affine}
+    return Fit(learned, _run(task, affine, frame, new, valid, query, fmt.sink_length))
 
 
 def _task(codec: Codec, with_query: bool, latent: bool) -> Task | None:

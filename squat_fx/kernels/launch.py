@@ -21,8 +21,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from squat_fx.codecs import Fit, Format, Kivi, SquatPaper, codec_from_spec
-from squat_fx.codecs.planes import LANES
+from squat_fx.codecs import Kivi, SquatPaper, codec_from_spec
 from squat_fx.kernels import (
     gluon_attend_channel,
     gluon_attend_token,
@@ -33,8 +32,10 @@ from squat_fx.kernels import (
     triton_dequantize,
     tuning,
 )
-from squat_fx.kernels.reference import NO_FIT, Arenas, Extent
+from squat_fx.kernels.reference import NOTHING, Arenas, Extent
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
+from squat_fx.layouts import Fixed, Format
+from squat_fx.layouts.planes import LANES
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def attend(
         softcap=softcap,
     )
     with _on(query.device):
-        if key_constant.per_token:
+        if key_constant.per_token and value_constant.per_token:
             _check_packed_in_step(key_format, value[2])
             _attend_per_token(work, key_row)
         else:
@@ -165,7 +166,8 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     block_n, device = triton_attend.BLOCK_N, work.query.device
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
     swapped = None
-    if _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
+    per_channel = all(fmt.layout == "planes/channel" for fmt in work.formats)
+    if per_channel and _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
         swapped = _choice("planes/channel", work).for_group(work.formats[0].token_group)
         shares = 1
         lefts = _chosen_shares(swapped, work) + shares
@@ -305,19 +307,22 @@ def _check_packed_in_step(key: Format, value: Format) -> None:
 
 
 def quantize(
-    x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit = NO_FIT, basis: Tensor | None = None
+    x: Tensor,
+    valid: Tensor | None,
+    fmt: Format,
+    fixed: Fixed = NOTHING,
+    feedback: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See :func:`squat_fx.kernels.reference.quantize`; one launch."""
-    if fmt.layout == "dense" or not rounds_in_kernel(fmt, fit.feedback is not None):
-        return reference.quantize(x, valid, fmt, fit, basis)
+    if fmt.layout == "dense" or not rounds_in_kernel(fmt, feedback is not None):
+        return reference.quantize(x, valid, fmt, fixed, feedback)
     # A prompt of whole groups, of which nothing stays exact.
-    affine = fit.affine is not None and fit.affine.numel() > 0
+    learned = {name: t.contiguous() for name, t in fixed.items() if t.numel()}
+    affine = "affine" in learned
     fmt = dataclasses.replace(fmt, residual_length=0, sink_length=0, affine=affine)
-    arenas = reference.empty_arenas(x, x.shape[2], fmt, basis)
-    if fit.affine is not None and affine:
-        arenas = dataclasses.replace(arenas, affine=fit.affine.contiguous())
+    arenas = reference.empty_arenas(x, x.shape[2], fmt).with_fixed(**learned)
     extent = _on_device(Extent(0, 0), x)
-    _pack(arenas, contiguous_channels(x), valid, extent, fmt, fit.feedback)
+    _pack(arenas, contiguous_channels(x), valid, extent, fmt, feedback)
     return arenas.packed
 
 
@@ -421,8 +426,10 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
 @lru_cache(maxsize=64)
 def rounds_in_kernel(fmt: Format, with_feedback: bool = False) -> bool:
     """Whether the kernels know how ``fmt`` rounds; one warning that says why if not."""
-    if fmt.layout != "planes/channel":
+    if fmt.layout in ("dense", "planes/token"):
         return True  # exact, or rounded as the layout says
+    if fmt.layout != "planes/channel":
+        return False
     codec = codec_from_spec(fmt.codec)
     if type(codec) not in (Kivi, SquatPaper):
         reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
@@ -506,8 +513,7 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    fit = Fit(arenas.affine, feedback)
-    found = reference.quantize(leaving, valid, fmt, fit, arenas.basis)
+    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback)
     for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
         # Wrapped around, slots that are not there stay distinct, so that each is written once.
@@ -643,13 +649,13 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         raise ValueError(
             f"the Triton kernels take {names}, got {arenas.dense.dtype}; cast the model"
         )
-    tensors = (*arenas.packed, arenas.dense, arenas.start, arenas.affine, arenas.basis)
-    if not all(t is None or t.is_contiguous() for t in tensors):
+    tensors = (*arenas.packed, arenas.dense, arenas.start, *arenas.fixed.values())
+    if not all(t.is_contiguous() for t in tensors):
         raise ValueError(
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
     qdata, *parameters = arenas.packed
-    scale, zero_point = (*parameters, None, None)[:2]
+    scale, zero_point, extra = (*parameters, None, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
         raise ValueError(
@@ -657,7 +663,8 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         )
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
-        return Stored(*layout)
+        fixed = next(iter(arenas.fixed.values()), None)
+        return Stored(*layout, extra=extra, fixed=fixed)
     affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():
         return Stored(*layout, affine=affine)

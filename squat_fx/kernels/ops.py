@@ -1,11 +1,14 @@
 """The ops: schemas, fakes and dispatch. Needs only torch; ``reference`` says what each op means.
 
-One overload per stored layout, flat tensors and ints. A role's arenas come in the order of
-``Format.arena_names``, its format as ``Format.to_ints()``; ``positions`` is int64 ``[handles, 2]``,
-a row ``(length, watermark)`` per handle, written by the caller before each call and only read here.
+One overload per stored layout, or per pair of those of keys and values; flat tensors and ints. A
+role's arenas come in the order of ``Format.arena_names``, its format as ``Format.to_ints()``;
+``positions`` is int64 ``[handles, 2]``, a row ``(length, watermark)`` per handle, written by the
+caller before each call and only read here.
 Mutation is visible in the schema. ``append_`` takes the outputs of what must read the arenas first
 as ``after``: it does not look at them, but a compiler that reorders functional graphs then keeps
 the reads in front, and need not copy the arenas.
+
+Formats are named after their layout: torch fails at exit if two overloads differ in nothing else.
 
 | op | what it does |
 |---|---|
@@ -23,38 +26,42 @@ CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from squat_fx.codecs import FIXED_ARENAS, PACKED_ARENAS, Fit, Format, Layout, Role
+from squat_fx.codecs import Fit, Role
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
 
 logger = logging.getLogger(__name__)
 
 LIBRARY = torch.library.Library("squat_fx", "DEF")  # kept alive: it owns the registrations
 
-_OVERLOAD: dict[Layout, str] = {
-    "planes/channel": "planes_channel",
-    "dense": "dense",
-    "planes/token": "planes_token",
-}
+
+def _overload_name(*layouts: str) -> str:
+    """``planes/token`` is the overload ``planes_token``; two layouts have both names."""
+    return "_and_".join(dict.fromkeys(layout.replace("/", "_") for layout in layouts))
 
 
-def overload(op: str, layout: Layout) -> torch._ops.OpOverload:
-    """The overload of ``op`` for ``layout``: ``overload("attend", "dense")`` is
-    ``torch.ops.squat_fx.attend.dense``.
+def overload(op: str, *layouts: str) -> torch._ops.OpOverload:
+    """The overload of ``op`` for a layout, or for those of keys and values:
+    ``overload("attend", "dense", "dense")`` is ``torch.ops.squat_fx.attend.dense``.
     """
-    return getattr(getattr(torch.ops.squat_fx, op), _OVERLOAD[layout])
+    return getattr(getattr(torch.ops.squat_fx, op), _overload_name(*layouts))
 
 
-def both(append: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """The overload of ``append_both_`` for the layout of an overload of ``append_``."""
-    return getattr(torch.ops.squat_fx.append_both_, append._schema.overload_name)
+def both(key: Any, value: Any) -> torch._ops.OpOverload | None:
+    """The overload of ``append_both_`` for two of ``append_``, if there is one."""
+    for pair in PAIRS:
+        if (key, value) == tuple(overload("append_", layout) for layout in pair):
+            return overload("append_both_", *pair)
+    return None
 
 
 @lru_cache(maxsize=1)
@@ -89,56 +96,45 @@ def _extent(implementation: ModuleType, positions: Tensor, row: int) -> Extent |
     return Extent.at(positions, row) if implementation is reference else (positions, row)
 
 
-def _define(layout: Layout) -> None:
-    """Register the five ops of one layout."""
-    name = _OVERLOAD[layout]
-    packed, fixed = PACKED_ARENAS[layout], FIXED_ARENAS[layout]
-    names = (*packed, *fixed, "dense", "start")
+def _declare(layout: str, prefix: str = "", mutable: bool = False, first: str = "a") -> str:
+    """The arenas of a role as arguments of a schema."""
+    names, fixed = arena_names(layout), LAYOUTS[layout].fixed
+    written = [n for n in names if mutable and n not in fixed]
+    alias = {n: f"({chr(ord(first) + i)}!)" for i, n in enumerate(written)}
+    return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
+
+
+def _returns(n: int) -> str:
+    return "(" + ", ".join(["Tensor"] * n) + ")" if n > 1 else "Tensor"
+
+
+def nothing(*args: Any) -> None:
+    """What tracing is told of an op that only writes."""
+
+
+Op = tuple[str, str, Callable[..., Any], Callable[..., Any]]
+"""Name and overload, schema, what runs, and what tracing is told."""
+
+
+def _register(ops: Sequence[Op]) -> None:
+    for name, schema, run, fake in ops:
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"squat_fx::{name}", fake, lib=LIBRARY)
+
+
+def _ops_of(layout: str) -> list[Op]:
+    """The ops on one role."""
+    name, stored = _overload_name(layout), LAYOUTS[layout]
+    packed, fixed = stored.packed, stored.fixed
+    names, made = arena_names(layout), stored_names(layout)
     count = len(names)
 
-    def declare(prefix: str = "", mutable: bool = False, first: str = "a") -> str:
-        written = [n for n in names if mutable and n not in fixed]
-        alias = {n: f"({chr(ord(first) + i)}!)" for i, n in enumerate(written)}
-        return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
-
-    def returns(n: int) -> str:
-        return "(" + ", ".join(["Tensor"] * n) + ")" if n > 1 else "Tensor"
-
-    learned = "".join(f"Tensor {n}, " for n in fixed)
-    LIBRARY.define(
-        f"quantize.{name}(Tensor x, Tensor? valid, {learned}str codec, int[] format) "
-        f"-> {returns(len(packed))}"
-    )
-    LIBRARY.define(
-        f"store.{name}(Tensor x, Tensor? valid, Tensor? query, Tensor? basis, str role, "
-        f"str codec, int[] format) -> {returns(count - ('basis' in fixed))}"
-    )
-    LIBRARY.define(
-        f"append_.{name}({declare(mutable=True)}, Tensor new, Tensor? valid, Tensor positions, "
-        "int row, str codec, int[] format, Tensor[]? after=None) -> ()"
-    )
-    LIBRARY.define(
-        f"append_both_.{name}({declare('key_', mutable=True)}, "
-        f"{declare('value_', mutable=True, first='n')}, Tensor new_key, Tensor new_value, "
-        "Tensor? valid, Tensor positions, int key_row, int value_row, str codec, "
-        "int[] key_format, int[] value_format, Tensor[]? after=None) -> ()"
-    )
-    LIBRARY.define(
-        f"attend.{name}(Tensor query, Tensor? new_key, Tensor? new_value, "
-        f"{declare('key_')}, {declare('value_')}, "
-        "Tensor positions, int key_row, int value_row, Tensor? mask, Tensor? sinks, "
-        "float scale, int causal, float softcap, int[] key_format, int[] value_format) -> Tensor"
-    )
-    LIBRARY.define(
-        f"dequantize.{name}({declare()}, Tensor positions, int row, SymInt length, int[] format) "
-        "-> Tensor"
-    )
-
-    def quantize(x: Tensor, valid: Tensor | None, *args):
+    def quantize(x: Tensor, valid: Tensor | None, *args: Any) -> Any:
         *learned, codec, format = args
         fmt = Format.from_ints(layout, codec, format)
-        affine, basis = learned or (None, None)
-        found = _implementation(x.device).quantize(x, valid, fmt, Fit(affine), basis)
+        arenas = dict(zip(fixed, learned, strict=True))
+        found = _implementation(x.device).quantize(x, valid, fmt, arenas)
         out = tuple(t.clone() if t is x else t for t in found)
         return out if len(packed) > 1 else out[0]
 
@@ -150,36 +146,106 @@ def _define(layout: Layout) -> None:
         role: Role,
         codec: str,
         format: list[int],
-    ):
+    ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
         arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, basis)
         fit = _learn(x.device)(arenas, x, valid, query, fmt, role)
         _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
         by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
-        return tuple(by_name[n] for n in fmt.stored_names)
+        return tuple(by_name[n] for n in made)
 
-    def append_(*args) -> None:
+    def append_(*args: Any) -> None:
         tensors, (new, valid, positions, row, codec, format) = args[:count], args[count : count + 6]
         fmt = Format.from_ints(layout, codec, format)
         implementation = _implementation(new.device)
         extent = _extent(implementation, positions, row)
         implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
 
-    def append_both_(*args) -> None:
-        arenas, rest = (args[:count], args[count : 2 * count]), args[2 * count :]
-        new_key, new_value, valid, positions, key_row, value_row, codec, *formats = rest[:9]
+    def dequantize(*args: Any) -> Tensor:
+        tensors, (positions, row, length, format) = args[:count], args[count:]
+        fmt = Format.from_ints(layout, "", format)
+        extent = Extent.at(positions, row)
+        dense = _implementation(tensors[0].device).dense_past(Arenas.of(fmt, tensors), extent, fmt)
+        return dense[:, :, :length].contiguous()
+
+    def fake_quantize(x: Tensor, valid: Tensor | None, *args: Any) -> Any:
+        *_, codec, format = args
+        out = _fake_packed(x, x.shape[2], Format.from_ints(layout, codec, format))
+        return out if len(packed) > 1 else out[0]
+
+    def fake_store(x: Tensor, valid: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+        *_, codec, format = args
+        fmt = Format.from_ints(layout, codec, format)
+        batch, heads = x.shape[:2]
+        shapes = {"dense": (batch, heads, fmt.dense_length, fmt.head_dim), "start": (batch,)}
+        for n in fixed:
+            shapes[n] = stored.fixed_shape(fmt, n, batch, heads)
+        rest = (
+            x.new_empty(shapes[n], dtype=fmt.arena_dtype(n, x.dtype)) for n in made[len(packed) :]
+        )
+        return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), *rest)
+
+    def fake_dequantize(*args: Any) -> Tensor:
+        dense, length = args[count - 2], args[count + 2]
+        return dense.new_empty((*dense.shape[:2], length, dense.shape[3]))
+
+    learned = "".join(f"Tensor {n}, " for n in fixed)
+    return [
+        (
+            f"quantize.{name}",
+            f"(Tensor x, Tensor? valid, {learned}str codec, int[] {name}_format) "
+            f"-> {_returns(len(packed))}",
+            quantize,
+            fake_quantize,
+        ),
+        (
+            f"store.{name}",
+            "(Tensor x, Tensor? valid, Tensor? query, Tensor? basis, str role, str codec, "
+            f"int[] {name}_format) -> {_returns(len(made))}",
+            store,
+            fake_store,
+        ),
+        (
+            f"append_.{name}",
+            f"({_declare(layout, mutable=True)}, Tensor new, Tensor? valid, Tensor positions, "
+            f"int row, str codec, int[] {name}_format, Tensor[]? after=None) -> ()",
+            append_,
+            nothing,
+        ),
+        (
+            f"dequantize.{name}",
+            f"({_declare(layout)}, Tensor positions, int row, SymInt length, int[] {name}_format) "
+            "-> Tensor",
+            dequantize,
+            fake_dequantize,
+        ),
+    ]
+
+
+def _ops_of_pair(*layouts: str) -> list[Op]:
+    """The ops on keys and values of such layouts."""
+    name, (key_layout, value_layout) = _overload_name(*layouts), layouts
+    keys = len(arena_names(key_layout))
+    arenas = keys + len(arena_names(value_layout))
+
+    def append_both_(*args: Any) -> None:
+        new_key, new_value, valid, positions, key_row, value_row, codec, *formats = args[
+            arenas : arenas + 9
+        ]
         implementation = _implementation(new_key.device)
         writes = []
-        for tensors, new, row, ints in zip(
-            arenas, (new_key, new_value), (key_row, value_row), formats, strict=True
-        ):
+        for layout, tensors, new, row, ints in zip(
+            layouts, (args[:keys], args[keys:arenas]), (new_key, new_value),
+            (key_row, value_row), formats, strict=True,
+        ):  # fmt: skip
             fmt = Format.from_ints(layout, codec, ints)
             extent = _extent(implementation, positions, row)
             writes.append((Arenas.of(fmt, tensors), new, extent, fmt))
         implementation.write_both(*writes, valid)
 
-    def attend(query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args) -> Tensor:
-        key, value, rest = args[:count], args[count : 2 * count], args[2 * count :]
+    def attend(
+        query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args: Any
+    ) -> Tensor:
         (
             positions,
             key_row,
@@ -189,12 +255,13 @@ def _define(layout: Layout) -> None:
             scale,
             causal,
             softcap,
-            key_format,
-            value_format,
-        ) = rest
+            *formats,
+        ) = args[arenas:]
         implementation = _implementation(query.device)
         sides = []
-        for tensors, row, ints in ((key, key_row, key_format), (value, value_row, value_format)):
+        for layout, tensors, row, ints in zip(
+            layouts, (args[:keys], args[keys:arenas]), (key_row, value_row), formats, strict=True
+        ):
             extent = _extent(implementation, positions, row)
             fmt = Format.from_ints(layout, "", ints)
             sides.append((Arenas.of(fmt, tensors), extent, fmt))
@@ -210,53 +277,34 @@ def _define(layout: Layout) -> None:
             softcap=softcap,
         ).contiguous()
 
-    def dequantize(*args) -> Tensor:
-        tensors, (positions, row, length, format) = args[:count], args[count:]
-        fmt = Format.from_ints(layout, "", format)
-        extent = Extent.at(positions, row)
-        dense = _implementation(tensors[0].device).dense_past(Arenas.of(fmt, tensors), extent, fmt)
-        return dense[:, :, :length].contiguous()
-
-    def fake_quantize(x: Tensor, valid: Tensor | None, *args):
-        *_, codec, format = args
-        out = _fake_packed(x, x.shape[2], Format.from_ints(layout, codec, format))
-        return out if len(packed) > 1 else out[0]
-
-    def fake_store(x: Tensor, valid: Tensor | None, *args):
-        *_, codec, format = args
-        fmt = Format.from_ints(layout, codec, format)
-        batch, heads = x.shape[:2]
-        made = {
-            "affine": x.new_empty(reference.affine_shape(batch, heads, fmt), dtype=torch.float16),
-            "dense": x.new_empty((batch, heads, fmt.dense_length, fmt.head_dim)),
-            "start": x.new_empty((batch,), dtype=torch.int32),
-        }
-        rest = (made[n] for n in fmt.stored_names[len(packed) :])
-        return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), *rest)
-
-    def fake_append_(*args) -> None:
-        return None
-
     def fake_attend(
-        query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args
+        query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args: Any
     ) -> Tensor:
-        value_dense = args[2 * count - 2]
+        value_dense = args[arenas - 2]
         return query.new_empty((*query.shape[:3], value_dense.shape[3]))
 
-    def fake_dequantize(*args) -> Tensor:
-        dense, length = args[count - 2], args[count + 2]
-        return dense.new_empty((*dense.shape[:2], length, dense.shape[3]))
-
-    for op, run, fake in (
-        ("quantize", quantize, fake_quantize),
-        ("store", store, fake_store),
-        ("append_", append_, fake_append_),
-        ("append_both_", append_both_, fake_append_),
-        ("attend", attend, fake_attend),
-        ("dequantize", dequantize, fake_dequantize),
-    ):
-        LIBRARY.impl(f"{op}.{name}", run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"squat_fx::{op}.{name}", fake, lib=LIBRARY)
+    key_name, value_name = map(_overload_name, layouts)
+    formats = f"int[] key_{key_name}_format, int[] value_{value_name}_format"
+    return [
+        (
+            f"append_both_.{name}",
+            f"({_declare(key_layout, 'key_', mutable=True)}, "
+            f"{_declare(value_layout, 'value_', mutable=True, first='n')}, Tensor new_key, "
+            "Tensor new_value, Tensor? valid, Tensor positions, int key_row, int value_row, "
+            f"str codec, {formats}, Tensor[]? after=None) -> ()",
+            append_both_,
+            nothing,
+        ),
+        (
+            f"attend.{name}",
+            "(Tensor query, Tensor? new_key, Tensor? new_value, "
+            f"{_declare(key_layout, 'key_')}, {_declare(value_layout, 'value_')}, "
+            "Tensor positions, int key_row, int value_row, Tensor? mask, Tensor? sinks, "
+            f"float scale, int causal, float softcap, {formats}) -> Tensor",
+            attend,
+            fake_attend,
+        ),
+    ]
 
 
 def _rounded_up(tokens: int, fmt: Format) -> int:
@@ -269,16 +317,10 @@ def _fake_packed(x: Tensor, capacity: int, fmt: Format) -> tuple[Tensor, ...]:
     return tuple(
         x.new_empty(
             (batch, heads, capacity // fmt.tokens_per_slot(n), fmt.last_dim(n)),
-            dtype=reference.arena_dtype(n, fmt, x.dtype),
+            dtype=fmt.arena_dtype(n, x.dtype),
         )
         for n in fmt.packed_names
     )
-
-
-for _layout in _OVERLOAD:
-    _define(_layout)
-
-LIBRARY.define("valid_tokens(Tensor mask, Tensor new) -> Tensor")
 
 
 def _valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
@@ -289,5 +331,10 @@ def _fake_valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
     return mask.new_empty((new.shape[0], new.shape[2]), dtype=torch.bool)
 
 
-LIBRARY.impl("valid_tokens", _valid_tokens, "CompositeExplicitAutograd")
-torch.library.register_fake("squat_fx::valid_tokens", _fake_valid_tokens, lib=LIBRARY)
+_register(
+    [
+        *(op for layout in LAYOUTS for op in _ops_of(layout)),
+        *(op for pair in PAIRS for op in _ops_of_pair(*pair)),
+        ("valid_tokens", "(Tensor mask, Tensor new) -> Tensor", _valid_tokens, _fake_valid_tokens),
+    ]
+)

@@ -28,21 +28,23 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squat_fx.codecs import Codec, Fit, Format, Role, codec_from_spec
-from squat_fx.codecs.hadamard import rotation_pair
-from squat_fx.codecs.planes import LANES, pack, unpack
-from squat_fx.codecs.symmetric import dequantize_tokens, quantize_tokens, step_and_zero
+from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
+from squat_fx.layouts import Fixed, Format
+from squat_fx.layouts.planes import unpack
+from squat_fx.layouts.planes_token import basis_pair
+from squat_fx.layouts.symmetric import step_and_zero
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 NO_FIT = Fit()
+NOTHING: Mapping[str, Tensor] = {}
 FEW_QUERIES = 16
 
 
@@ -52,28 +54,45 @@ class Arenas:
 
     ``packed`` is in the order of ``Format.packed_names``, dims ``[batch, heads, slots, n]``.
     ``dense`` is ``[batch, heads, dense_length, head_dim]`` and ``start`` int32 ``[batch]``.
-    ``affine`` and ``basis`` exist in the layout ``planes/token``: the offset that is taken from
-    each channel of packed tokens and the factor that it is divided by, fp16 ``[batch, heads, 2 or
-    0, head_dim]``, and the matrix that they are then multiplied with and its inverse, fp32 ``[2,
-    heads, head_dim, head_dim]`` (``[2, heads, 0, 0]``: the fixed rotation).
+    ``fixed`` are those of the layout that the store made, and that are only read since.
     """
 
     packed: tuple[Tensor, ...]
     dense: Tensor
     start: Tensor
-    affine: Tensor | None = None
-    basis: Tensor | None = None
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, fmt: Format, tensors: Sequence[Tensor]) -> Arenas:
         """Arenas from tensors in the order of ``Format.arena_names``."""
         count = len(fmt.packed_names)
-        fixed = dict(zip(fmt.arena_names[count:], tensors[count:], strict=True))
-        return cls(tuple(tensors[:count]), **fixed)
+        *fixed, dense, start = tensors[count:]
+        names = fmt.stored_layout.fixed
+        return cls(tuple(tensors[:count]), dense, start, dict(zip(names, fixed, strict=True)))
 
     def tensors(self, fmt: Format) -> tuple[Tensor, ...]:
         """Undo :meth:`of`."""
-        return (*self.packed, *(getattr(self, n) for n in fmt.arena_names[len(self.packed) :]))
+        fixed = (self.fixed[name] for name in fmt.stored_layout.fixed)
+        return (*self.packed, *fixed, self.dense, self.start)
+
+    @property
+    def affine(self) -> Tensor | None:
+        """Offsets and factors in the layout ``planes/token``."""
+        return self.fixed.get("affine")
+
+    @property
+    def basis(self) -> Tensor | None:
+        """The basis of the layout ``planes/token``."""
+        return self.fixed.get("basis")
+
+    def with_fixed(self, **arenas: Tensor) -> Arenas:
+        """The same with other fixed arenas."""
+        return replace(self, fixed={**self.fixed, **arenas})
+
+    def fixed_of(self, rows: slice, fmt: Format) -> dict[str, Tensor]:
+        """The fixed arenas of some rows of the batch."""
+        shared = fmt.stored_layout.shared
+        return {name: t if name in shared else t[rows] for name, t in self.fixed.items()}
 
 
 def advanced(length: int, watermark: int, new_tokens: int, fmt: Format) -> tuple[int, int]:
@@ -115,105 +134,22 @@ def quantize(
     x: Tensor,
     valid: Tensor | None,
     fmt: Format,
-    fit: Fit = NO_FIT,
-    basis: Tensor | None = None,
+    fixed: Fixed = NOTHING,
+    feedback: Tensor | None = None,
     first_slot: int = 0,
 ) -> tuple[Tensor, ...]:
     """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``,
     for the slots from ``first_slot`` on; valid ``[batch, tokens]``.
     """
-    if fmt.layout == "dense":
-        return (x.contiguous(),)
-    if fmt.layout == "planes/token":
-        latent = to_latent(x, fit.affine, basis)
-        codes, scale = quantize_tokens(latent, fmt.widths, fit.feedback, first_slot)
-        return pack(codes, fmt.widths), scale
-    if valid is not None:
-        valid = valid.unflatten(1, (-1, fmt.token_group))[:, None, :, :, None, None]
-    codec, x = codec_from_spec(fmt.codec), x.float()
-    if fit.feedback is None:
-        codes, scale, zero_point = codec.quantize(_grouped(x, fmt), valid, fmt.widths[0])
-        codes = codes.flatten(-2)[..., : fmt.head_dim].flatten(2, 3)
-    else:
-        codes, scale, zero_point = _quantize_with_feedback(x, valid, fmt, fit.feedback)
-    return pack(codes, fmt.widths), scale.squeeze(5).squeeze(3), zero_point.squeeze(5).squeeze(3)
-
-
-def _quantize_with_feedback(
-    x: Tensor, valid: Tensor | None, fmt: Format, feedback: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Plane group by plane group; each error goes into the channels after it."""
-    codec, x = codec_from_spec(fmt.codec), x.clone()
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for first in range(0, fmt.head_dim, LANES):
-        block, later = slice(first, first + LANES), slice(first + LANES, fmt.head_dim)
-        found = codec.quantize(_grouped(x[..., block], fmt), valid, fmt.widths[0])
-        parts.append(found)
-        codes, scale, zero_point = found
-        rounded = (codes.float() * scale.float() + zero_point.float()).flatten(-2).flatten(2, 3)
-        x[..., later] += (rounded - x[..., block]) @ feedback[..., block, later]
-    codes, scale, zero_point = (torch.cat(part, 4) for part in zip(*parts, strict=True))
-    return codes.flatten(-2).flatten(2, 3), scale, zero_point
+    codec = codec_from_spec(fmt.codec)
+    return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, first_slot)
 
 
 def dequantize_groups(
-    packed: tuple[Tensor, ...],
-    fmt: Format,
-    out: Tensor,
-    affine: Tensor | None = None,
-    basis: Tensor | None = None,
+    packed: tuple[Tensor, ...], fmt: Format, out: Tensor, fixed: Fixed = NOTHING
 ) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
-    if fmt.layout == "dense":
-        return out.copy_(packed[0])
-    if fmt.layout == "planes/token":
-        codes = unpack(packed[0], fmt.head_dim, fmt.widths)
-        latent = dequantize_tokens(codes, packed[1], fmt.widths)
-        return out.copy_(from_latent(latent, affine, basis))
-    qdata, scale, zero_point = packed
-    # [batch, heads, token groups, channel groups] against
-    # [batch, heads, token groups, tokens, channel groups, channels]
-    scale, zero_point = (p.float()[:, :, :, None, :, None] for p in (scale, zero_point))
-    if out.dtype == torch.float32 and fmt.head_dim == fmt.channel_groups * fmt.channel_group:
-        _grouped(unpack(qdata, fmt.head_dim, fmt.widths, out), fmt).mul_(scale).add_(zero_point)
-        return out
-    codes = unpack(qdata, fmt.head_dim, fmt.widths).float()
-    numbers = _grouped(codes, fmt).mul(scale).add_(zero_point)
-    return out.copy_(numbers.flatten(-2)[..., : fmt.head_dim].flatten(2, 3))
-
-
-def basis_pair(basis: Tensor | None, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The matrix that takes tokens into the latent frame and its inverse, ``[heads or 1, head_dim,
-    head_dim]``; the fixed rotation unless there is a basis.
-    """
-    if basis is None or not basis.numel():
-        basis = rotation_pair(head_dim, device)
-    return basis[0], basis[1]
-
-
-def to_latent(x: Tensor, affine: Tensor | None, basis: Tensor | None) -> Tensor:
-    """``(x - offset) / factor @ basis``, fp32: the frame in which ``planes/token`` rounds."""
-    x = x.float()
-    if affine is not None and affine.numel():
-        x = (x - affine[:, :, :1].float()) / affine[:, :, 1:].float()
-    return x @ basis_pair(basis, x.shape[-1], x.device)[0]
-
-
-def from_latent(y: Tensor, affine: Tensor | None, basis: Tensor | None) -> Tensor:
-    """Undo :func:`to_latent`."""
-    x = y @ basis_pair(basis, y.shape[-1], y.device)[1]
-    if affine is None or not affine.numel():
-        return x
-    return x * affine[:, :, 1:].float() + affine[:, :, :1].float()
-
-
-def _grouped(x: Tensor, fmt: Format) -> Tensor:
-    """``[batch, heads, token groups, tokens, channel groups, channels]``; a ragged last channel
-    group repeats its end.
-    """
-    if ragged := fmt.channel_groups * fmt.channel_group - fmt.head_dim:
-        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], ragged)], -1)
-    return x.unflatten(-1, (-1, fmt.channel_group)).unflatten(2, (-1, fmt.token_group))
+    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out)
 
 
 # reading and writing arenas -----------------------------------------------------------------------
@@ -236,9 +172,8 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
         row_tokens[:, :, :sinks] = dense[rows, :, :sinks]
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
-            affine = None if arenas.affine is None else arenas.affine[rows]
             target = row_tokens[:, :, sinks : sinks + count]
-            dequantize_groups(packed, fmt, target, affine, arenas.basis)
+            dequantize_groups(packed, fmt, target, arenas.fixed_of(rows, fmt))
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
     return out
@@ -247,8 +182,7 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
 def learn(
     arenas: Arenas, new: Tensor, valid: Tensor | None, query: Tensor | None, fmt: Format, role: Role
 ) -> Fit:
-    """What the codec learns from the prompt ``new``; offsets and factors go into
-    ``arenas``.
+    """What the codec learns from the prompt ``new``; fixed arenas are filled with it.
 
     ``query`` is ``[batch, num_heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]``.
     """
@@ -263,8 +197,9 @@ def learn(
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
     fit = codec.fit(role, new, query, keep, basis)
-    if fit.affine is not None and arenas.affine is not None and arenas.affine.numel():
-        arenas.affine.copy_(fit.affine)
+    for name, learned in fit.fixed.items():
+        if arenas.fixed[name].numel():
+            arenas.fixed[name].copy_(learned)
     return fit
 
 
@@ -289,9 +224,8 @@ def write(
         arenas.start.copy_(torch.where(empty, extent.length + leading, arenas.start))
     for rows, start in _runs(arenas.start):
         row_valid = None if valid is None else valid[rows]
-        affine = None if arenas.affine is None else arenas.affine[rows]
-        fit = Fit(affine, None if feedback is None else feedback[rows])
-        _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt, fit)
+        row_feedback = None if feedback is None else feedback[rows]
+        _pack_leaving(arenas, new[rows], row_valid, rows, start, extent, after, fmt, row_feedback)
         _keep_recent(arenas.dense[rows], new[rows], start, extent, after, fmt)
 
 
@@ -317,7 +251,7 @@ def _pack_leaving(
     before: Extent,
     after: Extent,
     fmt: Format,
-    fit: Fit,
+    feedback: Tensor | None,
 ) -> None:
     """Pack the tokens that are packed after an append and were not before it."""
     first, end = before.packed(start, fmt), after.packed(start, fmt)
@@ -333,7 +267,7 @@ def _pack_leaving(
         known = valid.new_ones((valid.shape[0], in_ring - first))
         valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
     slots = _packed_slots(arenas, rows, first, end, fmt)
-    packed = quantize(leaving, valid, fmt, fit, arenas.basis, first)
+    packed = quantize(leaving, valid, fmt, arenas.fixed_of(rows, fmt), feedback, first)
     for slot, numbers in zip(slots, packed, strict=True):
         slot.copy_(numbers)
 
@@ -366,7 +300,8 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
             continue
         group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
         out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
-        numbers = dequantize_groups(group, fmt, out)[0, :, :left]
+        fixed = arenas.fixed_of(slice(row, row + 1), fmt)
+        numbers = dequantize_groups(group, fmt, out, fixed)[0, :, :left]
         arenas.dense[row].index_copy_(
             1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
         )
@@ -380,38 +315,20 @@ def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None 
     packed = tuple(
         like.new_zeros(
             (batch, heads, capacity // fmt.tokens_per_slot(name), fmt.last_dim(name)),
-            dtype=arena_dtype(name, fmt, like.dtype),
+            dtype=fmt.arena_dtype(name, like.dtype),
         )
         for name in fmt.packed_names
     )
     dense = like.new_zeros((batch, heads, fmt.dense_length, fmt.head_dim))
     start = like.new_zeros((batch,), dtype=torch.int32)
-    if fmt.layout != "planes/token":
-        return Arenas(packed, dense, start)
-    affine = like.new_zeros(affine_shape(batch, heads, fmt), dtype=torch.float16)
-    affine[:, :, 1:] = 1.0
-    return Arenas(packed, dense, start, affine, no_basis(like) if basis is None else basis)
-
-
-def affine_shape(batch: int, heads: int, fmt: Format) -> tuple[int, int, int, int]:
-    """Of the arena ``affine``: offsets and factors, or nothing."""
-    return batch, heads, 2 * fmt.affine, fmt.head_dim
-
-
-def no_basis(like: Tensor) -> Tensor:
-    """The basis of a head that has none but the fixed rotation."""
-    return like.new_empty((2, like.shape[1], 0, 0), dtype=torch.float32)
-
-
-def arena_dtype(name: str, fmt: Format, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arena ``name`` for a cache of ``dtype``."""
-    if name == "start":
-        return torch.int32
-    if name == "basis":
-        return torch.float32
-    if name == "dense" or fmt.layout == "dense":
-        return dtype
-    return torch.uint8 if name == "qdata" else torch.float16
+    layout = fmt.stored_layout
+    fixed = {
+        name: layout.empty_fixed(fmt, name, like)
+        if basis is None or name not in layout.shared
+        else basis
+        for name in layout.fixed
+    }
+    return Arenas(packed, dense, start, fixed)
 
 
 def _ring_slots(first: int, end: int, fmt: Format, device: torch.device) -> Tensor:
@@ -518,7 +435,7 @@ def attend(
     softcap: float,
 ) -> Tensor:
     """Attention over the stored tokens and, beside them, the exact new ones."""
-    if key[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
+    if key[2].layout == value[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
         return _attend_latent(
             query,
             new_key,

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_hadamard import rotate_back
+from squat_fx.kernels.triton_packed import any_plane, load_packed
 from squat_fx.kernels.triton_planes import (
-    any_plane,
     exact_rows,
     largest_code,
     load_affine,
@@ -47,7 +47,7 @@ def dequantize_kernel(
     slot = position - start - FORMAT.sink_length
     packed = keep & (slot >= 0) & (slot < count)
     exact = exact_rows(stored, None, 0, 0, head, position, start, length, FORMAT)
-    words = load_words(stored, head, slot, packed, lane, FORMAT)
+    words = load_packed(stored, head, slot, packed, lane, FORMAT)
     for j in tl.static_range(num_planes(FORMAT)):
         channel = 16 * j + lane
         x = any_plane(stored, words, exact, head, slot, packed, keep, lane, j, FORMAT)

@@ -1,4 +1,4 @@
-"""The fixed rotation of ``codecs/hadamard.py`` inside a kernel, without its matrix.
+"""The fixed rotation of ``layouts/hadamard.py`` inside a kernel, without its matrix.
 
     R = diag(signs) @ blockdiag(H, H, ...) / sqrt(block)        H = H_planes (x) H_16
 

@@ -1,6 +1,6 @@
 """Stored tokens inside a kernel: where a token lies, and its channels 16 at a time.
 
-Every kernel walks a head in *plane groups* of 16 channels (``codecs/planes.py``), so a tile of
+Every kernel walks a head in *plane groups* of 16 channels (``layouts/planes.py``), so a tile of
 ``N`` tokens is a sequence of ``[N, 16]`` tensors and any head dim works. Position ``t`` is token
 ``i = t - start`` of its row and packed slot ``j = i - sink_length``; ``reference.py`` says which
 tokens are packed and where the others lie.
@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from squat_fx.codecs import Format
-from squat_fx.codecs.planes import LANES
-from squat_fx.codecs.symmetric import STEP, least_scale
+from squat_fx.layouts.planes import LANES
+from squat_fx.layouts.symmetric import STEP, least_scale
 
 WORD_SHIFT = 6  # brings the six upper bits of a word to where a half has its mantissa
 
@@ -48,6 +48,8 @@ class Stored(NamedTuple):
     basis: Tensor | None = None
     basis_stride: int = 0
     inverse: int = 0
+    extra: Tensor | None = None
+    fixed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ class StoredFormat:
     qdata holds the numbers themselves. What is left of the lanes after ``whole_bytes``, in
     ``sections`` of so many bits, counts as one more byte.
 
-    ``per_token`` is the layout ``planes/token``; ``steps[plane]`` is the distance of its levels
-    and ``least_scales[plane]`` what its largest number asks of the scale.
+    ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
+    distance of its levels and ``least_scales[plane]`` what its largest number asks of the scale.
     """
 
+    layout: str
     head_dim: int
     num_planes: int
     pieces: tuple[tuple[tuple[int, int, int, int], ...], ...] | None
@@ -126,19 +129,22 @@ class StoredFormat:
 def stored_format(fmt: Format) -> StoredFormat:
     """The compile-time constant of ``fmt``."""
     num_planes = -(-fmt.head_dim // LANES)
-    pieces, whole_bytes, sections, row_size, levels = None, 0, (), fmt.head_dim, 0.0
-    if fmt.layout != "dense":
+    planes, row_size = fmt.planes, fmt.last_dim("qdata")
+    pieces, whole_bytes, sections, levels = None, 0, (), 0.0
+    if planes is not None:
         pieces = tuple(
             tuple(
                 (p.byte // 2, p.byte % 2 * 8 + p.bit_shift, 2**p.bits - 1, p.code_shift)
-                for p in fmt.planes.pieces
+                for p in planes.pieces
                 if p.group == plane
             )
-            for plane in range(num_planes)
+            for plane in range(len(planes.widths))
         )
-        whole_bytes, sections = fmt.planes.whole_bytes, fmt.planes.sections
-        row_size, levels = fmt.planes.row_bytes, float(2 ** fmt.widths[0] - 1)
+        whole_bytes, sections = planes.whole_bytes, planes.sections
+        levels = float(2 ** planes.widths[0] - 1)
+    per_token = fmt.layout == "planes/token"
     return StoredFormat(
+        layout=fmt.layout,
         head_dim=fmt.head_dim,
         num_planes=num_planes,
         pieces=pieces,
@@ -146,9 +152,9 @@ def stored_format(fmt: Format) -> StoredFormat:
         sections=sections,
         row_size=row_size,
         widths=fmt.widths,
-        per_token=fmt.layout == "planes/token",
-        steps=tuple(STEP[bits] for bits in fmt.widths),
-        least_scales=tuple(least_scale(bits) for bits in fmt.widths),
+        per_token=per_token,
+        steps=tuple(STEP[bits] for bits in fmt.widths) if per_token else (),
+        least_scales=tuple(least_scale(bits) for bits in fmt.widths) if per_token else (),
         affine=fmt.affine,
         levels=levels,
         token_group=fmt.token_group,
@@ -372,40 +378,6 @@ def load_affine(stored, head, channel, inside, fmt: tl.constexpr):
 
 
 @triton.jit
-def parameter_offsets(stored, head, group, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """Where the parameters of a plane group lie: ``[N, 16]``, of size 1 along what shares them."""
-    groups = head * (stored.capacity // fmt.token_group) + group
-    if fmt.channel_groups == 1:
-        offsets = groups
-    elif fmt.channel_group % 16 == 0:
-        offsets = groups * fmt.channel_groups + plane * 16 // fmt.channel_group
-    else:
-        channel = tl.minimum(plane * 16 + lane, fmt.head_dim - 1)
-        offsets = groups * fmt.channel_groups + channel // fmt.channel_group
-    return offsets
-
-
-@triton.jit
-def packed_plane(
-    stored, words, head, slot, keep, group, keep_group, lane, plane: tl.constexpr, fmt: tl.constexpr
-):
-    """One plane group of packed tokens as numbers, fp32 ``[N, 16]``; finite where not ``keep``.
-
-    ``group`` is the token group of each token, ``[N, 1]``, or one number if the tile lies in one.
-    """
-    if fmt.pieces is None:
-        channel = plane * 16 + lane
-        rows = stored.qdata + head * stored.capacity * fmt.row_size + slot * fmt.row_size
-        x = tl.load(rows + channel, mask=keep & (channel < fmt.head_dim), other=0.0).to(tl.float32)
-    else:
-        offsets = parameter_offsets(stored, head, group, lane, plane, fmt)
-        scale = tl.load(stored.scale + offsets, mask=keep_group, other=0.0).to(tl.float32)
-        zero_point = tl.load(stored.zero_point + offsets, mask=keep_group, other=0.0).to(tl.float32)
-        x = unpack_plane(words, plane, fmt).to(tl.float32) * scale + zero_point
-    return x
-
-
-@triton.jit
 def no_words(slot, fmt: tl.constexpr):
     """The words of tokens at ``slot`` ``[N, 1]`` before any code: a tuple of int32 ``[N, 16]``."""
     words = ()
@@ -484,16 +456,3 @@ def exact_rows(stored, new, new_head, new_stride, head, position, start, length,
         column = (position - length).to(tl.int64)
         rows = tl.where(position < length, rows, new + new_head + column * new_stride)
     return rows
-
-
-@triton.jit
-def any_plane(
-    stored, words, exact, head, slot, packed, keep, lane, plane: tl.constexpr, fmt: tl.constexpr
-):
-    """One plane group of tokens, at ``slot`` where ``packed``, else at ``exact``; fp32."""
-    channel = plane * 16 + lane
-    x = packed_plane(
-        stored, words, head, slot, packed, slot // fmt.token_group, packed, lane, plane, fmt
-    )
-    unpacked = keep & (packed == 0) & (channel < fmt.head_dim)
-    return tl.where(packed, x, tl.load(exact + channel, mask=unpacked, other=0.0).to(tl.float32))

@@ -6,7 +6,7 @@ are computed, bit for bit as there):
     scale = (max - min) / (2**bits - 1)      zero_point = min
     code = round_half_even((x - zero_point) / scale)
 
-over the valid numbers of a group. ``planes/token`` (``codecs/symmetric.py``):
+over the valid numbers of a group. ``planes/token`` (``layouts/symmetric.py``):
 
     y = ((x - offset) / factor) @ basis
     scale = max(sqrt(mean(y**2)), max(|y| * least_scale(bits))), fp16, negative in odd slots

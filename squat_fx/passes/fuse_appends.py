@@ -24,7 +24,7 @@ TAIL = 7  # new, valid, positions, row, codec, format, after
 
 
 class FuseAppends(GraphPass):
-    """Pair up appends of one layout that wait for the same attentions."""
+    """Pair up appends that wait for the same attentions."""
 
     name = "fuse appends"
 
@@ -34,13 +34,14 @@ class FuseAppends(GraphPass):
         waiting: dict[Any, fx.Node] = {}
         for node in [node for node in graph.nodes if is_append(node)]:
             _, valid, positions, _, codec, _, after = node.args[-TAIL:]
-            like = (node.target, valid, positions, codec, tuple(after))  # pyright: ignore
+            like = (valid, positions, codec, tuple(after))  # pyright: ignore
             first = waiting.pop(like, None)
-            if first is None:
+            both = None if first is None else ops.both(first.target, node.target)
+            if first is None or both is None:
                 waiting[like] = node
                 continue
             with graph.inserting_before(node):
-                graph.call_function(ops.both(node.target), _arguments(first, node))
+                graph.call_function(both, _arguments(first, node))
             graph.erase_node(first)
             graph.erase_node(node)
             fused += 1

@@ -102,7 +102,7 @@ class QuantizeKVCache(GraphPass):
         with graph.inserting_before(output):
             query, merged = four_dim_query(site, graph)
             attend = graph.call_function(
-                ops.overload("attend", site.key.fmt.layout),
+                ops.overload("attend", site.key.fmt.layout, site.value.fmt.layout),
                 (
                     query,
                     site.key.new,

@@ -153,7 +153,7 @@ def test_widths_that_do_not_fit_are_refused_with_the_nearest() -> None:
         r"the nearest are 2.25 and 2.5$",
     ):
         stored_format(Squat(), "key", head_dim=64, bits=2.3)
-    with pytest.raises(ValueError, match=r"^codec 'kivi' gives all channels the same width"):
+    with pytest.raises(ValueError, match=r"^the layout 'planes/channel' gives all channels the"):
         stored_format(Kivi(), "key", head_dim=64, bits=2.5)
 
 

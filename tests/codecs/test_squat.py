@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squat_fx.codecs import Format, Kivi, Squat
-from squat_fx.codecs.hadamard import rotation
 from squat_fx.codecs.squat import SMALLEST_PROMPT, token_mean
-from squat_fx.codecs.symmetric import quantize_tokens
 from squat_fx.kernels import reference
+from squat_fx.layouts.hadamard import rotation
+from squat_fx.layouts.planes import pack
+from squat_fx.layouts.symmetric import quantize_tokens
 from squat_fx.state import QuantizedKV
 from tests.conftest import left_padding, randn, stored_format, whole_numbers
 
@@ -191,13 +192,13 @@ def test_tokens_that_are_packed_later_are_centred_and_rounded_without_feedback(
     latent = (key[:, :, SINKS + first : SINKS + last] - mean) / factor @ rotation(64)
     expected = reference.quantize(
         key[:, :, SINKS + first : SINKS + last], None, handle.format,
-        reference.Fit(handle.affine),
+        {"affine": handle.affine},
     )  # fmt: skip
     assert_same_rounding((codes[:, first:], scale[:, first:]), expected, handle.format)
     plain, plain_scale = quantize_tokens(latent, handle.format.widths)
     assert_same_rounding(
         (codes[:, first:], scale[:, first:]),
-        (reference.pack(plain, handle.format.widths), plain_scale),
+        (pack(plain, handle.format.widths), plain_scale),
         handle.format,
     )
 

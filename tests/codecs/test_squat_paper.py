@@ -172,7 +172,7 @@ def test_the_published_strength_is_taken_as_it_is() -> None:
         "key", key, query, torch.ones(1, TOKENS, dtype=torch.bool)
     )
     h = torch.eye(64, dtype=torch.float64) + 1e-3 * gram
-    assert fit.affine is None
+    assert not fit.fixed
     assert torch.equal(fit.feedback, feedback_matrix(h, 64))  # pyright: ignore[reportArgumentType]
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from squat_fx.codecs import (
     Codec,
-    Fit,
     Format,
     Kivi,
     Lossless,
@@ -28,13 +27,14 @@ from squat_fx.codecs import (
     make_format,
 )
 from squat_fx.codecs.feedback import feedback_matrix, metric, query_gram
-from squat_fx.codecs.planes import LANES, num_planes, unpack
 from squat_fx.codecs.smoothing import _floored
 from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment
-from squat_fx.codecs.symmetric import STEP, alternating_signs, least_scale
 from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.layouts import Fixed
+from squat_fx.layouts.planes import LANES, num_planes, unpack
+from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
 
@@ -188,7 +188,7 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     arenas = reference.empty_arenas(like, slots, fmt, case.basis(role))
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-    return arenas if arenas.affine is None else replace(arenas, affine=case.affine(role))
+    return arenas if arenas.affine is None else arenas.with_fixed(affine=case.affine(role))
 
 
 def stored(case: Case, role: Role) -> tuple[Arenas, Extent]:
@@ -207,9 +207,9 @@ def to(arenas: Arenas, device: str) -> Arenas:
     def there(t: Tensor) -> Tensor:
         return t.to(device, copy=True)
 
-    affine, basis = (None if t is None else there(t) for t in (arenas.affine, arenas.basis))
     packed = tuple(there(t) for t in arenas.packed)
-    return Arenas(packed, there(arenas.dense), there(arenas.start), affine, basis)
+    fixed = {name: there(t) for name, t in arenas.fixed.items()}
+    return Arenas(packed, there(arenas.dense), there(arenas.start), fixed)
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,7 @@ def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 def tensors_of(arenas: Arenas) -> tuple[Tensor, ...]:
     """Every tensor of ``arenas``, in the order in which ops take them."""
-    fixed = tuple(t for t in (arenas.affine, arenas.basis) if t is not None)
-    return (*arenas.packed, *fixed, arenas.dense, arenas.start)
+    return (*arenas.packed, *arenas.fixed.values(), arenas.dense, arenas.start)
 
 
 # laws --------------------------------------------------------------------------------------------
@@ -327,17 +326,15 @@ def assert_same_storage(
         count, first = extent.packed(start, fmt), start + fmt.sink_length
         if not count:
             continue
-        fit = Fit(
-            None if actual.affine is None else actual.affine[row : row + 1],
-            None if feedback is None else feedback[row : row + 1],
-        )
+        fixed = actual.fixed_of(slice(row, row + 1), fmt)
+        row_feedback = None if feedback is None else feedback[row : row + 1]
         numbers = x[row : row + 1, :, first : first + count]
         for arenas in (actual, expected):
             packed = [
                 arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
                 for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
             ]
-            assert_rounded_rightly(packed, numbers, None, fmt, fit, actual.basis)
+            assert_rounded_rightly(packed, numbers, None, fmt, fixed, row_feedback)
             for part in packed:
                 part.zero_()  # so that the rest is compared
     assert_same(tensors_of(actual), tensors_of(expected))
@@ -355,19 +352,19 @@ def quantizing_agrees_with_the_reference(
         < 0.5
     )
     valid[0, : fmt.token_group] = False
-    basis, affine = case.basis(role), case.affine(role)
-    fit = Fit(affine, case.feedback(role) if with_feedback else None)
-    placed = Fit(*(None if t is None else t.to(device) for t in (fit.affine, fit.feedback)))
-    placed_basis = None if basis is None else basis.to(device)
+    fixed = unwritten(case, role, tokens).fixed
+    feedback = case.feedback(role) if with_feedback else None
+    placed = {name: t.to(device) for name, t in fixed.items()}
+    placed_feedback = None if feedback is None else feedback.to(device)
     for v in (None, valid):
         on_device = None if v is None else v.to(device)
-        actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_basis)
-        expected = reference.quantize(x, v, fmt, fit, basis)
-        if fit.feedback is None and not case.per_token:
+        actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_feedback)
+        expected = reference.quantize(x, v, fmt, fixed, feedback)
+        if feedback is None and not case.per_token:
             assert_same(actual, expected)
             continue
         for packed in (actual, expected):
-            assert_rounded_rightly([t.cpu() for t in packed], x, v, fmt, fit, basis)
+            assert_rounded_rightly([t.cpu() for t in packed], x, v, fmt, fixed, feedback)
 
 
 def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> None:
@@ -389,7 +386,7 @@ def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> No
     fit = reference.learn(expected, x, valid, query, fmt, role)
     if actual.affine is not None and expected.affine is not None:
         torch.testing.assert_close(actual.affine, expected.affine)
-        expected = replace(expected, affine=actual.affine)
+        expected = expected.with_fixed(affine=actual.affine)
     reference.write(expected, x, valid, Extent(0, 0), fmt, fit.feedback)
     extent = Extent(0, 0).after(tokens, fmt)
     assert_same_storage(actual, expected, x, extent, fmt, fit.feedback)
@@ -454,8 +451,8 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
 
 
 def assert_rounded_rightly(
-    packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fit: Fit,
-    basis: Tensor | None,
+    packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fixed: Fixed,
+    feedback: Tensor | None,
 ) -> None:  # fmt: skip
     """Every stored number is what float64 arithmetic would round, given those stored before it.
 
@@ -468,9 +465,10 @@ def assert_rounded_rightly(
     codes = unpack(packed[0], head_dim, fmt.widths).double()
     y, group = x.double(), 1
     if fmt.layout == "planes/token":
-        if fit.affine is not None and fit.affine.numel():
-            y = (y - fit.affine[:, :, :1].double()) / fit.affine[:, :, 1:].double()
-        y = y @ reference.basis_pair(basis, head_dim, x.device)[0].double()
+        affine = fixed["affine"]
+        if affine.numel():
+            y = (y - affine[:, :, :1].double()) / affine[:, :, 1:].double()
+        y = y @ reference.basis_pair(fixed["basis"], head_dim, x.device)[0].double()
         least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
         scale = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
@@ -504,10 +502,10 @@ def assert_rounded_rightly(
             assert ((level - code).abs() <= middle).all(), (plane, (level - code).abs().max())
         else:
             assert not code.any()
-        if fit.feedback is not None:
+        if feedback is not None:
             later = slice(block.stop, head_dim)
             error = code * unit + origin - number
-            y[..., later] += error @ fit.feedback[..., block, later].double()
+            y[..., later] += error @ feedback[..., block, later].double()
 
 
 def assert_nearest_halves(actual: Tensor, true: Tensor, slack: Tensor) -> None:

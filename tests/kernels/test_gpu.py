@@ -19,9 +19,9 @@ from squat_fx.codecs import (
     SquatPaper,
     codec_spec,
 )
-from squat_fx.codecs.hadamard import rotation_pair
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from squat_fx.layouts.hadamard import rotation_pair
 from squat_fx.state import QuantizedKV
 from tests.conftest import randn, stored_format
 

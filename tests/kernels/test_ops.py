@@ -70,7 +70,8 @@ def stored(
 def with_basis(fmt: Format, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What ``store`` returned as ops take it: with no basis but the fixed rotation."""
     by_name = dict(zip(fmt.stored_names, made, strict=True))
-    by_name["basis"] = reference.no_basis(by_name["dense"])
+    for name in fmt.stored_layout.shared:
+        by_name[name] = fmt.stored_layout.empty_fixed(fmt, name, by_name["dense"])
     return tuple(by_name[name] for name in fmt.arena_names)
 
 
@@ -172,7 +173,8 @@ def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     names = [n for n in format_of(layout, "key").arena_names if n not in ("affine", "basis")]
     assert written == names
     assert not schema.returns
-    schema = ops.both(ops.overload("append_", layout))._schema
+    append = ops.overload("append_", layout)
+    schema = ops.both(append, append)._schema  # pyright: ignore[reportOptionalMemberAccess]
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     assert written == [f"{role}_{name}" for role in ("key", "value") for name in names]
     assert not schema.returns
@@ -190,7 +192,7 @@ def test_append_both_is_an_append_of_each(layout: str, tokens: int) -> None:
         append(*side.tensors, x, valid, where, row, side.fmt.codec, side.fmt.to_ints())
     arenas = (*both[0].tensors, *both[1].tensors)
     codec, ints = formats[0].codec, [fmt.to_ints() for fmt in formats]
-    ops.both(append)(*arenas, *new, valid, where, 0, 1, codec, *ints)
+    ops.both(append, append)(*arenas, *new, valid, where, 0, 1, codec, *ints)
     for one, other in zip(each, both, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
@@ -299,8 +301,7 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
 def test_quantize_returns_fresh_memory(layout: str) -> None:
     fmt = format_of(layout, "key")
     x = randn(1, 1, 32, 40)
-    learned = (torch.ones(1, 1, 2, 40).half(), reference.no_basis(x))
-    learned = learned if layout == "planes/token" else ()
+    learned = reference.empty_arenas(x, 0, fmt).fixed.values()
     packed = ops.overload("quantize", layout)(x, None, *learned, fmt.codec, fmt.to_ints())
     for tensor in (packed,) if isinstance(packed, Tensor) else packed:
         tensor.zero_()

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from squat_fx.codecs import Format, Kivi, Role, Squat
-from squat_fx.codecs.hadamard import rotation_pair
-from squat_fx.codecs.planes import LANES
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -30,6 +28,8 @@ from squat_fx.kernels.reference import (
     valid_tokens,
     write,
 )
+from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.planes import LANES
 from tests.conftest import left_padding, randn, stored_format, whole_numbers
 
 HEADS = 2
@@ -224,7 +224,10 @@ def test_permuting_rows_commutes_with_dequantize(prompt: Prompt, data: st.DataOb
         packed=tuple(a[order] for a in arenas.packed),
         dense=arenas.dense[order],
         start=arenas.start[order],
-        affine=None if arenas.affine is None else arenas.affine[order],
+        fixed={
+            name: t if name in prompt.fmt.stored_layout.shared else t[order]
+            for name, t in arenas.fixed.items()
+        },
     )
     expected = dense_past(arenas, extent, prompt.fmt)[order]
     assert_same_numbers(dense_past(permuted, extent, prompt.fmt), expected, prompt.fmt)

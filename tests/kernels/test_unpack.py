@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from squat_fx.codecs import Squat, codec_spec, make_format
-from squat_fx.codecs.planes import LANES, pack
 from squat_fx.kernels.triton_planes import StoredFormat, stored_format
+from squat_fx.layouts.planes import LANES, pack
 
 WIDTHS = st.lists(st.integers(0, 8), min_size=1, max_size=8).filter(any).map(tuple)
 OPERATIONS = {

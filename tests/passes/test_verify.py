@@ -40,7 +40,7 @@ def test_an_attend_after_an_append_to_what_it_reads() -> None:
 def test_an_append_that_is_read() -> None:
     rewriting = rewritten()
     graph = rewriting.graph
-    target = ops.both(ops.overload("append_", "dense"))
+    target = ops.both(*[ops.overload("append_", "dense")] * 2)
     (append,) = graph.find_nodes(op="call_function", target=target)
     graph.output_node().args = ((append,),)
     with pytest.raises(AssertionError, match="has readers"):

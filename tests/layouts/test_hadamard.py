@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squat_fx.codecs.hadamard import hadamard, rotation, rotation_pair, signs
+from squat_fx.layouts.hadamard import hadamard, rotation, rotation_pair, signs
 from tests.conftest import randn
 
 CPU = torch.device("cpu")

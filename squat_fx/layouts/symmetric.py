@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squat_fx.codecs.planes import LANES
+from squat_fx.layouts.planes import LANES
 
 # 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)

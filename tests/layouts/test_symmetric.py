@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import symmetric
-from squat_fx.codecs.planes import LANES, num_planes, uniform_widths
-from squat_fx.codecs.symmetric import (
+from squat_fx.layouts import symmetric
+from squat_fx.layouts.planes import LANES, num_planes, uniform_widths
+from squat_fx.layouts.symmetric import (
     LARGEST_HALF,
     REACH,
     SMALLEST_SCALE,

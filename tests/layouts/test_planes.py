@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from squat_fx.codecs.planes import (
+from squat_fx.layouts.planes import (
     LANES,
     num_planes,
     pack,

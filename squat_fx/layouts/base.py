@@ -1,0 +1,128 @@
+"""What a stored layout says: which tensors hold packed tokens, and how numbers get there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from squat_fx.layouts.planes import PlaneLayout, spread_widths
+
+if TYPE_CHECKING:
+    from squat_fx.codecs.base import Codec
+    from squat_fx.layouts.format import Format
+
+Fixed = Mapping[str, Tensor]
+
+
+class StoredLayout:
+    """How packed tokens of one role lie in memory; one instance of each class is in ``LAYOUTS``.
+
+    Arenas are contiguous. Kernels know layouts, not codecs: all that a decoder needs is in the
+    :class:`Format` and the arenas.
+
+    Attributes:
+        name: as ``Format.layout`` has it.
+        packed: the arenas that grow with the number of tokens, ``[batch, heads, slots, n]``, first
+            ``qdata``.
+        fixed: the arenas that are made once, at the store, and only read from then on,
+            ``[batch, heads, ...]``.
+        shared: those among ``fixed`` that all sequences share, and that the store is given.
+        values: the layout of values beside keys of this one; its own name or another's.
+        whole_bits: whether all channels have the same width.
+    """
+
+    name: ClassVar[str]
+    packed: ClassVar[tuple[str, ...]]
+    fixed: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    values: ClassVar[str]
+    whole_bits: ClassVar[bool] = False
+
+    def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
+        """``Format.widths`` for ``bits`` on average; here the width of each plane group.
+
+        Raises:
+            ValueError: there are no such widths; the message names the nearest.
+        """
+        return spread_widths(head_dim, bits)
+
+    def planes(self, fmt: Format) -> PlaneLayout | None:
+        """Where the codes of a token lie in ``qdata``, if that is bit planes."""
+        return None
+
+    def last_dim(self, fmt: Format, name: str) -> int:
+        """Size of the last dim of the packed arena ``name``."""
+        raise NotImplementedError
+
+    def tokens_per_slot(self, fmt: Format, name: str) -> int:
+        """How many tokens one position of dim 2 of the packed arena ``name`` stands for."""
+        return 1 if name == "qdata" else fmt.token_group
+
+    def dtype(self, fmt: Format, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the arena ``name`` for a cache of ``dtype``."""
+        return torch.uint8 if name == "qdata" else torch.float16
+
+    def fixed_shape(self, fmt: Format, name: str, batch: int, heads: int) -> tuple[int, ...]:
+        """Shape of the fixed arena ``name``."""
+        raise NotImplementedError
+
+    def empty_fixed(self, fmt: Format, name: str, like: Tensor) -> Tensor:
+        """The fixed arena ``name`` before anything is learned, for tensors like ``like`` ``[batch,
+        heads, ...]``.
+        """
+        shape = self.fixed_shape(fmt, name, *like.shape[:2])
+        return like.new_zeros(shape, dtype=self.dtype(fmt, name, like.dtype))
+
+    def bits(self, fmt: Format) -> float:
+        """Bits of a code, averaged over the channels."""
+        return sum(fmt.widths) / len(fmt.widths)
+
+    def bits_per_element(self, fmt: Format, dtype: torch.dtype = torch.float16) -> float:
+        """Bits per element of a packed token: codes, their padding, and parameters."""
+        bits = 0.0
+        for name in self.packed:
+            itemsize = self.dtype(fmt, name, dtype).itemsize
+            bits += 8 * itemsize * self.last_dim(fmt, name) / self.tokens_per_slot(fmt, name)
+        return bits / fmt.head_dim
+
+    def describe(self, fmt: Format) -> str:
+        """Which numbers share a scale, for reports."""
+        return "token"
+
+    def quantize(
+        self,
+        x: Tensor,
+        valid: Tensor | None,
+        fmt: Format,
+        codec: Codec,
+        fixed: Fixed,
+        feedback: Tensor | None = None,
+        first_slot: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """The packed arenas of ``x``, for the slots from ``first_slot`` on.
+
+        On a GPU this may run inside a CUDA graph: nothing may depend on what numbers are.
+
+        Args:
+            x: ``[batch, heads, tokens, head_dim]``, any float dtype, whole token groups.
+            valid: bool ``[batch, tokens]``; False for padding, which may touch nothing.
+            fmt: the stored format.
+            codec: whose format it is, for layouts that leave the rounding to codecs.
+            fixed: the fixed arenas.
+            feedback: see :class:`squat_fx.codecs.Fit`.
+            first_slot: where the first token is stored.
+        """
+        raise NotImplementedError
+
+    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+        """Undo :meth:`quantize`: fp32 ``[batch, heads, tokens, head_dim]``."""
+        raise NotImplementedError
+
+    def dequantize_into(
+        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+    ) -> Tensor:
+        """The same into ``out``, of any float dtype."""
+        return out.copy_(self.dequantize(packed, fmt, fixed))

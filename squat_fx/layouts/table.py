@@ -1,0 +1,21 @@
+"""The table of stored layouts: a new one is one file and one row."""
+
+from __future__ import annotations
+
+from squat_fx.layouts.base import StoredLayout
+from squat_fx.layouts.dense import Dense
+from squat_fx.layouts.planes_channel import PlanesPerChannel
+from squat_fx.layouts.planes_token import PlanesPerToken
+
+LAYOUTS: dict[str, StoredLayout] = {
+    layout.name: layout for layout in (PlanesPerToken(), PlanesPerChannel(), Dense())
+}
+
+PAIRS: tuple[tuple[str, str], ...] = tuple(
+    dict.fromkeys(
+        pair
+        for name, layout in LAYOUTS.items()
+        for pair in ((name, layout.values), (layout.values, layout.values))
+    )
+)
+"""Layouts of keys and values that one attention reads."""
