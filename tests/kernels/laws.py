@@ -422,7 +422,8 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
     factor = torch.ones(batch, NUM_KV_HEADS, 1, fmt.head_dim, dtype=torch.float64)
     gram = query_gram(query, keep, NUM_KV_HEADS)
     if isinstance(codec, Squat) and fmt.affine:
-        assert found.affine is arenas.affine
+        assert arenas.affine is not None
+        assert found.fixed["affine"] is arenas.affine
         mean, factor = arenas.affine.cpu().double().split(1, 2)
         kept = x.double().masked_fill(~keep[:, None, :, None], 0.0)
         true = kept.sum(2, keepdim=True) / keep.sum(1).clamp_min(1)[:, None, None, None]
