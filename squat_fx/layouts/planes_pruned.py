@@ -56,6 +56,10 @@ class PlanesPruned(PlanesPerChannel):
         arena = super().empty_fixed(fmt, name, like)
         return arena.copy_(torch.arange(arena.shape[-1], device=like.device))
 
+    def describe(self, fmt: Format) -> str:
+        """Tokens, and how many channels there are."""
+        return f"{fmt.token_group} tokens of {kept_channels(fmt)} channels"
+
     def quantize(
         self,
         x: Tensor,

@@ -155,5 +155,5 @@ def test_other_group_sizes_are_refused(group_size: int) -> None:
 
 
 def test_one_width_for_all_channels() -> None:
-    with pytest.raises(ValueError, match=r"^codec 'kvarn'.* the nearest are 2 and 3$"):
+    with pytest.raises(ValueError, match=r"^the layout 'planes/dual' gives .* are 2 and 3$"):
         stored_format(Kvarn(), "key", head_dim=64, bits=2.5)

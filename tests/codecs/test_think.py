@@ -221,5 +221,5 @@ def test_other_group_sizes_are_refused() -> None:
 
 
 def test_one_width_for_all_channels() -> None:
-    with pytest.raises(ValueError, match=r"^codec 'think'.* the nearest are 2 and 3$"):
+    with pytest.raises(ValueError, match=r"^the layout 'planes/pruned' gives .* are 2 and 3$"):
         stored_format(Think(), "key", head_dim=64, bits=2.5)
