@@ -88,8 +88,9 @@ def test_a_token_that_is_larger_by_a_factor_gets_that_factor() -> None:
 def test_padding_counts_for_nothing(of_tokens: bool, seed: int) -> None:
     """As if the tile had only its valid tokens."""
     tile, keep = uneven(64, 32, seed), randn(64, 1, seed=seed + 9) > 0
+    valid = tile[keep[:, 0]]
     found = balancing_factors(tile.masked_fill(~keep, 0.0), keep, of_tokens, 2)
-    alone = balancing_factors(tile[keep[:, 0]], EVERY_TOKEN.expand(int(keep.sum()), 1), of_tokens, 2)
+    alone = balancing_factors(valid, EVERY_TOKEN.expand(len(valid), 1), of_tokens, 2)
     found = found[keep[:, 0]] if of_tokens else found
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=0.0)
 

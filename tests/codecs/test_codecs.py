@@ -45,8 +45,10 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
 
 @pytest.mark.parametrize(
     "codec",
-    [Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5), Kvarn(32)]
-    + [Think(64, ratio=0.5)],
+    [
+        *(Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)),
+        *(Kvarn(32), Think(64, ratio=0.5)),
+    ],
 )
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:
     assert codec_from_spec(codec_spec(codec)) == codec
