@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import squat_fx
+from squat_fx.codecs import Codec, Kvarn, Think
 from tests.models import FAMILIES, SCENARIOS, build, prompt
 
 
@@ -53,3 +54,15 @@ def test_eight_bits_answer_as_the_dense_cache_within_rounding(family: str) -> No
         assert report.eager_calls == 0, str(report)
     assert errors[8] < 0.02, errors
     assert errors[2] > 5 * errors[8], errors
+
+
+@pytest.mark.parametrize("codec", [Kvarn(32), Think(ratio=0.0)], ids=lambda c: c.name)
+def test_eight_bits_of_other_layouts_answer_within_rounding(codec: Codec) -> None:
+    torch._dynamo.reset()
+    expected = logits(build("llama"))
+    model = squat_fx.compile(build("llama"), bits=8, codec=codec, inner="eager", residual_length=8)
+    error = ((logits(model) - expected).norm() / expected.norm()).item()
+    report = squat_fx.report(model)
+    assert report.rewritten > 0, str(report)
+    assert report.eager_calls == 0, str(report)
+    assert error < 0.02, error

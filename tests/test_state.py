@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from squat_fx.codecs import Codec, Format, Kivi, Role, Squat
+from squat_fx.codecs import Codec, Format, Kivi, Kvarn, Role, Squat, Think
 from squat_fx.kernels import reference
 from squat_fx.pool import POOL
 from squat_fx.state import QuantizedKV
@@ -559,7 +559,7 @@ def test_growth_that_fails_midway_can_be_tried_again() -> None:
     assert storage.capacity >= 1000
 
 
-@pytest.mark.parametrize("codec", [Squat(), Kivi(32)], ids=lambda c: c.name)
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32), Kvarn(32), Think()], ids=lambda c: c.name)
 def test_keys_and_values_grow_in_the_same_step(codec: Codec) -> None:
     x = randn(*SHAPE)
     roles: tuple[Role, ...] = ("key", "value")

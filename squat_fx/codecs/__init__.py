@@ -16,15 +16,19 @@ from squat_fx.codecs.base import (
     make_format,
 )
 from squat_fx.codecs.kivi import Kivi
+from squat_fx.codecs.kvarn import Kvarn
 from squat_fx.codecs.none import Lossless
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
+from squat_fx.codecs.think import Think
 from squat_fx.layouts import Format
 
 CODECS: dict[str, type[Codec]] = {
     Squat.name: Squat,
     SquatPaper.name: SquatPaper,
     Kivi.name: Kivi,
+    Kvarn.name: Kvarn,
+    Think.name: Think,
     Lossless.name: Lossless,
 }
 
@@ -34,12 +38,14 @@ __all__ = [
     "Fit",
     "Format",
     "Kivi",
+    "Kvarn",
     "Lossless",
     "PerChannel",
     "PerToken",
     "Role",
     "Squat",
     "SquatPaper",
+    "Think",
     "codec_class",
     "codec_from_spec",
     "codec_spec",

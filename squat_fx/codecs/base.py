@@ -23,14 +23,20 @@ class PerChannel:
 
     group_size: int
 
+    @property
+    def token_group(self) -> int:
+        """How many tokens are packed at a time."""
+        return self.group_size
+
 
 @dataclass(frozen=True)
 class PerToken:
     """A scale per token, shared by ``group_size`` neighbouring channels: ``[tokens, head_dim /
-    group_size]`` scales.
+    group_size]`` scales; ``token_group`` tokens are packed at a time.
     """
 
     group_size: int
+    token_group: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Codec:
     def quantize(
         self, groups: Tensor, valid: Tensor | None, bits: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn groups of numbers into codes; for the layout ``planes/channel``.
+        """Turn groups of numbers into codes; for layouts that leave the rounding to codecs.
 
         Args:
             groups: fp32 ``[batch, heads, token groups, tokens, channel groups, channels]``; a group
@@ -137,6 +143,17 @@ class Codec:
         Returns:
             ``codes`` (uint8, the shape of ``groups``), ``scale`` and ``zero_point`` (fp16, dims 3
             and 5 of size 1), so that ``codes * scale + zero_point`` is the reconstruction.
+        """
+        raise NotImplementedError
+
+    def balance(self, tiles: Tensor, keep: Tensor, of_tokens: bool) -> Tensor:
+        """What to divide the tokens, or the channels, of each tile by before it is rounded; for the
+        layout ``planes/dual``.
+
+        Args:
+            tiles: fp32 ``[batch, heads, tiles, tokens, channels]``, zero where not ``keep``.
+            keep: bool ``[batch, 1, tiles, tokens, 1]``; False for padding, which may touch nothing.
+            of_tokens: factors ``[..., tokens, 1]``; else of channels, ``[..., 1, channels]``.
         """
         raise NotImplementedError
 
@@ -170,7 +187,7 @@ def make_format(
         codec=spec,
         head_dim=head_dim,
         widths=bits if isinstance(bits, tuple) else codec.widths_of(role, head_dim, bits),
-        token_group=granularity.group_size if per_channel else 1,
+        token_group=granularity.token_group,
         channel_group=1 if per_channel else min(granularity.group_size, head_dim),
         residual_length=residual_length,
         sink_length=sink_length,

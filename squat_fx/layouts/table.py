@@ -5,10 +5,19 @@ from __future__ import annotations
 from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
 from squat_fx.layouts.planes_channel import PlanesPerChannel
+from squat_fx.layouts.planes_dual import PlanesDual
+from squat_fx.layouts.planes_pruned import PlanesPruned
 from squat_fx.layouts.planes_token import PlanesPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
-    layout.name: layout for layout in (PlanesPerToken(), PlanesPerChannel(), Dense())
+    layout.name: layout
+    for layout in (
+        PlanesPerToken(),
+        PlanesPerChannel(),
+        PlanesDual(),
+        PlanesPruned(),
+        Dense(),
+    )
 }
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(

@@ -15,9 +15,11 @@ from torch import Tensor
 from squat_fx.codecs import (
     Codec,
     Kivi,
+    Kvarn,
     Role,
     Squat,
     SquatPaper,
+    Think,
     codec_spec,
     make_format,
     register,
@@ -33,6 +35,7 @@ from tests.kernels import laws
 DTYPES = (torch.float32, torch.float16)
 HEAD_DIMS = (16, 24, 40, 64, 80)
 ROLES = ("key", "value")
+DECODED_APART = (Kvarn(32), Kvarn(64), Think(32), Think(64, ratio=0.7), Think(32, ratio=0.0))
 
 
 def case_of(seed: int) -> laws.Case:
@@ -64,6 +67,27 @@ def test_attending_in_many_shares_agrees_with_float64(
     split_into(shares, monkeypatch)
     case = replace(case_of(4), codec=Squat(), key_dim=head_dim, value_dim=head_dim, chunks=(300,))
     laws.attending_agrees_with_float64(replace(case, calibrated=False, bits=2, pads=(0, 9)), "cpu")
+
+
+@pytest.mark.parametrize("codec", DECODED_APART, ids=codec_spec)
+@pytest.mark.parametrize("seed", range(700, 704))
+def test_attending_to_what_is_decoded_apart_agrees_with_float64(
+    codec: Codec, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(1 + seed % 3, monkeypatch)
+    laws.attending_agrees_with_float64(replace(case_of(seed), codec=codec), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("codec", "role"), [(Kvarn(32), "value"), *((codec, "key") for codec in DECODED_APART)]
+)
+def test_what_is_decoded_apart_is_as_in_the_reference(codec: Codec, role: Role) -> None:
+    for seed, head_dim in ((710, 16), (711, 40), (712, 80)):
+        case = replace(case_of(seed), codec=codec, key_dim=head_dim, value_dim=head_dim)
+        case = replace(case, residual_length=5, chunks=(70, 1, 40, 1, 33), pads=(0, 9))
+        laws.dequantizing_agrees_with_the_reference(case, role, "cpu")
+        laws.quantizing_agrees_with_the_reference(case, role, "cpu")
+        laws.writing_agrees_with_the_reference(case, role, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(100, 108))

@@ -33,6 +33,7 @@ from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import Fixed
+from squat_fx.layouts.hadamard import rotation
 from squat_fx.layouts.planes import LANES, num_planes, unpack
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
@@ -115,6 +116,13 @@ class Case:
         offset, exponent = torch.randn(2, *shape, generator=generator)
         return torch.cat([2 * offset, exponent.round().exp2()], 2).half()
 
+    def channels(self, role: Role) -> Tensor:
+        """Kept channels of each row and head, int16 ``[batch, heads, 1, kept]``, ascending."""
+        fmt = self.format(role)
+        shape = fmt.stored_layout.fixed_shape(fmt, "channels", len(self.pads), NUM_KV_HEADS)
+        order = torch.rand(*shape[:3], fmt.head_dim, generator=torch.Generator().manual_seed(3))
+        return order.argsort(-1)[..., : shape[3]].sort().values.to(torch.int16)
+
     def feedback(self, role: Role) -> Tensor | None:
         """What the codec makes of random queries; None if it feeds nothing back."""
         fmt = self.format(role)
@@ -188,6 +196,8 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     arenas = reference.empty_arenas(like, slots, fmt, case.basis(role))
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+    if "channels" in arenas.fixed:
+        return arenas.with_fixed(channels=case.channels(role))
     return arenas if arenas.affine is None else arenas.with_fixed(affine=case.affine(role))
 
 
@@ -522,7 +532,7 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     expected = reference.dense_past(arenas, extent, fmt)
     assert actual.dtype == expected.dtype
     step = torch.finfo(case.dtype).eps
-    if not case.per_token:
+    if not through_dots(fmt):
         torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
         return
     true = dense_past_in_float64(arenas, extent, fmt)
@@ -570,7 +580,7 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
     assert actual.dtype == case.dtype
     assert actual.isfinite().all()
     # Tensor cores cut off what fp32 would round, of sums that are several times their outcome.
-    cut_off = case.per_token and case.dtype == torch.float32 and device == "cuda"
+    cut_off = through_dots(key[2]) and case.dtype == torch.float32 and device == "cuda"
     assert_as_close_as(actual, rounded, expected, slack=3e-4 if cut_off else 2e-6)
 
 
@@ -623,6 +633,8 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
     out = reference.dense_past(
         replace(arenas, packed=packed, dense=arenas.dense.double()), extent, fmt
     )
+    if fmt.layout == "planes/dual":
+        put_tiles_in_float64(out, arenas, extent, fmt)
     if fmt.layout != "planes/token":
         return out
     widths = torch.tensor(fmt.widths).repeat_interleave(LANES)[: fmt.head_dim]
@@ -638,6 +650,28 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
             numbers = numbers * factor + offset
         out[row, :, first : first + count] = numbers
     return out
+
+
+def put_tiles_in_float64(out: Tensor, arenas: Arenas, extent: Extent, fmt: Format) -> None:
+    """The packed tokens of the layout ``planes/dual``."""
+    back = rotation(fmt.head_dim).double().mT
+    for row, start in enumerate(arenas.start.tolist()):
+        count, first = extent.packed(start, fmt), start + fmt.sink_length
+        qdata, *parameters = (
+            arena[row, :, : count // fmt.tokens_per_slot(name)]
+            for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
+        )
+        scale, zero_point, factor = (
+            p.double().repeat_interleave(count // max(p.shape[1], 1), 1) for p in parameters
+        )
+        codes = unpack(qdata, fmt.head_dim, fmt.widths).double()
+        numbers = ((codes * scale + zero_point) * factor) @ back
+        out[row, :, first : first + count] = numbers
+
+
+def through_dots(fmt: Format) -> bool:
+    """Whether kernels take packed numbers through a dot, which rounds what goes in."""
+    return fmt.layout not in ("planes/channel", "dense")
 
 
 def assert_as_close_as(

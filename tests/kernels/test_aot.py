@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
+from squat_fx.codecs import Codec, Kivi, Kvarn, Lossless, Squat, SquatPaper, Think
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
 
@@ -100,6 +100,16 @@ def test_one_token_of_keys_and_values_takes_one_launch() -> None:
     assert launches[0].options["num_warps"] == 1
     assert resources.spills == 0
     assert resources.instructions <= 1200  # keys and values, of which a program runs one
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize("codec", [Kvarn(), Think()], ids=lambda c: c.name)
+def test_what_is_decoded_all_at_once_spills_little(codec: Codec, capability: int) -> None:
+    shape = Shape(head_dim=64, bits=2, codec=codec)
+    launches = [aot.attend_launches(shape)[0], *aot.dequantize_launches(shape, "key")]
+    resources = compiled(launches, capability)
+    assert resources["attend_kernel"].spills <= 256  # bytes
+    assert not resources["dequantize_kernel"].spills
 
 
 def test_mixed_widths_of_an_uneven_head_compile() -> None:

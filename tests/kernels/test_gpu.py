@@ -13,10 +13,12 @@ from squat_fx.codecs import (
     Codec,
     Format,
     Kivi,
+    Kvarn,
     Lossless,
     Role,
     Squat,
     SquatPaper,
+    Think,
     codec_spec,
 )
 from squat_fx.kernels import ops, reference
@@ -55,7 +57,7 @@ def test_attending_agrees_with_float64(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("codec", [Squat(), Kivi(32)], ids=lambda c: c.name)
+@pytest.mark.parametrize("codec", [Squat(), Kivi(32), Kvarn(32), Think(32)], ids=lambda c: c.name)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attending_works_for_every_head_dim(
     head_dim: int, codec: Codec, dtype: torch.dtype
@@ -65,6 +67,20 @@ def test_attending_works_for_every_head_dim(
         widths="uniform", pads=(0, 70), chunks=(210,), residual_length=32, sink_length=4, q_len=1,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("codec", "role"), [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key")]
+)
+def test_what_is_decoded_apart_is_as_in_the_reference(
+    codec: Codec, role: Role, head_dim: int
+) -> None:
+    case = replace(case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim)
+    case = replace(case, residual_length=5, chunks=(170, 1, 40, 1, 33), pads=(0, 9))
+    laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
+    if isinstance(codec, Think):
+        laws.writing_agrees_with_the_reference(case, role, "cuda")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from squat_fx.codecs import Format, Kivi, Lossless, Role, Squat
+from squat_fx.codecs import Format, Kivi, Kvarn, Lossless, Role, Squat, Think
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
-LAYOUTS = ("planes/token", "planes/channel", "dense")
+CODECS = {
+    "planes/token": Squat(),
+    "planes/channel": Kivi(),
+    "planes/dual": Kvarn(32),
+    "planes/pruned": Think(),
+    "dense": Lossless(),
+}
+LAYOUTS = tuple(CODECS)
+"""Of keys, and with the layout of values that goes with each."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,8 @@ class Stored:
 
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
-    codec = {"planes/token": Squat(), "planes/channel": Kivi(), "dense": Lossless()}[layout]
     return stored_format(
-        codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
+        CODECS[layout], role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
     )
 
 
@@ -75,6 +82,16 @@ def with_basis(fmt: Format, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(by_name[name] for name in fmt.arena_names)
 
 
+def learned_of(fmt: Format, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The fixed arenas among ``tensors``, as the op ``quantize`` takes them."""
+    return tuple(Arenas.of(fmt, tensors).fixed.values())
+
+
+def pair_overload(op: str, layout: str) -> torch._ops.OpOverload:
+    """The overload for keys in ``layout`` and the values that go with them."""
+    return ops.overload(op, *(format_of(layout, role).layout for role in ("key", "value")))
+
+
 def positions(*rows: Stored) -> Tensor:
     return torch.tensor([[s.extent.length, s.extent.watermark] for s in rows])
 
@@ -96,13 +113,13 @@ def calls(layout: str) -> list[Call]:
     """Every overload of a layout, with and without what is optional."""
     name = layout.replace("/", "_")
     key, value = (stored(format_of(layout, role)) for role in ("key", "value"))
-    fmt = key.fmt
+    fmt, pair = key.fmt, pair_overload("attend", layout)._schema.overload_name
     x = randn(BATCH, HEADS, 64, fmt.head_dim, seed=1)
     new = randn(BATCH, HEADS, 40, fmt.head_dim, seed=2)
     valid = left_padding([0, 5], 64)
     where = positions(key), 0
     ints = fmt.to_ints()
-    learned = key.tensors[2:4] if layout == "planes/token" else ()
+    learned = learned_of(fmt, key.tensors)
     queries = randn(BATCH, 2 * HEADS, 64, fmt.head_dim, seed=7)
     permuted = (x.transpose(1, 2).contiguous().transpose(1, 2),)
     numbers = [
@@ -127,10 +144,10 @@ def calls(layout: str) -> list[Call]:
     sides = (*both, positions(key, value), 0, 1)
     for tokens, after in ((1, None), (3, [x])):
         news = (new[:, :, :tokens], new[:, :, -tokens:], None, *sides[len(both) :], fmt.codec)
-        numbers.append(Call(f"append_both_.{name}", (*both, *news, *tail, after)))
+        numbers.append(Call(f"append_both_.{pair}", (*both, *news, *tail, after)))
     attention = [
-        Call(f"attend.{name}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
-        Call(f"attend.{name}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
+        Call(f"attend.{pair}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
+        Call(f"attend.{pair}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
     return numbers + attention
 
@@ -170,13 +187,15 @@ def test_only_what_the_schema_marks_is_written(call: Call) -> None:
 def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     schema = ops.overload("append_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    names = [n for n in format_of(layout, "key").arena_names if n not in ("affine", "basis")]
-    assert written == names
+    key, value = (
+        [n for n in fmt.arena_names if n not in fmt.stored_layout.fixed]
+        for fmt in (format_of(layout, "key"), format_of(layout, "value"))
+    )
+    assert written == key
     assert not schema.returns
-    append = ops.overload("append_", layout)
-    schema = ops.both(append, append)._schema  # pyright: ignore[reportOptionalMemberAccess]
+    schema = pair_overload("append_both_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == [f"{role}_{name}" for role in ("key", "value") for name in names]
+    assert written == [f"key_{name}" for name in key] + [f"value_{name}" for name in value]
     assert not schema.returns
 
 
@@ -187,12 +206,14 @@ def test_append_both_is_an_append_of_each(layout: str, tokens: int) -> None:
     each, both = ([stored(fmt, seed=i) for i, fmt in enumerate(formats)] for _ in range(2))
     new = [randn(BATCH, HEADS, tokens, 40, seed=s) for s in (1, 2)]
     valid, where = left_padding([0, 0], tokens), positions(*each)
-    append = ops.overload("append_", layout)
-    for row, (side, x) in enumerate(zip(each, new, strict=True)):
+    appends = [ops.overload("append_", fmt.layout) for fmt in formats]
+    for row, (append, side, x) in enumerate(zip(appends, each, new, strict=True)):
         append(*side.tensors, x, valid, where, row, side.fmt.codec, side.fmt.to_ints())
     arenas = (*both[0].tensors, *both[1].tensors)
     codec, ints = formats[0].codec, [fmt.to_ints() for fmt in formats]
-    ops.both(append, append)(*arenas, *new, valid, where, 0, 1, codec, *ints)
+    both_of = ops.both(*appends)
+    assert both_of is not None
+    both_of(*arenas, *new, valid, where, 0, 1, codec, *ints)
     for one, other in zip(each, both, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
@@ -204,32 +225,33 @@ def laid_out(result: Any) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int,
 
 @given(
     layout=st.sampled_from(LAYOUTS),
-    role=st.sampled_from(["key", "value"]),
     head_dim=st.sampled_from([16, 20, 64, 80, 128, 256]),
     bits=st.sampled_from([1, 2, 3, 4, 8]),
     tokens=st.integers(1, 70),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
-    layout: str, role: Role, head_dim: int, bits: int, tokens: int, dtype: torch.dtype
+    layout: str, head_dim: int, bits: int, tokens: int, dtype: torch.dtype
 ) -> None:
-    fmt = format_of(layout, role, head_dim, bits)
+    roles: tuple[Role, ...] = ("key", "value")
+    formats = {role: format_of(layout, role, head_dim, bits) for role in roles}
     x = randn(1, 2, tokens, head_dim, dtype=dtype)
-    codec, ints = fmt.codec, fmt.to_ints()
 
     def store_and_read(x: Tensor) -> list[Any]:
-        whole = x.repeat(1, 1, fmt.token_group, 1)
-        made = ops.overload("store", layout)(x, None, x, None, role, codec, ints)
-        arenas = with_basis(fmt, made)
-        learned = arenas[2:4] if layout == "planes/token" else ()
-        where = torch.tensor([[tokens, max(0, tokens - fmt.residual_length)]])
-        read = ops.overload("dequantize", layout)(*arenas, where, 0, tokens, ints)
-        query = x[:, :, :1].repeat(1, 2, 1, 1)
-        out = ops.overload("attend", layout)(
-            query, None, None, *arenas, *arenas, where, 0, 0, None, None, 0.1, 0, 0.0, ints, ints
-        )
-        packed = ops.overload("quantize", layout)(whole, None, *learned, codec, ints)
-        return [made, read, out, packed]
+        results, sides, where = [], [], torch.tensor([[tokens, max(0, tokens - 8)]])
+        for role, fmt in formats.items():
+            codec, ints = fmt.codec, fmt.to_ints()
+            made = ops.overload("store", fmt.layout)(x, None, x, None, role, codec, ints)
+            arenas = with_basis(fmt, made)
+            read = ops.overload("dequantize", fmt.layout)(*arenas, where, 0, tokens, ints)
+            whole, learned = x.repeat(1, 1, fmt.token_group, 1), learned_of(fmt, arenas)
+            packed = ops.overload("quantize", fmt.layout)(whole, None, *learned, codec, ints)
+            results += [made, read, packed]
+            sides += arenas
+        query, ints = x[:, :, :1].repeat(1, 2, 1, 1), (fmt.to_ints() for fmt in formats.values())
+        attend = pair_overload("attend", layout)
+        out = attend(query, None, None, *sides, where, 0, 0, None, None, 0.1, 0, 0.0, *ints)
+        return [*results, out]
 
     real = [laid_out(result) for result in store_and_read(x)]
     with FakeTensorMode() as mode:
@@ -286,7 +308,7 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
     )
     query = randn(BATCH, HEADS, 1, 40, seed=3)
     where = torch.cat([positions(value), torch.tensor([[5, 0]]), positions(key)])
-    out = ops.overload("attend", layout)(
+    out = pair_overload("attend", layout)(
         query, None, None, *key.tensors, *value.tensors, where, 2, 0, None, None, 0.2, 0, 0.0,
         key.fmt.to_ints(), value.fmt.to_ints(),
     )  # fmt: skip

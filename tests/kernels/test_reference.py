@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, Role, Squat
+from squat_fx.codecs import Format, Kivi, Kvarn, Role, Squat, Think
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -36,7 +36,8 @@ HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat")
+KINDS = ("lossless", "kivi", "squat", "kvarn", "think")
+ROTATED = ("planes/token", "planes/dual")  # layouts whose numbers come out of a matrix product
 
 
 @st.composite
@@ -45,7 +46,7 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
     kind = kind or draw(st.sampled_from(KINDS))
     role = draw(st.sampled_from(["key", "value"]))
     sizes = {
-        "head_dim": draw(st.sampled_from([16, 20, 64 if kind == "squat" else 40])),
+        "head_dim": draw(st.sampled_from([16, 20, 64 if kind in ("squat", "kvarn") else 40])),
         "residual_length": draw(st.integers(0, 9)),
         "sink_length": draw(st.integers(0, 3)),
     }
@@ -55,8 +56,9 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
         planes = -(-sizes["head_dim"] // LANES)
         widths = draw(st.tuples(*[st.integers(0, 8)] * planes).filter(any))
         return stored_format(Squat(), role, bits=widths, latent=draw(st.booleans()), **sizes)
-    fmt = stored_format(Kivi(), role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
-    return replace(fmt, token_group=4) if role == "key" else fmt
+    codec = {"kivi": Kivi(), "kvarn": Kvarn(), "think": Think()}[kind]
+    fmt = stored_format(codec, role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
+    return replace(fmt, token_group=4) if fmt.token_group > 1 else fmt
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,15 @@ class Prompt:
 def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> Prompt:
     """A left-padded batch; some rows may be nothing but padding.
 
-    For ``squat`` the numbers are whole, so that the sums of its matrix product are exact.
+    For rotated layouts the numbers are whole, so that the sums of the matrix product are exact.
     """
     fmt, tokens = draw(formats(kind)), draw(st.integers(least_tokens, 40))
     pads = draw(
         st.lists(st.integers(0, tokens), min_size=1, max_size=3) | st.just([0]) | st.just([0, 0])
     )
     shape, seed = (len(pads), HEADS, tokens, fmt.head_dim), draw(st.integers(0, 2**16))
-    per_token = fmt.layout == "planes/token"
-    x = whole_numbers(*shape, seed=seed, largest=3) if per_token else randn(*shape, seed=seed)
+    rotated = fmt.layout in ROTATED
+    x = whole_numbers(*shape, seed=seed, largest=3) if rotated else randn(*shape, seed=seed)
     pad = ~left_padding(pads, tokens)[:, None, :, None]
     return Prompt(fmt, torch.where(pad, x * 1e3, x), pads)
 
@@ -97,7 +99,7 @@ def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> 
 def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     """Arenas for all of ``x`` in which whatever was forgotten to be written shows.
 
-    Offsets, factors and a basis, if ``fmt`` has them, are the same for every row.
+    Offsets, factors, kept channels and a basis, if ``fmt`` has them, are the same for every row.
     """
     basis = some_basis(fmt.head_dim) if fmt.latent else None
     arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt, basis)
@@ -106,6 +108,8 @@ def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     if fmt.affine and arenas.affine is not None:
         arenas.affine[:, :, :1] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9)
         arenas.affine[:, :, 1:] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=2, largest=1).exp2()
+    for channels in (t for name, t in arenas.fixed.items() if name == "channels"):
+        channels += fmt.head_dim - channels.shape[-1]  # the last ones
     return arenas
 
 
@@ -129,7 +133,7 @@ def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Exten
 
 def assert_same_numbers(a: Tensor, b: Tensor, fmt: Format) -> None:
     """Equal; where they come out of a matrix product, to the order of its sums."""
-    if fmt.layout != "planes/token":
+    if fmt.layout not in ROTATED:
         assert torch.equal(a, b)
     else:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
@@ -456,7 +460,7 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     )
     exact = exact_attention(*full, **options)
     fp32_error = (exact_attention(*full, **options, dtype=torch.float32) - exact).abs().max()
-    if kind == "squat":  # stored numbers are products of a matrix: rounded in themselves
+    if kind in ("squat", "kvarn"):  # stored numbers are products of a matrix: rounded in themselves
         query, *both, hidden = full
         both = [x + 2.0**-21 * x.abs().amax() * randn(*x.shape, seed=seed) for x in both]
         fp32_error += (exact_attention(query, *both, hidden, **options) - exact).abs().max()

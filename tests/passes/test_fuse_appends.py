@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 import squat_fx
 from squat_fx import Config
-from squat_fx.codecs import Kivi, Squat
+from squat_fx.codecs import Codec, Kivi, Kvarn, Squat, Think
 from tests.conftest import stored_format
 from tests.passes.capture import Cached, assert_same_over_steps, examples, past, rewrite, tokens
 
@@ -27,9 +27,16 @@ def appends(config: Config) -> list[str]:
     return [target for target in targets if "append" in target]
 
 
-@pytest.mark.parametrize("layout", ["planes_token", "planes_channel"])
-def test_a_layer_takes_one_append(layout: str) -> None:
-    codec: Any = Squat() if layout == "planes_token" else Kivi()
+@pytest.mark.parametrize(
+    ("codec", "layout"),
+    [
+        (Squat(), "planes_token"),
+        (Kivi(), "planes_channel"),
+        (Kvarn(), "planes_dual"),
+        (Think(), "planes_pruned_and_planes_channel"),
+    ],
+)
+def test_a_layer_takes_one_append(codec: Codec, layout: str) -> None:
     assert appends(Config(codec=codec)) == [f"squat_fx.append_both_.{layout}"]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 import squat_fx
 from squat_fx import Calibration, Config, QuantizedKV
 from squat_fx.calibration import Fingerprint, LayerCalibration
-from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
+from squat_fx.codecs import Codec, Kivi, Kvarn, Lossless, Squat, SquatPaper, Think
 from squat_fx.passes.format import format_graph
 from tests.conftest import randn
 from tests.passes.capture import (
@@ -111,7 +111,11 @@ return unflatten_3, *store_planes_token, *store_planes_token_1""",
 
 
 @pytest.mark.parametrize(
-    "codec", [Squat(strength=0.0, smooth=False), Kivi(), SquatPaper(strength=0.0), Lossless()]
+    "codec",
+    [
+        *(Squat(strength=0.0, smooth=False), SquatPaper(strength=0.0), Think(ratio=0.0)),
+        *(Kivi(), Kvarn(), Lossless()),
+    ],
 )
 def test_a_codec_that_does_not_ask_gets_no_queries(codec: Codec) -> None:
     config = Config(codec=codec)
@@ -133,7 +137,7 @@ class Wide(Prefill):
         return projection(x).unflatten(-1, (-1, 48)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("codec", [Squat(), SquatPaper()])
+@pytest.mark.parametrize("codec", [Squat(), SquatPaper(), Think()])
 @pytest.mark.parametrize("attend", [sdpa, llama_masked, gemma2, gpt_oss, merged_heads])
 def test_the_prompt_is_stored_with_its_own_queries(codec: Codec, attend: Attend) -> None:
     """However the attention is written: as if by hand."""
