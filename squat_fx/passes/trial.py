@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from squat_fx.passes.spelling import kind, size_of, sizes_of, source_of, submodule_of, value_of
+from squat_fx.passes.spelling import kind, sizes_of, source_of, submodule_of, value_of
 
 _PRIMES = (5, 7, 3, 11, 13, 17, 19, 23, 29, 31)
 _LARGE = 64
@@ -29,8 +29,9 @@ class Trial:
     def __init__(self, like: fx.Node) -> None:
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._random: dict[fx.Node, Tensor] = {}
-        self._symbols: dict[Any, int] = {}
         batch, heads, tokens, channels = sizes_of(like)
+        free = {symbol for size in (batch, tokens) for symbol in getattr(size, "free_symbols", ())}
+        self._symbols = dict(zip(sorted(free, key=str), _PRIMES, strict=False))
         least = max(s for s in (_LARGE, channels) if isinstance(s, int))  # no part of a head
         large = {s for s in (batch, tokens) if isinstance(s, int) and s > least}
         large -= {heads, heads * channels}
@@ -38,7 +39,7 @@ class Trial:
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The node's shape in this trial."""
-        return tuple(self._size(size) for size in sizes_of(node))
+        return tuple(map(self._size, value_of(node).shape))
 
     def random(self, node: fx.Node) -> Tensor:
         """Random numbers in place of the node's tensor, the same at every call."""
@@ -67,9 +68,9 @@ class Trial:
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         example = value_of(node)
         if isinstance(example, (int, float, torch.SymInt, torch.SymFloat)):
-            return self._size(size_of(example))
+            return self._size(example)
         if isinstance(example, torch.Size):
-            return torch.Size(self._size(size_of(size)) for size in example)
+            return torch.Size(map(self._size, example))
         if kind(node) == "cast":
             if not _keeps_numbers(example):
                 raise ValueError(f"{node} rounds")
@@ -87,12 +88,14 @@ class Trial:
         raise ValueError(f"{node} is not computed from what is given")
 
     def _size(self, size: Any) -> Any:
-        if isinstance(size, (int, float)):
-            return self._small.get(size, size) if isinstance(size, int) else size
-        expression = getattr(size, "node", size)
-        expression = getattr(expression, "expr", expression)  # of a SymFloat
-        for symbol in sorted(expression.free_symbols - self._symbols.keys(), key=str):
-            self._symbols[symbol] = _PRIMES[len(self._symbols) % len(_PRIMES)]
+        """A number of the graph as it is here: other sizes than batch and tokens are as traced."""
+        if not isinstance(size, (torch.SymInt, torch.SymFloat)):
+            return self._small.get(size, size)
+        expression = size.node.expr
+        if expression.free_symbols.isdisjoint(self._symbols):
+            return size.node.hint
+        others = sorted(expression.free_symbols - self._symbols.keys(), key=str)
+        self._symbols |= dict.fromkeys(others, _PRIMES[len(self._symbols) % len(_PRIMES)])
         number = expression.subs(self._symbols)
         return int(number) if number.is_integer else float(number)
 
