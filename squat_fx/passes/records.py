@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
+from squat_fx.codecs.rotary import Rotation
 
 if TYPE_CHECKING:
     from squat_fx.config import Config
@@ -74,6 +75,54 @@ class AttentionSite:
     def kind(self) -> str:
         """``"prefill"`` or ``"decode"``."""
         return self.key.kind
+
+
+@dataclass(frozen=True)
+class Angles:
+    """The angles behind the ``cos`` and ``sin`` of a :class:`Rotary`, one for each pair.
+
+    ``cos = scaling * cos(node)`` and ``sin = scaling * sin(node)``, and where the two are found,
+    ``node = positions * inv_freq``: one number a token and one a pair. ``dims`` are the dims of
+    ``node`` that are batch, heads, tokens and pairs; None where it is the same for all.
+    """
+
+    node: fx.Node
+    dims: tuple[int | None, ...]
+    scaling: float
+    positions: fx.Node | None = None
+    inv_freq: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding between a key and the cache.
+
+    With each node's tensor in its place, and ``rearranged`` of ``codecs.rotary``::
+
+        rotated = rotation.apply(
+            rearranged(key, key_dims), rearranged(cos, cos_dims), rearranged(sin, cos_dims)
+        )
+
+    Attributes:
+        rotated: the key that is concatenated to the past, ``[batch, heads, tokens, head_dim]``.
+        key: the key before the rotation, after any norm.
+        key_dims: the order in which ``key``'s dims are batch, heads, tokens and channels.
+        cos, sin: what the pairs turn by, any scaling included; a number for each of ``rotary_dim``
+            channels or for each pair.
+        cos_dims: the dims of ``cos`` and of ``sin`` that are batch, heads, tokens and channels;
+            None where they are the same for all.
+        rotation: which channels are pairs.
+        angles: what ``cos`` and ``sin`` were computed from, if that is in the graph.
+    """
+
+    rotated: fx.Node
+    key: fx.Node
+    key_dims: tuple[int, ...]
+    cos: fx.Node
+    sin: fx.Node
+    cos_dims: tuple[int | None, ...]
+    rotation: Rotation
+    angles: Angles | None = None
 
 
 @dataclass(frozen=True)
