@@ -27,7 +27,6 @@ from torch import Tensor
 
 BLOCK = 16
 LEVELS = 4
-LARGEST_WIDTH = 4  # of a level, so that kernels find its codes of a block in 32 bits
 LARGEST_HALF = 65504.0
 
 # Lloyd's iteration on a grid: of the densities once, of a prompt's angles at every store.
@@ -134,6 +133,18 @@ def codebooks(widths: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.tensor(angles, dtype=torch.float64).float().to(device)
 
 
+def cosines_and_sines(books: Tensor) -> Tensor:
+    """Of angles ``[..., entries]``: ``[..., 2, entries]``."""
+    return torch.stack([books.cos(), books.sin()], -2)
+
+
+def angles_of(cosines: Tensor, sines: Tensor, widths: Sequence[int]) -> Tensor:
+    """Undo :func:`cosines_and_sines`."""
+    angles = torch.atan2(sines, cosines)
+    first = 2 ** widths[0]
+    return torch.cat([angles[..., :first].remainder(2 * math.pi), angles[..., first:]], -1)
+
+
 def fit_codebooks(
     angles: Sequence[Tensor], keep: Tensor, start: Tensor, widths: Sequence[int]
 ) -> Tensor:
@@ -150,7 +161,8 @@ def fit_codebooks(
     the order in which a GPU adds.
     """
     found, device = [], keep.device
-    for level, (angle, first) in enumerate(zip(angles, start.split([2**b for b in widths]), strict=True), 1):
+    starts = start.split([2**bits for bits in widths])
+    for level, (angle, first) in enumerate(zip(angles, starts, strict=True), 1):
         batch, heads, _, count = angle.shape
         width = (2 * math.pi if level == 1 else math.pi / 2) / PROMPT_BINS
         where = (angle / width).nan_to_num(0.0).long().clamp(0, PROMPT_BINS - 1)
@@ -218,14 +230,17 @@ def unpack_codes(qdata: Tensor, blocks: int, widths: Sequence[int]) -> tuple[Ten
 
 
 # tokens -------------------------------------------------------------------------------------------
+# ``cosines`` and ``sines`` of the codebooks are ``[batch or 1, heads or 1, entries]``.
 
 
-def quantize_blocks(y: Tensor, books: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def quantize_blocks(
+    y: Tensor, cosines: Tensor, sines: Tensor, widths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Packed codes, uint8 ``[batch, heads, tokens, row_bytes]``, and radii, fp16 ``[..., blocks]``,
     of fp32 ``y`` ``[batch, heads, tokens, channels]``.
     """
     radius, angles = to_polar(y)
-    codes = nearest(angles, books, widths)
+    codes = nearest(angles, angles_of(cosines, sines, widths), widths)
     radius = radius.nan_to_num(0.0, LARGEST_HALF).clamp(max=LARGEST_HALF)
     return pack_codes(codes, widths), radius.half()
 
@@ -233,10 +248,7 @@ def quantize_blocks(y: Tensor, books: Tensor, widths: Sequence[int]) -> tuple[Te
 def dequantize_blocks(
     qdata: Tensor, radius: Tensor, cosines: Tensor, sines: Tensor, widths: Sequence[int]
 ) -> Tensor:
-    """Undo :func:`quantize_blocks`, in fp32, whole blocks.
-
-    ``cosines`` and ``sines`` are ``[batch or 1, heads or 1, entries]``, of the codebooks' angles.
-    """
+    """Undo :func:`quantize_blocks`, in fp32, whole blocks."""
     codes = unpack_codes(qdata, radius.shape[-1], widths)
     return from_polar(
         radius.float(), numbers(codes, cosines, widths), numbers(codes, sines, widths)
