@@ -17,6 +17,8 @@ from squat_fx.codecs.base import (
 )
 from squat_fx.codecs.kivi import Kivi
 from squat_fx.codecs.none import Lossless
+from squat_fx.codecs.polar import Polar
+from squat_fx.codecs.polar_rope import PolarRope
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
 from squat_fx.layouts import Format
@@ -25,6 +27,8 @@ CODECS: dict[str, type[Codec]] = {
     Squat.name: Squat,
     SquatPaper.name: SquatPaper,
     Kivi.name: Kivi,
+    Polar.name: Polar,
+    PolarRope.name: PolarRope,
     Lossless.name: Lossless,
 }
 
@@ -37,6 +41,8 @@ __all__ = [
     "Lossless",
     "PerChannel",
     "PerToken",
+    "Polar",
+    "PolarRope",
     "Role",
     "Squat",
     "SquatPaper",

@@ -1,7 +1,7 @@
 """PolarQuant for rotary keys: a radius and an angle for each pair (Wu et al., NeurIPS 2025).
 
-    radius, angle = polar(key_i, key_{i + d/2})     after the rotary embedding, which only turns pairs
-    ranges of both per pair and group of tokens     min-max, cells and their middles
+    radius, angle = polar(key_i, key_{i + d/2})     after the rotary embedding
+    a range of both for each pair and group of tokens, cut in cells
 
 A rotary embedding turns a pair by the token's position: its radius does not change, and pairs of a
 channel with outliers lie on a ring, which a range of radii and one of angles holds tightly. See
@@ -14,17 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from squat_fx.codecs.base import Codec, PerChannel, PerToken, Role
-from squat_fx.codecs.kivi import round_to_levels, value_range
+from squat_fx.codecs.base import PerChannel, PerToken, Role
+from squat_fx.codecs.kivi import Kivi
 
 VALUE_GROUP = 128
 
 
 @dataclass(frozen=True)
-class PolarRope(Codec):
-    """Keys as radius and angle of rotary pairs, values per token.
+class PolarRope(Kivi):
+    """Keys as radius and angle of rotary pairs, values per token and rounded as in :class:`Kivi`.
 
     Attributes:
         group_size: tokens of a pair of key channels that share their ranges; 32, 64 or 128. The
@@ -42,8 +40,7 @@ class PolarRope(Codec):
     radius_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size not in (32, 64, 128):
-            raise ValueError(f"group_size must be 32, 64 or 128, got {self.group_size}")
+        super().__post_init__()
         if self.radius_bits is not None and self.radius_bits not in range(1, 9):
             raise ValueError(
                 f"radius_bits must be from 1 to 8, or None for half the bits of a pair, "
@@ -66,18 +63,11 @@ class PolarRope(Codec):
         if not 1 <= angle_bits <= 8:
             nearest = (self.radius_bits + min(max(angle_bits, 1), 8)) / 2
             raise ValueError(
-                f"codec {self.name!r} with radius_bits {self.radius_bits} leaves {angle_bits} bits "
-                f"for an angle at {bits:g} bits, which takes 1 to 8; the nearest is {nearest:g} bits"
+                f"codec {self.name!r} with radius_bits={self.radius_bits} leaves an angle "
+                f"{angle_bits} bits at {bits:g} bits, it takes 1 to 8; the nearest is {nearest:g}"
             )
         return self.radius_bits, angle_bits
 
     def granularity(self, role: Role) -> PerChannel | PerToken:
         """Keys share ranges along tokens, values along channels."""
         return PerChannel(self.group_size) if role == "key" else PerToken(VALUE_GROUP)
-
-    def quantize(
-        self, groups: Tensor, valid: Tensor | None, bits: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values; see :meth:`squat_fx.codecs.base.Codec.quantize`."""
-        low, high = value_range(groups, valid)
-        return round_to_levels(groups, low, high, bits)

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from squat_fx.codecs import Kivi, SquatPaper, codec_from_spec
+from squat_fx.codecs import Kivi, codec_from_spec
 from squat_fx.kernels import (
     gluon_attend_channel,
     gluon_attend_token,
@@ -431,7 +431,7 @@ def rounds_in_kernel(fmt: Format, with_feedback: bool = False) -> bool:
     if fmt.layout != "planes/channel":
         return False
     codec = codec_from_spec(fmt.codec)
-    if type(codec) not in (Kivi, SquatPaper):
+    if type(codec).quantize is not Kivi.quantize:
         reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
     elif fmt.channel_group not in (1, fmt.head_dim) and fmt.channel_group % LANES:
         reason = (

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
+from squat_fx.kernels.triton_polar import polar_planes
+from squat_fx.kernels.triton_polar_pairs import polar_pairs_planes
 
 
 @triton.jit
@@ -18,7 +20,13 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
     """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in: a tuple
     of words of codes, or of numbers, each ``[N, 16]``.
     """
-    return load_words(stored, head, slot, keep, lane, fmt)
+    if fmt.layout == "polar/token" or fmt.layout == "polar/fitted":
+        packed = polar_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "polar/pairs":
+        packed = polar_pairs_planes(stored, head, slot, keep, lane, fmt)
+    else:
+        packed = load_words(stored, head, slot, keep, lane, fmt)
+    return packed
 
 
 @triton.jit

@@ -86,7 +86,7 @@ class PolarPairs(StoredLayout):
         if valid is not None:
             valid = valid.unflatten(1, (-1, fmt.token_group))[:, None, :, :, None]
             pairs = pairs.masked_fill(~valid[..., None], 0.0)
-        radius = torch.hypot(pairs[..., 0, :], pairs[..., 1, :])
+        radius = pairs.square().sum(-2).sqrt()
         angle = cut_angles(pairs[..., 0, :], pairs[..., 1, :], valid)
         padding = -(fmt.head_dim // 2) % LANES
         codes, scales, zero_points = [], [], []
@@ -115,13 +115,11 @@ def cut_angles(x: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
 
     ``x`` and ``y`` are zero where not ``valid``.
     """
-    # Divided by the largest, so that the sum of huge numbers has a direction too.
-    largest = torch.maximum(x.abs(), y.abs()).amax(TOKENS, keepdim=True).clamp_min(1e-30)
-    total_x, total_y = ((t / largest).sum(TOKENS, keepdim=True) for t in (x, y))
-    cut = torch.atan2(total_y, total_x) - math.pi
+    x, y = x.double(), y.double()  # so that the order of sums is nothing that is stored
+    cut = torch.atan2(y.sum(TOKENS, keepdim=True), x.sum(TOKENS, keepdim=True)) - math.pi
     angle = cut + (torch.atan2(y, x) - cut).remainder(2 * math.pi)
     smallest, _ = value_range(angle, valid)
-    return torch.where(smallest < -math.pi, angle + 2 * math.pi, angle)
+    return torch.where(smallest < -math.pi, angle + 2 * math.pi, angle).float()
 
 
 def value_range(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

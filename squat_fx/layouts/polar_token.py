@@ -48,11 +48,11 @@ class PolarPerToken(StoredLayout):
     def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
         """Of each level."""
         if bits not in WIDTHS:
-            choices = ", ".join(f"{choice:g}" for choice in WIDTHS)
+            *others, last = WIDTHS
             nearest = min(WIDTHS, key=lambda choice: abs(choice - bits))
             raise ValueError(
-                f"angles and a radius take {choices} bits a number, got {bits:g}; "
-                f"the nearest is {nearest:g}"
+                f"the layout {self.name!r} takes {', '.join(f'{x:g}' for x in others)} or {last:g} "
+                f"bits a number, its radius among them, got {bits:g}; the nearest is {nearest:g}"
             )
         return WIDTHS[bits]
 

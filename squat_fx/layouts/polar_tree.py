@@ -72,10 +72,17 @@ def to_polar(y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     angles = []
     for level in range(1, LEVELS + 1):
         x, y = radius[..., 0::2], radius[..., 1::2]
-        angle = torch.atan2(y, x)
+        angle = angle_of(x, y)
         angles.append(angle.remainder(2 * math.pi) if level == 1 else angle)
-        radius = torch.hypot(x, y)
+        radius = (x.square() + y.square()).sqrt()
     return radius, tuple(angles)
+
+
+def angle_of(x: Tensor, y: Tensor) -> Tensor:
+    """``atan2(y, x)``, fp32, by way of fp64: in fp32 torch's differ in the last bit by how many
+    numbers it is given, and what is stored must not depend on how tokens arrive.
+    """
+    return torch.atan2(y.double(), x.double()).float()
 
 
 def from_polar(radius: Tensor, cosines: Sequence[Tensor], sines: Sequence[Tensor]) -> Tensor:
@@ -140,7 +147,7 @@ def cosines_and_sines(books: Tensor) -> Tensor:
 
 def angles_of(cosines: Tensor, sines: Tensor, widths: Sequence[int]) -> Tensor:
     """Undo :func:`cosines_and_sines`."""
-    angles = torch.atan2(sines, cosines)
+    angles = angle_of(cosines, sines)
     first = 2 ** widths[0]
     return torch.cat([angles[..., :first].remainder(2 * math.pi), angles[..., first:]], -1)
 

@@ -6,9 +6,19 @@ from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
 from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_token import PlanesPerToken
+from squat_fx.layouts.polar_pairs import PolarPairs
+from squat_fx.layouts.polar_token import PolarFitted, PolarPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
-    layout.name: layout for layout in (PlanesPerToken(), PlanesPerChannel(), Dense())
+    layout.name: layout
+    for layout in (
+        PlanesPerToken(),
+        PlanesPerChannel(),
+        PolarPerToken(),
+        PolarFitted(),
+        PolarPairs(),
+        Dense(),
+    )
 }
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(
