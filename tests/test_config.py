@@ -111,7 +111,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "codec by name": (
         {"codec": "kiwi"},
-        "unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; did you mean 'kivi'?",
+        "unknown codec 'kiwi', choose one of squat, squat_paper, kivi, polar, polar_rope, none; "
+        "did you mean 'kivi'?",
     ),
     "codec as a number": ({"codec": 2}, "codec must be a name or a codec instance, got 2"),
 }

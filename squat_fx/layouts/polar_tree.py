@@ -128,7 +128,7 @@ def codebook(level: int, bits: int) -> tuple[float, ...]:
         density = (2 * grid).sin() ** (2 ** (level - 1) - 1)
         start = (torch.arange(2**bits, dtype=torch.float64) + 0.5) * (math.pi / 2 / 2**bits)
         found = lloyd(density, grid, start, GRID_ITERATIONS)
-        # The density is even about pi / 4, and so are its centroids, to the last bit.
+        # The density is even about pi / 4, and so are its centroids.
         return tuple(((found + math.pi / 2 - found.flip(0)) / 2).tolist())
 
 

@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from squat_fx.codecs import Format, Kivi, Lossless, Role, Squat
+from squat_fx.codecs import Codec, Format, Kivi, Lossless, Polar, PolarRope, Role, Squat
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
-LAYOUTS = ("planes/token", "planes/channel", "dense")
+CODECS: dict[str, Codec] = {
+    "planes/token": Squat(),
+    "planes/channel": Kivi(),
+    "polar/token": Polar(),
+    "polar/fitted": Polar("online"),
+    "polar/pairs": PolarRope(32),
+    "dense": Lossless(),
+}
+LAYOUTS = tuple(CODECS)  # of keys
+ROLES: tuple[Role, ...] = ("key", "value")
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,24 @@ class Stored:
     def codec(self) -> str:
         return self.fmt.codec
 
+    @property
+    def fixed(self) -> tuple[Tensor, ...]:
+        return tuple(Arenas.of(self.fmt, self.tensors).fixed.values())
+
     def numbers(self) -> Tensor:
         return reference.dense_past(Arenas.of(self.fmt, self.tensors), self.extent, self.fmt)
 
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
-    codec = {"planes/token": Squat(), "planes/channel": Kivi(), "dense": Lossless()}[layout]
-    return stored_format(
-        codec, role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
-    )
+    codec = CODECS[layout]
+    if isinstance(codec, Polar):
+        return stored_format(codec, role, head_dim, 3.875, residual_length=8, sink_length=2)
+    return stored_format(codec, role, head_dim, bits, residual_length=8, sink_length=2)
+
+
+def overload_of_both(op: str, layout: str) -> torch._ops.OpOverload:
+    """That of keys of ``layout`` and the values beside them."""
+    return ops.overload(op, *(format_of(layout, role).layout for role in ("key", "value")))
 
 
 def stored(
@@ -94,7 +112,8 @@ class Call:
 
 def calls(layout: str) -> list[Call]:
     """Every overload of a layout, with and without what is optional."""
-    name = layout.replace("/", "_")
+    name = ops.overload("store", layout)._overloadname
+    pair = overload_of_both("attend", layout)._overloadname
     key, value = (stored(format_of(layout, role)) for role in ("key", "value"))
     fmt = key.fmt
     x = randn(BATCH, HEADS, 64, fmt.head_dim, seed=1)
@@ -102,7 +121,7 @@ def calls(layout: str) -> list[Call]:
     valid = left_padding([0, 5], 64)
     where = positions(key), 0
     ints = fmt.to_ints()
-    learned = key.tensors[2:4] if layout == "planes/token" else ()
+    learned = key.fixed
     queries = randn(BATCH, 2 * HEADS, 64, fmt.head_dim, seed=7)
     permuted = (x.transpose(1, 2).contiguous().transpose(1, 2),)
     numbers = [
@@ -127,10 +146,10 @@ def calls(layout: str) -> list[Call]:
     sides = (*both, positions(key, value), 0, 1)
     for tokens, after in ((1, None), (3, [x])):
         news = (new[:, :, :tokens], new[:, :, -tokens:], None, *sides[len(both) :], fmt.codec)
-        numbers.append(Call(f"append_both_.{name}", (*both, *news, *tail, after)))
+        numbers.append(Call(f"append_both_.{pair}", (*both, *news, *tail, after)))
     attention = [
-        Call(f"attend.{name}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
-        Call(f"attend.{name}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
+        Call(f"attend.{pair}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
+        Call(f"attend.{pair}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
     return numbers + attention
 
@@ -170,13 +189,16 @@ def test_only_what_the_schema_marks_is_written(call: Call) -> None:
 def test_append_marks_every_arena_it_may_write(layout: str) -> None:
     schema = ops.overload("append_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    names = [n for n in format_of(layout, "key").arena_names if n not in ("affine", "basis")]
-    assert written == names
+    names = {
+        role: [n for n in fmt.arena_names if n not in fmt.stored_layout.fixed]
+        for role in ("key", "value")
+        for fmt in [format_of(layout, role)]
+    }
+    assert written == names["key"]
     assert not schema.returns
-    append = ops.overload("append_", layout)
-    schema = ops.both(append, append)._schema  # pyright: ignore[reportOptionalMemberAccess]
+    schema = overload_of_both("append_both_", layout)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == [f"{role}_{name}" for role in ("key", "value") for name in names]
+    assert written == [f"{role}_{name}" for role in names for name in names[role]]
     assert not schema.returns
 
 
@@ -187,12 +209,14 @@ def test_append_both_is_an_append_of_each(layout: str, tokens: int) -> None:
     each, both = ([stored(fmt, seed=i) for i, fmt in enumerate(formats)] for _ in range(2))
     new = [randn(BATCH, HEADS, tokens, 40, seed=s) for s in (1, 2)]
     valid, where = left_padding([0, 0], tokens), positions(*each)
-    append = ops.overload("append_", layout)
-    for row, (side, x) in enumerate(zip(each, new, strict=True)):
+    appends = [ops.overload("append_", fmt.layout) for fmt in formats]
+    for row, (append, side, x) in enumerate(zip(appends, each, new, strict=True)):
         append(*side.tensors, x, valid, where, row, side.fmt.codec, side.fmt.to_ints())
     arenas = (*both[0].tensors, *both[1].tensors)
     codec, ints = formats[0].codec, [fmt.to_ints() for fmt in formats]
-    ops.both(append, append)(*arenas, *new, valid, where, 0, 1, codec, *ints)
+    append_both = ops.both(*appends)
+    assert append_both is overload_of_both("append_both_", layout)
+    append_both(*arenas, *new, valid, where, 0, 1, codec, *ints)
     for one, other in zip(each, both, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
@@ -213,22 +237,30 @@ def laid_out(result: Any) -> list[tuple[tuple[int, ...], torch.dtype, tuple[int,
 def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
     layout: str, role: Role, head_dim: int, bits: int, tokens: int, dtype: torch.dtype
 ) -> None:
-    fmt = format_of(layout, role, head_dim, bits)
+    formats: dict[Role, Format] = {r: format_of(layout, r, head_dim, bits) for r in ROLES}
+    fmt = formats[role]
     x = randn(1, 2, tokens, head_dim, dtype=dtype)
     codec, ints = fmt.codec, fmt.to_ints()
 
+    def store(x: Tensor, role: Role) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        fmt = formats[role]
+        run = ops.overload("store", fmt.layout)
+        made = run(x, None, x, None, role, codec, fmt.to_ints())
+        return made, with_basis(fmt, made)
+
     def store_and_read(x: Tensor) -> list[Any]:
         whole = x.repeat(1, 1, fmt.token_group, 1)
-        made = ops.overload("store", layout)(x, None, x, None, role, codec, ints)
-        arenas = with_basis(fmt, made)
-        learned = arenas[2:4] if layout == "planes/token" else ()
+        made, arenas = store(x, role)
+        learned = Arenas.of(fmt, arenas).fixed.values()
         where = torch.tensor([[tokens, max(0, tokens - fmt.residual_length)]])
-        read = ops.overload("dequantize", layout)(*arenas, where, 0, tokens, ints)
+        read = ops.overload("dequantize", fmt.layout)(*arenas, where, 0, tokens, ints)
         query = x[:, :, :1].repeat(1, 2, 1, 1)
-        out = ops.overload("attend", layout)(
-            query, None, None, *arenas, *arenas, where, 0, 0, None, None, 0.1, 0, 0.0, ints, ints
+        sides = [tensor for role in ROLES for tensor in store(x, role)[1]]
+        both_ints = [formats[role].to_ints() for role in ROLES]
+        out = overload_of_both("attend", layout)(
+            query, None, None, *sides, where, 0, 0, None, None, 0.1, 0, 0.0, *both_ints
         )
-        packed = ops.overload("quantize", layout)(whole, None, *learned, codec, ints)
+        packed = ops.overload("quantize", fmt.layout)(whole, None, *learned, codec, ints)
         return [made, read, out, packed]
 
     real = [laid_out(result) for result in store_and_read(x)]
@@ -286,7 +318,7 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
     )
     query = randn(BATCH, HEADS, 1, 40, seed=3)
     where = torch.cat([positions(value), torch.tensor([[5, 0]]), positions(key)])
-    out = ops.overload("attend", layout)(
+    out = overload_of_both("attend", layout)(
         query, None, None, *key.tensors, *value.tensors, where, 2, 0, None, None, 0.2, 0, 0.0,
         key.fmt.to_ints(), value.fmt.to_ints(),
     )  # fmt: skip
