@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, Role, Squat
+from squat_fx.codecs import Format, Kivi, Polar, PolarRope, Role, Squat
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -36,7 +36,9 @@ HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat")
+KINDS = ("lossless", "kivi", "squat", "polar", "polar_online", "polar_rope")
+ROTATED_KINDS = ("squat", "polar", "polar_online")
+ROTATED = ("planes/token", "polar/token", "polar/fitted")
 
 
 @st.composite
@@ -45,7 +47,9 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
     kind = kind or draw(st.sampled_from(KINDS))
     role = draw(st.sampled_from(["key", "value"]))
     sizes = {
-        "head_dim": draw(st.sampled_from([16, 20, 64 if kind == "squat" else 40])),
+        "head_dim": draw(
+            st.sampled_from([16, 20, 40 if kind in ("lossless", "kivi", "polar_rope") else 64])
+        ),
         "residual_length": draw(st.integers(0, 9)),
         "sink_length": draw(st.integers(0, 3)),
     }
@@ -55,6 +59,12 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
         planes = -(-sizes["head_dim"] // LANES)
         widths = draw(st.tuples(*[st.integers(0, 8)] * planes).filter(any))
         return stored_format(Squat(), role, bits=widths, latent=draw(st.booleans()), **sizes)
+    if kind in ("polar", "polar_online"):
+        codec = Polar("online" if kind == "polar_online" else "offline")
+        return stored_format(codec, role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes)
+    if kind == "polar_rope":
+        fmt = stored_format(PolarRope(32), role, bits=draw(st.sampled_from([1, 2, 3, 4])), **sizes)
+        return replace(fmt, token_group=4) if role == "key" else fmt
     fmt = stored_format(Kivi(), role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
     return replace(fmt, token_group=4) if role == "key" else fmt
 
@@ -81,15 +91,15 @@ class Prompt:
 def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> Prompt:
     """A left-padded batch; some rows may be nothing but padding.
 
-    For ``squat`` the numbers are whole, so that the sums of its matrix product are exact.
+    Where they are rotated the numbers are whole, so that the sums of the matrix product are exact.
     """
     fmt, tokens = draw(formats(kind)), draw(st.integers(least_tokens, 40))
     pads = draw(
         st.lists(st.integers(0, tokens), min_size=1, max_size=3) | st.just([0]) | st.just([0, 0])
     )
     shape, seed = (len(pads), HEADS, tokens, fmt.head_dim), draw(st.integers(0, 2**16))
-    per_token = fmt.layout == "planes/token"
-    x = whole_numbers(*shape, seed=seed, largest=3) if per_token else randn(*shape, seed=seed)
+    rotated = fmt.layout in ROTATED
+    x = whole_numbers(*shape, seed=seed, largest=3) if rotated else randn(*shape, seed=seed)
     pad = ~left_padding(pads, tokens)[:, None, :, None]
     return Prompt(fmt, torch.where(pad, x * 1e3, x), pads)
 
@@ -129,7 +139,7 @@ def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Exten
 
 def assert_same_numbers(a: Tensor, b: Tensor, fmt: Format) -> None:
     """Equal; where they come out of a matrix product, to the order of its sums."""
-    if fmt.layout != "planes/token":
+    if fmt.layout not in ROTATED:
         assert torch.equal(a, b)
     else:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
