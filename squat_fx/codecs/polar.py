@@ -51,10 +51,6 @@ class Polar(Codec):
                 f"of each prompt, got {self.codebook!r}"
             )
 
-    def layout_of(self, role: Role) -> str:
-        """With an arena for codebooks, or without."""
-        return "polar/token" if self.codebook == "offline" else "polar/fitted"
-
     def check_bits(self, bits: float) -> None:
         """See :meth:`Codec.check_bits`."""
         self.widths_of("key", polar_tree.BLOCK, bits)

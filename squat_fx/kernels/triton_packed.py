@@ -20,7 +20,7 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
     """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in: a tuple
     of words of codes, or of numbers, each ``[N, 16]``.
     """
-    if fmt.layout == "polar/token" or fmt.layout == "polar/fitted":
+    if fmt.layout == "polar/token":
         packed = polar_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/pairs":
         packed = polar_pairs_planes(stored, head, slot, keep, lane, fmt)

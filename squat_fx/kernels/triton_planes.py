@@ -61,9 +61,8 @@ class StoredFormat:
     qdata holds the numbers themselves. What is left of the lanes after ``whole_bytes``, in
     ``sections`` of so many bits, counts as one more byte.
 
-    ``layout`` is its name and ``tables`` the numbers that its kernels have as constants. In
-    ``planes/token``, which is ``per_token``, ``steps[plane]`` is the distance of its levels and
-    ``least_scales[plane]`` what its largest number asks of the scale.
+    ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
+    distance of its levels and ``least_scales[plane]`` what its largest number asks of the scale.
     """
 
     layout: str
@@ -85,7 +84,6 @@ class StoredFormat:
     sink_length: int
     ring_length: int
     residual_length: int
-    tables: tuple[tuple[float, ...], ...] = ()
 
     @property
     def dense_length(self) -> int:
@@ -165,7 +163,6 @@ def stored_format(fmt: Format) -> StoredFormat:
         sink_length=fmt.sink_length,
         ring_length=fmt.ring_length,
         residual_length=fmt.residual_length,
-        tables=fmt.stored_layout.tables(fmt),
     )
 
 

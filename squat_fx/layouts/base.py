@@ -92,10 +92,6 @@ class StoredLayout:
         """Which numbers share a scale, for reports."""
         return "token"
 
-    def tables(self, fmt: Format) -> tuple[tuple[float, ...], ...]:
-        """Numbers that the layout's kernels have as constants."""
-        return ()
-
     def quantize(
         self,
         x: Tensor,

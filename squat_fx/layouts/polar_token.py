@@ -4,19 +4,17 @@
     radius and codes of each block  :mod:`squat_fx.layouts.polar_tree`
 
 ``Format.widths`` are the bits of an angle of each of the four levels. The codebooks are those of
-Gaussian numbers, the same for everything; ``polar/fitted`` has codebooks for each head and sequence
-beside them, stored as cosines and sines.
+Gaussian numbers unless the codec learns others of a prompt.
 
 | arena | |
 |---|---|
 | ``qdata`` | uint8 ``[batch, heads, tokens, row_bytes]``: all angles of a token |
 | ``radius`` | fp16 ``[batch, heads, tokens, blocks]`` |
-| ``codebook`` | fp32 ``[batch, heads, 2, entries]``, in ``polar/fitted``: cosines, then sines, level by level |
+| ``codebook`` | fp32 ``[batch, heads, 2, entries]``: cosines of its angles, level by level, then sines |
 """  # noqa: E501
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -43,6 +41,7 @@ class PolarPerToken(StoredLayout):
 
     name: ClassVar[str] = "polar/token"
     packed: ClassVar[tuple[str, ...]] = ("qdata", "radius")
+    fixed: ClassVar[tuple[str, ...]] = ("codebook",)
     values: ClassVar[str] = "polar/token"
 
     def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
@@ -70,14 +69,19 @@ class PolarPerToken(StoredLayout):
         """A radius belongs to a block."""
         return f"{polar_tree.BLOCK} channels"
 
-    def tables(self, fmt: Format) -> tuple[tuple[float, ...], ...]:
-        """The cosines of each level's codebook."""
-        books = (polar_tree.codebook(level, bits) for level, bits in enumerate(fmt.widths, 1))
-        return tuple(tuple(math.cos(angle) for angle in book) for book in books)
+    def dtype(self, fmt: Format, name: str, dtype: torch.dtype) -> torch.dtype:
+        """A codebook is fp32."""
+        return torch.float32 if name == "codebook" else super().dtype(fmt, name, dtype)
 
-    def cosines_and_sines(self, fmt: Format, fixed: Fixed, device: torch.device) -> Tensor:
-        """Of all centroids, fp32 ``[batch or 1, heads or 1, 2, entries]``."""
-        return shared_codebook(fmt.widths, device)
+    def fixed_shape(self, fmt: Format, name: str, batch: int, heads: int) -> tuple[int, ...]:
+        """Cosines and sines of all centroids."""
+        return batch, heads, 2, polar_tree.entries(fmt.widths)
+
+    def empty_fixed(self, fmt: Format, name: str, like: Tensor) -> Tensor:
+        """The codebooks of Gaussian numbers."""
+        arena = super().empty_fixed(fmt, name, like)
+        books = polar_tree.codebooks(fmt.widths, arena.device)
+        return arena.copy_(polar_tree.cosines_and_sines(books))
 
     def quantize(
         self,
@@ -90,50 +94,16 @@ class PolarPerToken(StoredLayout):
         first_slot: int = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`; no token depends on another, padding or not."""
-        cosines, sines = self.cosines_and_sines(fmt, fixed, x.device).unbind(2)
+        cosines, sines = fixed["codebook"].unbind(2)
         latent = to_latent(x)
         return polar_tree.quantize_blocks(latent, cosines, sines, fmt.widths)
 
     def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, radius = packed
-        cosines, sines = self.cosines_and_sines(fmt, fixed, qdata.device).unbind(2)
+        cosines, sines = fixed["codebook"].unbind(2)
         latent = polar_tree.dequantize_blocks(qdata, radius, cosines, sines, fmt.widths)
         return latent[..., : fmt.head_dim] @ rotation_pair(fmt.head_dim, qdata.device)[1]
-
-
-class PolarFitted(PolarPerToken):
-    """The same with codebooks of each head's own angles."""
-
-    name: ClassVar[str] = "polar/fitted"
-    fixed: ClassVar[tuple[str, ...]] = ("codebook",)
-    values: ClassVar[str] = "polar/fitted"
-
-    def dtype(self, fmt: Format, name: str, dtype: torch.dtype) -> torch.dtype:
-        """A codebook is fp32."""
-        return torch.float32 if name == "codebook" else super().dtype(fmt, name, dtype)
-
-    def fixed_shape(self, fmt: Format, name: str, batch: int, heads: int) -> tuple[int, ...]:
-        """Cosines and sines of all centroids."""
-        return batch, heads, 2, polar_tree.entries(fmt.widths)
-
-    def empty_fixed(self, fmt: Format, name: str, like: Tensor) -> Tensor:
-        """The codebooks of Gaussian numbers, until there are others."""
-        arena = super().empty_fixed(fmt, name, like)
-        return arena.copy_(shared_codebook(fmt.widths, arena.device))
-
-    def tables(self, fmt: Format) -> tuple[tuple[float, ...], ...]:
-        """None: kernels read the arena."""
-        return ()
-
-    def cosines_and_sines(self, fmt: Format, fixed: Fixed, device: torch.device) -> Tensor:
-        """The arena."""
-        return fixed["codebook"]
-
-
-def shared_codebook(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Cosines and sines of the codebooks of Gaussian numbers, fp32 ``[1, 1, 2, entries]``."""
-    return polar_tree.cosines_and_sines(polar_tree.codebooks(widths, device))[None, None]
 
 
 def to_latent(x: Tensor) -> Tensor:

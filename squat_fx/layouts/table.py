@@ -7,7 +7,7 @@ from squat_fx.layouts.dense import Dense
 from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_token import PlanesPerToken
 from squat_fx.layouts.polar_pairs import PolarPairs
-from squat_fx.layouts.polar_token import PolarFitted, PolarPerToken
+from squat_fx.layouts.polar_token import PolarPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
     layout.name: layout
@@ -15,7 +15,6 @@ LAYOUTS: dict[str, StoredLayout] = {
         PlanesPerToken(),
         PlanesPerChannel(),
         PolarPerToken(),
-        PolarFitted(),
         PolarPairs(),
         Dense(),
     )

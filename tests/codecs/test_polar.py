@@ -90,11 +90,10 @@ def test_another_codebook_is_refused() -> None:
         Polar("mine")  # pyright: ignore[reportArgumentType]
 
 
-def test_codebooks_of_prompts_have_an_arena() -> None:
-    assert format_of().arena_names == ("qdata", "radius", "dense", "start")
-    online = format_of("online")
-    assert online.arena_names == ("qdata", "radius", "codebook", "dense", "start")
-    assert stored(randn(2, 3, 8, 64), online)["codebook"].shape == (2, 3, 2, 16 + 4 + 4 + 4)
+def test_codebooks_have_an_arena() -> None:
+    fmt = format_of()
+    assert fmt.arena_names == ("qdata", "radius", "codebook", "dense", "start")
+    assert stored(randn(2, 3, 8, 64), fmt)["codebook"].shape == (2, 3, 2, 16 + 4 + 4 + 4)
 
 
 # errors -----------------------------------------------------------------------------------------

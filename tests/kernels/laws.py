@@ -39,8 +39,7 @@ from squat_fx.layouts.planes import LANES, num_planes, unpack
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
-POLAR = ("polar/token", "polar/fitted")
-ROTATED = ("planes/token", *POLAR)
+ROTATED = ("planes/token", "polar/token")
 
 Side = tuple[Arenas, Extent, Format]
 
@@ -79,7 +78,7 @@ class Case:
     @property
     def rotated(self) -> bool:
         """Whether numbers come out of sums of products, whose order is free."""
-        return self.codec.layout in ("planes/token", "polar/token")
+        return self.codec.layout in ROTATED
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
@@ -134,7 +133,7 @@ class Case:
         return codec.fit(role, x.float(), query.float(), keep).feedback
 
     def codebook(self, role: Role) -> Tensor:
-        """Cosines and sines of a codebook for each head, of the layout polar/fitted."""
+        """Cosines and sines of a codebook for each head, of the layout polar/token."""
         widths, cpu = self.format(role).widths, torch.device("cpu")
         shape = (len(self.pads), NUM_KV_HEADS, polar_tree.entries(widths))
         generator = torch.Generator().manual_seed(self.seed + 2)
@@ -196,7 +195,7 @@ def random_case(
 
 def polar_case(case: Case) -> Case:
     """``case`` with one of the codecs that store radii and angles."""
-    codecs = (Polar(), Polar("online"), PolarRope(32), PolarRope(64, radius_bits=2))
+    codecs = (Polar(), PolarRope(32), Polar("online"), PolarRope(64, radius_bits=2))
     codec = codecs[case.seed % 4]
     of_blocks, of_pairs = (3.375, 3.875, 4.25), (3, 4, 2, 5)
     choices = of_blocks if isinstance(codec, Polar) else of_pairs
@@ -492,7 +491,7 @@ def assert_rounded_rightly(
     feedback, the errors that reach a plane group are those of the stored codes before it, so that
     one code that fell to the other side of a middle is no excuse for the next.
     """
-    if fmt.layout in POLAR:
+    if fmt.layout == "polar/token":
         assert_in_their_cells(packed, x, fmt, fixed)
         return
     head_dim, largest_number = fmt.head_dim, x.double().abs().amax(-1, keepdim=True)
@@ -550,10 +549,8 @@ def assert_in_their_cells(packed: list[Tensor], x: Tensor, fmt: Format, fixed: F
     y = x.double() @ reference.basis_pair(None, fmt.head_dim, x.device)[0].double()
     y = torch.nn.functional.pad(y, (0, -fmt.head_dim % polar_tree.BLOCK))
     lost = 1e-6 * x.double().abs().amax(-1, keepdim=True) * fmt.head_dim**0.5
-    books = polar_tree.codebooks(fmt.widths, x.device)[None, None]
-    if "codebook" in fixed:
-        books = polar_tree.angles_of(*fixed["codebook"].unbind(2), fmt.widths)
-    books = books.double().expand(*x.shape[:2], -1).split([2**b for b in fmt.widths], -1)
+    books = polar_tree.angles_of(*fixed["codebook"].unbind(2), fmt.widths)
+    books = books.double().split([2**b for b in fmt.widths], -1)
     codes = polar_tree.unpack_codes(qdata, radius.shape[-1], fmt.widths)
     for level, (code, book) in enumerate(zip(codes, books, strict=True), 1):
         angle = torch.atan2(y[..., 1::2], y[..., 0::2])

@@ -22,8 +22,7 @@ BATCH, HEADS, TOKENS = 2, 2, 80
 CODECS: dict[str, Codec] = {
     "planes/token": Squat(),
     "planes/channel": Kivi(),
-    "polar/token": Polar(),
-    "polar/fitted": Polar("online"),
+    "polar/token": Polar("online"),
     "polar/pairs": PolarRope(32),
     "dense": Lossless(),
 }

@@ -36,9 +36,9 @@ HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat", "polar", "polar_online", "polar_rope")
-ROTATED_KINDS = ("squat", "polar", "polar_online")
-ROTATED = ("planes/token", "polar/token", "polar/fitted")
+KINDS = ("lossless", "kivi", "squat", "polar", "polar_rope")
+ROTATED_KINDS = ("squat", "polar")
+ROTATED = ("planes/token", "polar/token")
 
 
 @st.composite
@@ -59,9 +59,10 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
         planes = -(-sizes["head_dim"] // LANES)
         widths = draw(st.tuples(*[st.integers(0, 8)] * planes).filter(any))
         return stored_format(Squat(), role, bits=widths, latent=draw(st.booleans()), **sizes)
-    if kind in ("polar", "polar_online"):
-        codec = Polar("online" if kind == "polar_online" else "offline")
-        return stored_format(codec, role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes)
+    if kind == "polar":
+        return stored_format(
+            Polar(), role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes
+        )
     if kind == "polar_rope":
         fmt = stored_format(PolarRope(32), role, bits=draw(st.sampled_from([1, 2, 3, 4])), **sizes)
         return replace(fmt, token_group=4) if role == "key" else fmt
