@@ -18,6 +18,8 @@ from squat_fx.codecs.base import (
 from squat_fx.codecs.kivi import Kivi
 from squat_fx.codecs.kvarn import Kvarn
 from squat_fx.codecs.none import Lossless
+from squat_fx.codecs.polar import Polar
+from squat_fx.codecs.polar_rope import PolarRope
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
 from squat_fx.codecs.think import Think
@@ -29,6 +31,8 @@ CODECS: dict[str, type[Codec]] = {
     Kivi.name: Kivi,
     Kvarn.name: Kvarn,
     Think.name: Think,
+    Polar.name: Polar,
+    PolarRope.name: PolarRope,
     Lossless.name: Lossless,
 }
 
@@ -42,6 +46,8 @@ __all__ = [
     "Lossless",
     "PerChannel",
     "PerToken",
+    "Polar",
+    "PolarRope",
     "Role",
     "Squat",
     "SquatPaper",

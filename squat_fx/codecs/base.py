@@ -128,6 +128,18 @@ class Codec:
         """
         return Fit()
 
+    def fit_format(
+        self,
+        role: Role,
+        fmt: Format,
+        x: Tensor,
+        query: Tensor | None,
+        keep: Tensor,
+        basis: Tensor | None = None,
+    ) -> Fit:
+        """:meth:`fit`, for a codec that learns something else for other stored formats."""
+        return self.fit(role, x, query, keep, basis)
+
     def quantize(
         self, groups: Tensor, valid: Tensor | None, bits: int
     ) -> tuple[Tensor, Tensor, Tensor]:

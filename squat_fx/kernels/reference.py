@@ -187,7 +187,7 @@ def learn(
     ``query`` is ``[batch, num_heads, tokens, head_dim]``; ``valid`` bool ``[batch, tokens]``.
     """
     codec = codec_from_spec(fmt.codec)
-    if type(codec).fit is Codec.fit:
+    if type(codec).fit is Codec.fit and type(codec).fit_format is Codec.fit_format:
         return NO_FIT
     token = torch.arange(new.shape[2], device=new.device)[None]
     if valid is None:
@@ -196,7 +196,7 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    fit = codec.fit(role, new, query, keep, basis)
+    fit = codec.fit_format(role, fmt, new, query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from squat_fx.kernels.triton_dual import dual_planes
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
+from squat_fx.kernels.triton_polar import polar_planes
+from squat_fx.kernels.triton_polar_pairs import polar_pairs_planes
 from squat_fx.kernels.triton_pruned import pruned_planes
 
 
@@ -24,6 +26,10 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
         loaded = dual_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "planes/pruned":
         loaded = pruned_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "polar/token":
+        loaded = polar_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "polar/pairs":
+        loaded = polar_pairs_planes(stored, head, slot, keep, lane, fmt)
     else:
         loaded = load_words(stored, head, slot, keep, lane, fmt)
     return loaded

@@ -8,6 +8,8 @@ from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_dual import PlanesDual
 from squat_fx.layouts.planes_pruned import PlanesPruned
 from squat_fx.layouts.planes_token import PlanesPerToken
+from squat_fx.layouts.polar_pairs import PolarPairs
+from squat_fx.layouts.polar_token import PolarPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
     layout.name: layout
@@ -16,6 +18,8 @@ LAYOUTS: dict[str, StoredLayout] = {
         PlanesPerChannel(),
         PlanesDual(),
         PlanesPruned(),
+        PolarPerToken(),
+        PolarPairs(),
         Dense(),
     )
 }

@@ -16,6 +16,8 @@ from squat_fx.codecs import (
     Kivi,
     Kvarn,
     Lossless,
+    Polar,
+    PolarRope,
     Squat,
     SquatPaper,
     Think,
@@ -30,7 +32,10 @@ from tests.conftest import stored_format
 
 
 def test_the_rows() -> None:
-    assert list_codecs() == ("squat", "squat_paper", "kivi", "kvarn", "think", "none")
+    assert list_codecs() == (
+        *("squat", "squat_paper", "kivi", "kvarn", "think", "polar", "polar_rope"),
+        "none",
+    )
 
 
 @pytest.mark.parametrize("name", list_codecs())
@@ -47,7 +52,7 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
     "codec",
     [
         *(Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)),
-        *(Kvarn(32), Think(64, ratio=0.5)),
+        *(Kvarn(32), Think(64, ratio=0.5), Polar("online"), PolarRope(64, radius_bits=2)),
     ],
 )
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:
@@ -165,6 +170,7 @@ def test_widths_that_do_not_fit_are_refused_with_the_nearest() -> None:
 
 
 def test_every_layout_names_its_arenas() -> None:
-    for name in list_codecs():
-        fmt = stored_format(CODECS[name](), "key", head_dim=64)
+    codecs = [CODECS[name]() for name in list_codecs()]
+    for codec in (*codecs, Polar("online")):
+        fmt = stored_format(codec, "key", head_dim=64, bits=3.875 if codec.name == "polar" else 2)
         assert Format.from_ints(fmt.layout, fmt.codec, fmt.to_ints()) == fmt

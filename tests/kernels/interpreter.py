@@ -60,6 +60,14 @@ def test_attending_agrees_with_float64(seed: int, monkeypatch: pytest.MonkeyPatc
     laws.attending_agrees_with_float64(case_of(seed), "cpu")
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_attending_to_radii_and_angles_agrees_with_float64(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(1 + seed % 3, monkeypatch)
+    laws.attending_agrees_with_float64(laws.polar_case(case_of(seed)), "cpu")
+
+
 @pytest.mark.parametrize(("head_dim", "shares"), [(16, 5), (48, 40), (144, 6)])
 def test_attending_in_many_shares_agrees_with_float64(
     head_dim: int, shares: int, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +111,17 @@ def test_writing_token_by_token_agrees_with_the_reference(codec: Codec, role: Ro
         case_of(1), codec=codec, key_dim=40, value_dim=40, residual_length=3, pads=(0, 5)
     )
     laws.writing_agrees_with_the_reference(replace(case, chunks=(1,) * 38), role, "cpu")
+
+
+@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("role", ROLES)
+def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
+    seed: int, role: Role
+) -> None:
+    case = laws.polar_case(case_of(seed))
+    laws.writing_agrees_with_the_reference(case, role, "cpu")
+    laws.quantizing_agrees_with_the_reference(case, role, "cpu")
+    laws.dequantizing_agrees_with_the_reference(case, role, "cpu")
 
 
 @pytest.mark.parametrize("seed", range(600, 608))

@@ -20,6 +20,8 @@ from squat_fx.codecs import (
     Format,
     Kivi,
     Lossless,
+    Polar,
+    PolarRope,
     Role,
     Squat,
     SquatPaper,
@@ -32,12 +34,13 @@ from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment
 from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
-from squat_fx.layouts import Fixed
+from squat_fx.layouts import Fixed, polar_tree
 from squat_fx.layouts.hadamard import rotation
 from squat_fx.layouts.planes import LANES, num_planes, unpack
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
+ROTATED = ("planes/token", "polar/token")
 
 Side = tuple[Arenas, Extent, Format]
 
@@ -50,7 +53,7 @@ class Case:
     codec: Codec
     key_dim: int
     value_dim: int
-    bits: int
+    bits: float
     residual_length: int
     sink_length: int
     dtype: torch.dtype
@@ -72,6 +75,11 @@ class Case:
     def per_token(self) -> bool:
         """Whether the layout is planes/token."""
         return self.codec.layout == "planes/token"
+
+    @property
+    def rotated(self) -> bool:
+        """Whether numbers come out of sums of products, whose order is free."""
+        return self.codec.layout in ROTATED
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
@@ -132,6 +140,14 @@ class Case:
         keep = torch.ones(len(self.pads), 40, dtype=torch.bool)
         return codec.fit(role, x.float(), query.float(), keep).feedback
 
+    def codebook(self, role: Role) -> Tensor:
+        """Cosines and sines of a codebook for each head, of the layout polar/token."""
+        widths, cpu = self.format(role).widths, torch.device("cpu")
+        shape = (len(self.pads), NUM_KV_HEADS, polar_tree.entries(widths))
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        moved = polar_tree.codebooks(widths, cpu) + 0.02 * torch.randn(shape, generator=generator)
+        return polar_tree.cosines_and_sines(moved)
+
     def randn(self, *shape: int, seed: int = 0) -> Tensor:
         """Random numbers with a few large channels, the same for the same shape and seed."""
         generator = torch.Generator().manual_seed(1000 * self.seed + seed)
@@ -185,6 +201,15 @@ def random_case(
     )
 
 
+def polar_case(case: Case) -> Case:
+    """``case`` with one of the codecs that store radii and angles."""
+    codecs = (Polar(), PolarRope(32), Polar("online"), PolarRope(64, radius_bits=2))
+    codec = codecs[case.seed % 4]
+    of_blocks, of_pairs = (3.375, 3.875, 4.25), (3, 4, 2, 5)
+    choices = of_blocks if isinstance(codec, Polar) else of_pairs
+    return replace(case, codec=codec, bits=choices[case.seed // 4 % len(choices)])
+
+
 # storage -----------------------------------------------------------------------------------------
 
 
@@ -198,6 +223,8 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
     if "channels" in arenas.fixed:
         return arenas.with_fixed(channels=case.channels(role))
+    if "codebook" in arenas.fixed:
+        return arenas.with_fixed(codebook=case.codebook(role))
     return arenas if arenas.affine is None else arenas.with_fixed(affine=case.affine(role))
 
 
@@ -241,8 +268,11 @@ def positions_of(*extents: Extent, device: str) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """For comparing bit for bit, NaN included."""
-    return tensor.cpu().contiguous().view(torch.uint8)
+    """For comparing bit for bit, NaN included, of which there is one kind."""
+    tensor = tensor.cpu().contiguous()
+    if tensor.is_floating_point():
+        tensor = tensor.masked_fill(tensor.isnan(), torch.nan)
+    return tensor.view(torch.uint8)
 
 
 def assert_same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -328,7 +358,7 @@ def assert_same_storage(
     """Both hold the tokens ``x`` ``[batch, heads, length, head_dim]``, and ``actual`` what
     ``expected`` holds, as :func:`writing_agrees_with_the_reference` says it.
     """
-    if feedback is None and fmt.layout != "planes/token":
+    if feedback is None and fmt.layout not in ROTATED:
         assert_same(tensors_of(actual), tensors_of(expected))
         return
     actual, expected = to(actual, "cpu"), to(expected, "cpu")
@@ -370,7 +400,7 @@ def quantizing_agrees_with_the_reference(
         on_device = None if v is None else v.to(device)
         actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_feedback)
         expected = reference.quantize(x, v, fmt, fixed, feedback)
-        if feedback is None and not case.per_token:
+        if feedback is None and not case.rotated:
             assert_same(actual, expected)
             continue
         for packed in (actual, expected):
@@ -472,6 +502,9 @@ def assert_rounded_rightly(
     feedback, the errors that reach a plane group are those of the stored codes before it, so that
     one code that fell to the other side of a middle is no excuse for the next.
     """
+    if fmt.layout == "polar/token":
+        assert_in_their_cells(packed, x, fmt, fixed)
+        return
     head_dim, largest_number = fmt.head_dim, x.double().abs().amax(-1, keepdim=True)
     codes = unpack(packed[0], head_dim, fmt.widths).double()
     y, group = x.double(), 1
@@ -519,6 +552,34 @@ def assert_rounded_rightly(
             y[..., later] += error @ feedback[..., block, later].double()
 
 
+def assert_in_their_cells(packed: list[Tensor], x: Tensor, fmt: Format, fixed: Fixed) -> None:
+    """Every radius is the true one in fp16, and every angle in the cell of its code, where both are
+    larger than what fp32 arithmetic has lost.
+    """
+    qdata, radius = packed
+    y = x.double() @ reference.basis_pair(None, fmt.head_dim, x.device)[0].double()
+    y = torch.nn.functional.pad(y, (0, -fmt.head_dim % polar_tree.BLOCK))
+    lost = 1e-6 * x.double().abs().amax(-1, keepdim=True) * fmt.head_dim**0.5
+    books = polar_tree.angles_of(*fixed["codebook"].unbind(2), fmt.widths)
+    books = books.double().split([2**b for b in fmt.widths], -1)
+    codes = polar_tree.unpack_codes(qdata, radius.shape[-1], fmt.widths)
+    for level, (code, book) in enumerate(zip(codes, books, strict=True), 1):
+        angle = torch.atan2(y[..., 1::2], y[..., 0::2])
+        angle = angle.remainder(2 * torch.pi) if level == 1 else angle
+        y = torch.hypot(y[..., 0::2], y[..., 1::2])
+        edges = polar_tree.middles(book)
+        edges = torch.nn.functional.pad(edges, (1, 0), value=0.0)
+        edges = torch.nn.functional.pad(edges, (0, 1), value=2 * torch.pi)
+        where = code.flatten(2).long()
+        low, high = (edges[..., e].gather(-1, where).view(angle.shape) for e in (
+            slice(None, -1), slice(1, None)))  # fmt: skip
+        slack = 1e-6 + 2 * lost / y.clamp_min(1e-30)
+        around = (angle - 2 * torch.pi).abs().minimum(angle) <= slack  # 0 is also a turn
+        inside = (low - slack <= angle) & (angle <= high + slack)
+        assert (inside | (around & (level == 1))).all(), level
+    assert_nearest_halves(radius, y, lost)
+
+
 def assert_nearest_halves(actual: Tensor, true: Tensor, slack: Tensor) -> None:
     """fp16 numbers within an ulp of ``true``, which fp32 arithmetic knows to ``slack``."""
     assert ((actual.double() - true).abs() <= true.abs() * 2.0**-10 + 2.0**-24 + slack).all()
@@ -533,7 +594,10 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     assert actual.dtype == expected.dtype
     step = torch.finfo(case.dtype).eps
     if not through_dots(fmt):
-        torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
+        rtol, atol = 2 * step, step
+        if fmt.layout == "polar/pairs":  # cosines are not the same everywhere
+            rtol, atol = 2 * step + 1e-6, step + 2e-6 * float(expected.abs().amax())
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
         return
     true = dense_past_in_float64(arenas, extent, fmt)
     # Tensor cores cut the sums of a product off where fp32 would round them.
@@ -671,7 +735,7 @@ def put_tiles_in_float64(out: Tensor, arenas: Arenas, extent: Extent, fmt: Forma
 
 def through_dots(fmt: Format) -> bool:
     """Whether kernels take packed numbers through a dot, which rounds what goes in."""
-    return fmt.layout not in ("planes/channel", "dense")
+    return fmt.layout not in ("planes/channel", "polar/pairs", "dense")
 
 
 def assert_as_close_as(

@@ -13,17 +13,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from squat_fx.codecs import Format, Kivi, Kvarn, Lossless, Role, Squat, Think
+from squat_fx.codecs import (
+    Codec,
+    Format,
+    Kivi,
+    Kvarn,
+    Lossless,
+    Polar,
+    PolarRope,
+    Role,
+    Squat,
+    Think,
+)
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
-CODECS = {
+CODECS: dict[str, Codec] = {
     "planes/token": Squat(),
     "planes/channel": Kivi(),
     "planes/dual": Kvarn(32),
     "planes/pruned": Think(),
+    "polar/token": Polar("online"),
+    "polar/pairs": PolarRope(32),
     "dense": Lossless(),
 }
 LAYOUTS = tuple(CODECS)
@@ -51,9 +64,9 @@ class Stored:
 
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
-    return stored_format(
-        CODECS[layout], role, head_dim=head_dim, bits=bits, residual_length=8, sink_length=2
-    )
+    codec = CODECS[layout]
+    bits_on_average = 3.875 if isinstance(codec, Polar) else bits
+    return stored_format(codec, role, head_dim, bits_on_average, residual_length=8, sink_length=2)
 
 
 def stored(

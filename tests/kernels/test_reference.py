@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, Kvarn, Role, Squat, Think
+from squat_fx.codecs import Format, Kivi, Kvarn, Polar, PolarRope, Role, Squat, Think
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -36,8 +36,10 @@ HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat", "kvarn", "think")
-ROTATED = ("planes/token", "planes/dual")  # layouts whose numbers come out of a matrix product
+KINDS = ("lossless", "kivi", "squat", "kvarn", "think", "polar", "polar_rope")
+ROTATED_KINDS = ("squat", "kvarn", "polar")
+ROTATED = ("planes/token", "planes/dual", "polar/token")
+"""Layouts whose numbers come out of a matrix product."""
 
 
 @st.composite
@@ -46,7 +48,7 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
     kind = kind or draw(st.sampled_from(KINDS))
     role = draw(st.sampled_from(["key", "value"]))
     sizes = {
-        "head_dim": draw(st.sampled_from([16, 20, 64 if kind in ("squat", "kvarn") else 40])),
+        "head_dim": draw(st.sampled_from([16, 20, 64 if kind in ROTATED_KINDS else 40])),
         "residual_length": draw(st.integers(0, 9)),
         "sink_length": draw(st.integers(0, 3)),
     }
@@ -56,8 +58,13 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
         planes = -(-sizes["head_dim"] // LANES)
         widths = draw(st.tuples(*[st.integers(0, 8)] * planes).filter(any))
         return stored_format(Squat(), role, bits=widths, latent=draw(st.booleans()), **sizes)
-    codec = {"kivi": Kivi(), "kvarn": Kvarn(), "think": Think()}[kind]
-    fmt = stored_format(codec, role, bits=draw(st.sampled_from([1, 2, 3, 4, 8])), **sizes)
+    if kind == "polar":
+        return stored_format(
+            Polar(), role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes
+        )
+    codec = {"kivi": Kivi(), "kvarn": Kvarn(), "think": Think(), "polar_rope": PolarRope(32)}[kind]
+    most = 4 if kind == "polar_rope" else 8
+    fmt = stored_format(codec, role, bits=draw(st.sampled_from([1, 2, 3, 4, most])), **sizes)
     return replace(fmt, token_group=4) if fmt.token_group > 1 else fmt
 
 
