@@ -219,8 +219,8 @@ def test_what_the_kernels_do_not_compute_is_learned_as_in_the_reference(case: la
     assert found.feedback is not None
     assert expected.feedback is not None
     laws.assert_same((found.feedback,), (expected.feedback,))
-    if expected.affine is not None:
-        laws.assert_same((arenas[0].affine,), (expected.affine,))
+    for name, learned in expected.fixed.items():
+        laws.assert_same((arenas[0].fixed[name],), (learned,))
 
 
 @pytest.mark.parametrize("codec", [Squat(), SquatPaper(32)], ids=lambda c: c.name)
