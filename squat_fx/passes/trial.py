@@ -34,8 +34,7 @@ class Trial:
         self._symbols = dict(zip(sorted(free, key=str), _PRIMES, strict=False))
         least = max(s for s in (_LARGE, channels) if isinstance(s, int))  # no part of a head
         large = {s for s in (batch, tokens) if isinstance(s, int) and s > least}
-        large -= {heads, heads * channels}
-        self._small = {size: _PRIMES[-1 - i] for i, size in enumerate(sorted(large))}
+        self._small = {s: _PRIMES[-1 - i] for i, s in enumerate(sorted(large - {heads}))}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The node's shape in this trial."""
@@ -63,6 +62,8 @@ class Trial:
     def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node not in values:
             values[node] = self._compute(node, values)
+            if isinstance(values[node], Tensor) and values[node].shape != self.shape(node):
+                raise ValueError(f"{node} depends on the sizes")  # as the first 100 tokens do
         return values[node]
 
     def _compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -92,7 +93,7 @@ class Trial:
         if not isinstance(size, (torch.SymInt, torch.SymFloat)):
             return self._small.get(size, size)
         expression = size.node.expr
-        if expression.free_symbols.isdisjoint(self._symbols):
+        if expression.free_symbols.isdisjoint(self._symbols) and size.node.has_hint():
             return size.node.hint
         others = sorted(expression.free_symbols - self._symbols.keys(), key=str)
         self._symbols |= dict.fromkeys(others, _PRIMES[len(self._symbols) % len(_PRIMES)])

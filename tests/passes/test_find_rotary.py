@@ -304,6 +304,15 @@ def test_a_long_prompt_is_not_computed_to_be_read(monkeypatch: pytest.MonkeyPatc
     assert max(largest) < 31 * BATCH * KV_HEADS * HEAD_DIM + 1
 
 
+def test_a_rotation_of_the_first_tokens_is_none_of_a_long_prompt() -> None:
+    def first_tokens(key: Any, cos: Any, sin: Any) -> Any:
+        return torch.cat([sliced(key, cos, sin)[:, :, :100], key[:, :, 100:]], 2)
+
+    ((graph_module, _),) = recorded(Rotated(first_tokens), [inputs_of(500)], dynamic=False)
+    (edge,) = key_edges(graph_module)
+    assert find_rotary(edge) == CHANGED
+
+
 # near misses --------------------------------------------------------------------------------------
 
 
