@@ -39,8 +39,8 @@ def in_step(fmt):
 def cosine_and_sine(angle):
     """Of angles of a few turns at most, to an ulp or two of 1.
 
-    In a fifth of the instructions of ``tl.cos`` and ``tl.sin``, which also take huge angles: to the
-    nearest quarter turn, then polynomials (Cephes).
+    To the nearest quarter turn, then polynomials (Cephes): ``tl.cos`` and ``tl.sin`` also take huge
+    angles, and with them attention had 100 instructions a code instead of 28 (head_dim 128, sm_80).
     """
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     rest = (angle - quarters * 1.5703125) - quarters * 4.838267948966e-4  # less than pi / 4
