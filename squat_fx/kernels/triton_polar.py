@@ -8,8 +8,9 @@ most 32 bits (``layouts/polar_tree.py``): a tile of ``N`` tokens loads ``[N, blo
 shifts the ``[N, blocks, angles]`` codes out. A level then doubles the last dim, ``[N, blocks, 1]``
 to ``[N, blocks, 16]``, each radius beside its partner in the same thread.
 
-Cosines and sines are gathered from the codebook's arena, fp32 ``[2, entries]`` for each head, which
-stays in the multiprocessor's cache. To choose among constants would take a third more instructions.
+Cosines and sines are gathered from the codebook's arena, fp16 ``[2, entries]`` for each head, which
+stays in the multiprocessor's cache. To choose among constants would take a third more instructions,
+and Triton would copy numbers of 32 bits to shared memory first, as if they were not used at once.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def load_codes(rows, keep, block, level: tl.constexpr, fmt: tl.constexpr):
 def cosine_and_sine(stored, head, codes, level: tl.constexpr, fmt: tl.constexpr):
     """Of the angles that ``codes`` stand for, fp32, the shape of ``codes``."""
     cosines = stored.fixed + head * (2 * num_entries(fmt)) + first_entry(fmt, level) + codes
-    return tl.load(cosines), tl.load(cosines + num_entries(fmt))
+    sines = cosines + num_entries(fmt)
+    return tl.load(cosines).to(tl.float32), tl.load(sines).to(tl.float32)
 
 
 @triton.jit

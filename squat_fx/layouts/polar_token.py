@@ -10,14 +10,13 @@ Gaussian numbers unless the codec learns others of a prompt.
 |---|---|
 | ``qdata`` | uint8 ``[batch, heads, tokens, row_bytes]``: all angles of a token |
 | ``radius`` | fp16 ``[batch, heads, tokens, blocks]`` |
-| ``codebook`` | fp32 ``[batch, heads, 2, entries]``: cosines of its angles, level by level, then sines |
+| ``codebook`` | fp16 ``[batch, heads, 2, entries]``: cosines of its angles, level by level, then sines |
 """  # noqa: E501
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from squat_fx.layouts import polar_tree
@@ -69,10 +68,6 @@ class PolarPerToken(StoredLayout):
         """A radius belongs to a block."""
         return f"{polar_tree.BLOCK} channels"
 
-    def dtype(self, fmt: Format, name: str, dtype: torch.dtype) -> torch.dtype:
-        """A codebook is fp32."""
-        return torch.float32 if name == "codebook" else super().dtype(fmt, name, dtype)
-
     def fixed_shape(self, fmt: Format, name: str, batch: int, heads: int) -> tuple[int, ...]:
         """Cosines and sines of all centroids."""
         return batch, heads, 2, polar_tree.entries(fmt.widths)
@@ -94,14 +89,14 @@ class PolarPerToken(StoredLayout):
         first_slot: int = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`; no token depends on another, padding or not."""
-        cosines, sines = fixed["codebook"].unbind(2)
+        cosines, sines = fixed["codebook"].float().unbind(2)
         latent = to_latent(x)
         return polar_tree.quantize_blocks(latent, cosines, sines, fmt.widths)
 
     def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, radius = packed
-        cosines, sines = fixed["codebook"].unbind(2)
+        cosines, sines = fixed["codebook"].float().unbind(2)
         latent = polar_tree.dequantize_blocks(qdata, radius, cosines, sines, fmt.widths)
         return latent[..., : fmt.head_dim] @ rotation_pair(fmt.head_dim, qdata.device)[1]
 

@@ -237,7 +237,7 @@ def unpack_codes(qdata: Tensor, blocks: int, widths: Sequence[int]) -> tuple[Ten
 
 
 # tokens -------------------------------------------------------------------------------------------
-# ``cosines`` and ``sines`` of the codebooks are ``[batch or 1, heads or 1, entries]``.
+# ``cosines`` and ``sines`` of the codebooks are fp32 ``[batch or 1, heads or 1, entries]``.
 
 
 def quantize_blocks(

@@ -146,7 +146,7 @@ class Case:
         shape = (len(self.pads), NUM_KV_HEADS, polar_tree.entries(widths))
         generator = torch.Generator().manual_seed(self.seed + 2)
         moved = polar_tree.codebooks(widths, cpu) + 0.02 * torch.randn(shape, generator=generator)
-        return polar_tree.cosines_and_sines(moved)
+        return polar_tree.cosines_and_sines(moved).half()
 
     def randn(self, *shape: int, seed: int = 0) -> Tensor:
         """Random numbers with a few large channels, the same for the same shape and seed."""
@@ -560,7 +560,7 @@ def assert_in_their_cells(packed: list[Tensor], x: Tensor, fmt: Format, fixed: F
     y = x.double() @ reference.basis_pair(None, fmt.head_dim, x.device)[0].double()
     y = torch.nn.functional.pad(y, (0, -fmt.head_dim % polar_tree.BLOCK))
     lost = 1e-6 * x.double().abs().amax(-1, keepdim=True) * fmt.head_dim**0.5
-    books = polar_tree.angles_of(*fixed["codebook"].unbind(2), fmt.widths)
+    books = polar_tree.angles_of(*fixed["codebook"].float().unbind(2), fmt.widths)
     books = books.double().split([2**b for b in fmt.widths], -1)
     codes = polar_tree.unpack_codes(qdata, radius.shape[-1], fmt.widths)
     for level, (code, book) in enumerate(zip(codes, books, strict=True), 1):

@@ -9,7 +9,17 @@ import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from squat_fx.codecs import Codec, Kivi, Kvarn, Lossless, Squat, SquatPaper, Think
+from squat_fx.codecs import (
+    Codec,
+    Kivi,
+    Kvarn,
+    Lossless,
+    Polar,
+    PolarRope,
+    Squat,
+    SquatPaper,
+    Think,
+)
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
 
@@ -143,6 +153,28 @@ def test_exact_storage_compiles() -> None:
     shape = Shape(head_dim=64, bits=2, codec=Lossless(32))
     launches = [*aot.attend_launches(shape), *aot.write_launches(shape, "key", 1)]
     assert not any(r.spills for r in compiled(launches, 80).values())
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "head_dim", "most"),
+    [(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26), (PolarRope(radius_bits=2), 3, 80, 52)],
+    ids=str,
+)
+def test_radii_and_angles_take_this_many_instructions(
+    codec: Codec, bits: float, head_dim: int, most: float
+) -> None:
+    """So that a compiler's change is seen. Huge angles, or tables copied ahead, would double it."""
+    shape = Shape(head_dim, bits, codec=codec)
+    attend, _ = aot.attend_launches(shape)
+    assert attend.kernel.__name__ == "attend_kernel"
+    kernel = aot.compiled_kernel(attend, 90)
+    resources = aot.resources_of(kernel)
+    assert resources.spills <= 512
+    assert resources.shared <= 16 * 1024
+    codes = 2 * head_dim * attend.arguments["BLOCK_N"]
+    assert aot.instructions_per_code(kernel, codes) <= most
+    (dequantize,) = aot.dequantize_launches(shape, "key")
+    assert aot.compile_launch(dequantize, 80).spills <= 64
 
 
 def test_a_launch_whose_shapes_are_the_same_is_the_same() -> None:

@@ -56,6 +56,22 @@ def test_attending_agrees_with_float64(seed: int) -> None:
     laws.attending_agrees_with_float64(case_of(seed), "cuda")
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_attending_to_radii_and_angles_agrees_with_float64(seed: int) -> None:
+    laws.attending_agrees_with_float64(laws.polar_case(case_of(seed)), "cuda")
+
+
+@pytest.mark.parametrize("seed", range(100, 112))
+@pytest.mark.parametrize("role", ROLES)
+def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
+    seed: int, role: Role
+) -> None:
+    case = laws.polar_case(case_of(seed))
+    laws.writing_agrees_with_the_reference(case, role, "cuda")
+    laws.quantizing_agrees_with_the_reference(case, role, "cuda")
+    laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("codec", [Squat(), Kivi(32), Kvarn(32), Think(32)], ids=lambda c: c.name)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
