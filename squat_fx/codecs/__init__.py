@@ -17,14 +17,18 @@ from squat_fx.codecs.base import (
 )
 from squat_fx.codecs.kivi import Kivi
 from squat_fx.codecs.none import Lossless
+from squat_fx.codecs.qjl import Qjl
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
+from squat_fx.codecs.turboquant import TurboQuant
 from squat_fx.layouts import Format
 
 CODECS: dict[str, type[Codec]] = {
     Squat.name: Squat,
     SquatPaper.name: SquatPaper,
     Kivi.name: Kivi,
+    TurboQuant.name: TurboQuant,
+    Qjl.name: Qjl,
     Lossless.name: Lossless,
 }
 
@@ -37,9 +41,11 @@ __all__ = [
     "Lossless",
     "PerChannel",
     "PerToken",
+    "Qjl",
     "Role",
     "Squat",
     "SquatPaper",
+    "TurboQuant",
     "codec_class",
     "codec_from_spec",
     "codec_spec",

@@ -4,10 +4,10 @@
     stored: sign(S k_in), sign(S k_out), |k|, |k_out| and which channels k_out has
     q @ k' = sqrt(pi/2)/m |k_in| (S q_in) @ sign(S k_in) + the same of k_out
 
-``S`` has ``m`` rows, the directions of :mod:`squat_fx.layouts.sketch`; the outliers' sketch takes the
-first of them. Each part of the key meets the same channels of the query. The estimate is unbiased,
-as nothing else here is, and its variance, about ``(pi / 2) d / m`` of the key's square, is what it
-pays for that: softmax turns variance into bias again.
+``S`` has ``m`` rows, the directions of :mod:`squat_fx.layouts.sketch`; the outliers' sketch takes
+the first of them. Each part of the key meets the same channels of the query. The estimate is
+unbiased, as nothing else here is, and pays for it with an error of ``(pi / 2 - 1) d / m`` of the
+key's square: at 2 bits twice that of rounding, and softmax turns variance into bias again.
 
 Values are rounded to ``2**bits`` levels between minimum and maximum of 32 channels of a token,
 which is what the paper does with them. The number of bits does not change the keys, which take
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from squat_fx.codecs.base import Codec, PerChannel, PerToken, Role
 from squat_fx.codecs.kivi import round_to_levels, value_range
-from squat_fx.layouts.planes import LANES, spread_widths
+from squat_fx.layouts.planes import LANES
 
 GROUP_SIZE = 32  # tokens that share their outliers, channels of a value that share a scale
 ALL_CHANNELS = 2**30
@@ -64,22 +64,16 @@ class Qjl(Codec):
                 "choose 0 for none or 8 as in the paper"
             )
 
-    def layout_of(self, role: Role) -> str:
-        """Values are rounded, not sketched."""
-        return self.layout if role == "key" else "planes/channel"
-
     def granularity(self, role: Role) -> PerChannel | PerToken:
         """Keys share their outlier channels along tokens, values a scale along channels."""
         if role == "value":
             return PerToken(GROUP_SIZE)
         return PerChannel(GROUP_SIZE) if self.outliers else PerToken(ALL_CHANNELS)
 
-    def widths_of(
-        self, role: Role, head_dim: int, bits: float | tuple[int, ...]
-    ) -> tuple[int, ...]:
+    def widths_of(self, role: Role, head_dim: int, bits: float) -> tuple[int, ...]:
         """Keys: the signs, and with outliers their signs and their number. Values: bits."""
         if role == "value":
-            return bits if isinstance(bits, tuple) else spread_widths(head_dim, bits)
+            return super().widths_of(role, head_dim, bits)
         if not self.outliers:
             return (self.sketch_dim,)
         if self.outliers >= head_dim or head_dim > LARGEST_HEAD_DIM:

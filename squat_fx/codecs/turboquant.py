@@ -1,7 +1,7 @@
 """TurboQuant: a random rotation and the best levels for what comes out (Zandieh et al., ICLR 2026).
 
-    y = x @ R                                        R a fixed random rotation
-    idx_j = argmin_k |y_j / |x| - c_k|               c_1 .. c_(2**b) the codebook, scaled by 1/sqrt(d)
+    y = x @ R                              R a fixed random rotation
+    idx_j = argmin_k |y_j / |x| - c_k|     c_1 .. c_(2**b): the codebook, levels / sqrt(d)
     x' = |x| * (c_idx @ R.T)
 
 This is the algorithm that the paper calls mse (section 3.1). A coordinate of a rotated unit vector
@@ -21,7 +21,6 @@ from typing import ClassVar
 
 from squat_fx.codecs.base import Codec, PerToken, Role
 from squat_fx.layouts.levels import WIDTHS
-from squat_fx.layouts.planes import spread_widths
 
 ALL_CHANNELS = 2**30
 
@@ -53,14 +52,10 @@ class TurboQuant(Codec):
         """One scale for all channels of a token."""
         return PerToken(ALL_CHANNELS)
 
-    def widths_of(
-        self, role: Role, head_dim: int, bits: float | tuple[int, ...]
-    ) -> tuple[int, ...]:
-        """A width per plane group of 16 channels, 1 to 4 bits each."""
-        widths = bits if isinstance(bits, tuple) else spread_widths(head_dim, bits)
-        if bad := [width for width in widths if width not in WIDTHS]:
+    def check_bits(self, bits: float) -> None:
+        """There are levels for 1 to 4 bits."""
+        if not WIDTHS[0] <= bits <= WIDTHS[-1]:
             raise ValueError(
-                f"codec {self.name!r} has levels for {WIDTHS[0]} to {WIDTHS[-1]} bits, "
-                f"got {bad[0]}; the nearest is {min(max(bad[0], WIDTHS[0]), WIDTHS[-1])}"
+                f"codec {self.name!r} has levels for {WIDTHS[0]} to {WIDTHS[-1]} bits, got "
+                f"{bits:g}; choose {WIDTHS[-1]} or another codec"
             )
-        return widths

@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from squat_fx.kernels.triton_levels import levels_planes
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
+from squat_fx.kernels.triton_signs import signs_planes
 
 
 @triton.jit
@@ -18,7 +20,13 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
     """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in: a tuple
     of words of codes, or of numbers, each ``[N, 16]``.
     """
-    return load_words(stored, head, slot, keep, lane, fmt)
+    if fmt.layout == "levels/token":
+        loaded = levels_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "signs/token":
+        loaded = signs_planes(stored, head, slot, keep, lane, fmt)
+    else:
+        loaded = load_words(stored, head, slot, keep, lane, fmt)
+    return loaded
 
 
 @triton.jit

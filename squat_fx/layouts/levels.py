@@ -20,7 +20,7 @@ products, where a common factor on all keys costs more than a little noise.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -43,7 +43,7 @@ LARGEST_HALF = 65504.0
 SMALLEST_SIZE = 1e-30  # what a token of zeros is divided by
 
 
-@lru_cache(maxsize=32)
+@cache  # recorded CUDA graphs read them where they are
 def level_table(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The ``2**bits`` levels, ascending, and the thresholds between them, fp32; not to be written
     to.

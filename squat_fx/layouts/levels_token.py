@@ -17,7 +17,7 @@ from torch import Tensor
 
 from squat_fx.layouts.base import Fixed, StoredLayout
 from squat_fx.layouts.hadamard import rotation_pair
-from squat_fx.layouts.levels import dequantize_tokens, quantize_tokens
+from squat_fx.layouts.levels import WIDTHS, dequantize_tokens, quantize_tokens
 from squat_fx.layouts.planes import PlaneLayout, pack, plane_layout, unpack
 
 if TYPE_CHECKING:
@@ -33,6 +33,16 @@ class LevelsPerToken(StoredLayout):
     name: ClassVar[str] = "levels/token"
     packed: ClassVar[tuple[str, ...]] = ("qdata", "scale")
     values: ClassVar[str] = "levels/token"
+
+    def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
+        """Of each plane group, where there are levels of such a width."""
+        if not WIDTHS[0] <= bits <= WIDTHS[-1]:
+            nearest = WIDTHS[0] if bits < WIDTHS[0] else WIDTHS[-1]
+            raise ValueError(
+                f"the layout {self.name!r} has levels for {WIDTHS[0]} to {WIDTHS[-1]} bits, "
+                f"got {bits:g}; the nearest is {nearest}"
+            )
+        return super().widths(head_dim, bits)
 
     def planes(self, fmt: Format) -> PlaneLayout:
         """Every plane group has a width of its own."""

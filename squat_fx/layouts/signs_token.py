@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.layouts.base import Fixed, StoredLayout
+from squat_fx.layouts.planes import LANES
 from squat_fx.layouts.sketch import BYTE, directions, estimate, sign_bits
 
 if TYPE_CHECKING:
@@ -38,6 +39,18 @@ class SignsPerToken(StoredLayout):
     name: ClassVar[str] = "signs/token"
     packed: ClassVar[tuple[str, ...]] = ("qdata", "norm", "outliers")
     values: ClassVar[str] = "planes/channel"
+    whole_bits: ClassVar[bool] = True  # values have them
+
+    def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
+        """A sign for each bit of each channel, no outliers."""
+        sketch_dim = round(bits * head_dim)
+        if sketch_dim % LANES or sketch_dim != bits * head_dim:
+            below = max(sketch_dim // LANES, 1) * LANES
+            raise ValueError(
+                f"the layout {self.name!r} takes a multiple of {LANES} signs, got {bits:g} for "
+                f"each of {head_dim} channels; the nearest are {below} and {below + LANES} in all"
+            )
+        return (sketch_dim,)
 
     def last_dim(self, fmt: Format, name: str) -> int:
         """Bytes of the signs, norms, and outlier channels."""
@@ -58,10 +71,10 @@ class SignsPerToken(StoredLayout):
         """Signs per channel."""
         return BYTE * self.last_dim(fmt, "qdata") / fmt.head_dim
 
-    def constant(self, fmt: Format, device: torch.device) -> Tensor:
+    def constant(self, head_dim: int, widths: tuple[int, ...], device: torch.device) -> Tensor:
         """The directions, fp16 ``[signs, head_dim]``."""
-        sketch_dim, outlier_dim, _ = split_widths(fmt.widths)
-        return directions(fmt.head_dim, max(sketch_dim, outlier_dim), device)
+        sketch_dim, outlier_dim, _ = split_widths(widths)
+        return directions(head_dim, max(sketch_dim, outlier_dim), device)
 
     def quantize(
         self,

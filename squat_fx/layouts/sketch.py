@@ -16,7 +16,7 @@ store and those who read.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ SEED = 42
 BYTE = 8
 
 
-@lru_cache(maxsize=32)
+@cache  # recorded CUDA graphs read them where they are
 def directions(head_dim: int, sketch_dim: int, device: torch.device) -> Tensor:
     """The matrix ``P``, fp16 ``[sketch_dim, head_dim]``, the same for every model; not to be
     written to. Fewer directions are the first of more.
@@ -60,7 +60,7 @@ def signs_of(stored: Tensor) -> Tensor:
 
 
 def estimate(stored: Tensor, norm: Tensor, head_dim: int) -> Tensor:
-    """What :func:`sign_bits` and the norm ``[..., 1]`` tell of a vector, fp32 ``[..., head_dim]``."""
+    """What :func:`sign_bits` and the norm ``[..., 1]`` tell of a vector: fp32 ``[..., head_dim]``."""
     sketch_dim = BYTE * stored.shape[-1]
     backwards = signs_of(stored) @ directions(head_dim, sketch_dim, stored.device).float()
     return backwards * (norm * (math.sqrt(math.pi / 2) / sketch_dim))

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
+from squat_fx.layouts.levels_token import LevelsPerToken
 from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_token import PlanesPerToken
+from squat_fx.layouts.signs_token import SignsPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
-    layout.name: layout for layout in (PlanesPerToken(), PlanesPerChannel(), Dense())
+    layout.name: layout
+    for layout in (
+        PlanesPerToken(),
+        PlanesPerChannel(),
+        LevelsPerToken(),
+        SignsPerToken(),
+        Dense(),
+    )
 }
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(
