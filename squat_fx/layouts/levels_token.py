@@ -62,10 +62,12 @@ class LevelsPerToken(StoredLayout):
         feedback: Tensor | None = None,
         first_slot: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Rounded in the rotated frame; no token depends on another, padding or not. A codec with
-        ``norm_correction=False`` stores the scale without it.
+        """Rounded in the rotated frame; padding is zeros. A codec with ``norm_correction=False``
+        stores the scale without it.
         """
         x = x.float().clamp(-LARGEST_NUMBER, LARGEST_NUMBER)
+        if valid is not None:
+            x = x.masked_fill(~valid[:, None, :, None], 0.0)
         there = rotation_pair(fmt.head_dim, x.device)[0]
         correct = getattr(codec, "norm_correction", True)
         codes, scale = quantize_tokens(x @ there, fmt.widths, correct)

@@ -60,7 +60,7 @@ def signs_of(stored: Tensor) -> Tensor:
 
 
 def estimate(stored: Tensor, norm: Tensor, head_dim: int) -> Tensor:
-    """What :func:`sign_bits` and the norm ``[..., 1]`` tell of a vector: fp32 ``[..., head_dim]``."""
+    """What :func:`sign_bits` and the norm ``[..., 1]`` tell: fp32 ``[..., head_dim]``."""
     sketch_dim = BYTE * stored.shape[-1]
     backwards = signs_of(stored) @ directions(head_dim, sketch_dim, stored.device).float()
     return backwards * (norm * (math.sqrt(math.pi / 2) / sketch_dim))
