@@ -23,6 +23,8 @@ from squat_fx.codecs import (
     Role,
     Squat,
     SquatPaper,
+    TurboQuant,
+    codec_from_spec,
     codec_spec,
     make_format,
 )
@@ -33,10 +35,19 @@ from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import Fixed
+from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.levels import level_of, level_table
 from squat_fx.layouts.planes import LANES, num_planes, unpack
+from squat_fx.layouts.signs_token import is_outlier, split_widths
+from squat_fx.layouts.sketch import directions, signs_of
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
+LIKE_PRODUCTS = (
+    "planes/token",
+    "levels/token",
+    "signs/token",
+)  # rounded after a sum of products, in any order
 
 Side = tuple[Arenas, Extent, Format]
 
@@ -318,7 +329,7 @@ def assert_same_storage(
     """Both hold the tokens ``x`` ``[batch, heads, length, head_dim]``, and ``actual`` what
     ``expected`` holds, as :func:`writing_agrees_with_the_reference` says it.
     """
-    if feedback is None and fmt.layout != "planes/token":
+    if feedback is None and fmt.layout not in LIKE_PRODUCTS:
         assert_same(tensors_of(actual), tensors_of(expected))
         return
     actual, expected = to(actual, "cpu"), to(expected, "cpu")
@@ -360,7 +371,7 @@ def quantizing_agrees_with_the_reference(
         on_device = None if v is None else v.to(device)
         actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_feedback)
         expected = reference.quantize(x, v, fmt, fixed, feedback)
-        if feedback is None and not case.per_token:
+        if feedback is None and fmt.layout not in LIKE_PRODUCTS:
             assert_same(actual, expected)
             continue
         for packed in (actual, expected):
@@ -462,6 +473,10 @@ def assert_rounded_rightly(
     feedback, the errors that reach a plane group are those of the stored codes before it, so that
     one code that fell to the other side of a middle is no excuse for the next.
     """
+    if fmt.layout in OTHER_CHECKS:
+        hidden = torch.tensor(False) if valid is None else ~valid[:, None, :, None]
+        OTHER_CHECKS[fmt.layout](packed, x.double().masked_fill(hidden, 0.0), fmt)
+        return
     head_dim, largest_number = fmt.head_dim, x.double().abs().amax(-1, keepdim=True)
     codes = unpack(packed[0], head_dim, fmt.widths).double()
     y, group = x.double(), 1
@@ -509,6 +524,56 @@ def assert_rounded_rightly(
             y[..., later] += error @ feedback[..., block, later].double()
 
 
+def assert_at_nearest_levels(packed: list[Tensor], x: Tensor, fmt: Format) -> None:
+    """:func:`assert_rounded_rightly` of the layout ``levels/token``: no level is nearer than the
+    stored one by more than fp32 can tell, and the scale is that of the stored codes.
+    """
+    y = x @ rotation_pair(fmt.head_dim, x.device)[0].double()
+    size = y.square().mean(-1, keepdim=True).sqrt()
+    unit = y / size.clamp_min(1e-30)
+    found = level_of(unpack(packed[0], fmt.head_dim, fmt.widths), fmt.widths).double()
+    for plane, bits in enumerate(fmt.widths):
+        block = slice(plane * LANES, (plane + 1) * LANES)
+        distances = (level_table(bits, x.device)[0].double() - unit[..., block, None]).abs()
+        own = (found[..., block] - unit[..., block]).abs()
+        assert (own <= distances.amin(-1) + 1e-5).all()
+    codec = codec_from_spec(fmt.codec)
+    if isinstance(codec, TurboQuant) and codec.norm_correction:
+        size = size / found.square().mean(-1, keepdim=True).sqrt()
+    assert_nearest_halves(packed[1], size.clamp(max=65504.0), 1e-6 * size)
+
+
+def assert_signs_of_projections(packed: list[Tensor], x: Tensor, fmt: Format) -> None:
+    """:func:`assert_rounded_rightly` of the layout ``signs/token``: a sign is right where fp32 can
+    tell it, and the outliers are channels of largest norm.
+    """
+    sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)
+    qdata, norm, channels = packed
+    parts = [(x, sketch_dim, x)]
+    if outliers:
+        apart = is_outlier(channels, fmt.head_dim, fmt.token_group)
+        squares = x.square().unflatten(2, (-1, fmt.token_group)).sum(3)
+        chosen = squares.gather(3, channels.long()).amin(-1)
+        assert (channels.int().diff() > 0).all()
+        largest = squares.topk(outliers, -1).values.amin(-1)
+        assert (chosen >= largest * (1 - 1e-6)).all()
+        outside = x.masked_fill(~apart, 0.0)
+        parts = [(x - outside, sketch_dim, x), (outside, outlier_dim, outside)]
+    signs = signs_of(qdata).split([size for _, size, _ in parts], -1)
+    for i, (sketched, size, measured) in enumerate(parts):
+        products = sketched @ directions(fmt.head_dim, size, x.device).double().T
+        slack = 1e-5 * sketched.norm(dim=-1, keepdim=True) * fmt.head_dim**0.5
+        assert (products * signs[i] >= -slack).all()
+        length = measured.norm(dim=-1, keepdim=True)
+        assert_nearest_halves(norm[..., i : i + 1], length.clamp(max=65504.0), 1e-6 * length)
+
+
+OTHER_CHECKS = {
+    "levels/token": assert_at_nearest_levels,
+    "signs/token": assert_signs_of_projections,
+}
+
+
 def assert_nearest_halves(actual: Tensor, true: Tensor, slack: Tensor) -> None:
     """fp16 numbers within an ulp of ``true``, which fp32 arithmetic knows to ``slack``."""
     assert ((actual.double() - true).abs() <= true.abs() * 2.0**-10 + 2.0**-24 + slack).all()
@@ -522,7 +587,7 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     expected = reference.dense_past(arenas, extent, fmt)
     assert actual.dtype == expected.dtype
     step = torch.finfo(case.dtype).eps
-    if not case.per_token:
+    if fmt.layout not in LIKE_PRODUCTS:
         torch.testing.assert_close(actual, expected, rtol=2 * step, atol=step)
         return
     true = dense_past_in_float64(arenas, extent, fmt)
@@ -624,7 +689,7 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
         replace(arenas, packed=packed, dense=arenas.dense.double()), extent, fmt
     )
     if fmt.layout != "planes/token":
-        return out
+        return out  # rounded to fp32 once
     widths = torch.tensor(fmt.widths).repeat_interleave(LANES)[: fmt.head_dim]
     step, zero = torch.tensor(STEP, dtype=torch.float64)[widths], (2.0**widths - 1) / 2
     inverse = reference.basis_pair(arenas.basis, fmt.head_dim, out.device)[1].double()
