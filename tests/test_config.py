@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squat_fx.codecs import Kivi, Lossless, Squat, codec_spec
+from squat_fx.codecs import Kivi, Lossless, Squat, codec_spec, list_codecs
 from squat_fx.config import Config
 
 OPTIONS = (
@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "codec by name": (
         {"codec": "kiwi"},
-        "unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; did you mean 'kivi'?",
+        f"unknown codec 'kiwi', choose one of {', '.join(list_codecs())}; did you mean 'kivi'?",
     ),
     "codec as a number": ({"codec": 2}, "codec must be a name or a codec instance, got 2"),
 }

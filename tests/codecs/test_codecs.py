@@ -15,8 +15,10 @@ from squat_fx.codecs import (
     Format,
     Kivi,
     Lossless,
+    Qjl,
     Squat,
     SquatPaper,
+    TurboQuant,
     codec_class,
     codec_from_spec,
     codec_spec,
@@ -28,7 +30,7 @@ from tests.conftest import stored_format
 
 
 def test_the_rows() -> None:
-    assert list_codecs() == ("squat", "squat_paper", "kivi", "none")
+    assert list_codecs() == ("squat", "squat_paper", "kivi", "turboquant", "qjl", "none")
 
 
 @pytest.mark.parametrize("name", list_codecs())
@@ -42,7 +44,11 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", [Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)]
+    "codec",
+    [
+        *(Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)),
+        *(TurboQuant(), TurboQuant(False), Qjl(), Qjl(128, 4, 64)),
+    ],
 )
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:
     assert codec_from_spec(codec_spec(codec)) == codec
@@ -55,7 +61,7 @@ def test_a_bare_name_is_a_spec() -> None:
 def test_an_unknown_codec_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^unknown codec 'kiwi', choose one of squat, squat_paper, kivi, none; "
+        match=rf"^unknown codec 'kiwi', choose one of {', '.join(list_codecs())}; "
         r"did you mean 'kivi'\?$",
     ):
         codec_class("kiwi")
@@ -63,7 +69,8 @@ def test_an_unknown_codec_is_refused_with_the_nearest() -> None:
 
 def test_an_unknown_codec_with_nothing_near_it_gets_no_hint() -> None:
     with pytest.raises(
-        ValueError, match=r"^unknown codec 'xyz', choose one of squat, squat_paper, kivi, none$"
+        ValueError,
+        match=rf"^unknown codec 'xyz', choose one of {', '.join(list_codecs())}$",
     ):
         codec_class("xyz")
 
@@ -81,7 +88,7 @@ def test_register_adds_a_row_and_refuses_a_second_of_the_name(
     monkeypatch.setattr("squat_fx.codecs.CODECS", dict(CODECS))
     assert register(Mine) is Mine
     assert register(Mine) is Mine, "the same class again is no conflict"
-    assert list_codecs() == ("squat", "squat_paper", "kivi", "none", "mine")
+    assert list_codecs()[-2:] == ("none", "mine")
     assert codec_from_spec("mine") == Mine()
     with pytest.raises(ValueError, match=r"^a codec named 'mine' exists already: .*Mine$"):
         register(AlsoMine)
@@ -158,6 +165,6 @@ def test_widths_that_do_not_fit_are_refused_with_the_nearest() -> None:
 
 
 def test_every_layout_names_its_arenas() -> None:
-    for codec in (Squat(), Kivi(), Lossless()):
+    for codec in (Squat(), Kivi(), TurboQuant(), Qjl(), Lossless()):
         fmt = stored_format(codec, "key", head_dim=64)
         assert Format.from_ints(fmt.layout, fmt.codec, fmt.to_ints()) == fmt

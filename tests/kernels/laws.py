@@ -43,11 +43,8 @@ from squat_fx.layouts.sketch import directions, signs_of
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
-LIKE_PRODUCTS = (
-    "planes/token",
-    "levels/token",
-    "signs/token",
-)  # rounded after a sum of products, in any order
+LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token")
+"""Layouts that round after a sum of products, whose order is free."""
 
 Side = tuple[Arenas, Extent, Format]
 

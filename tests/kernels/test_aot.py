@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton.backends.nvidia")
 
-from squat_fx.codecs import Codec, Kivi, Lossless, Squat, SquatPaper
+from squat_fx.codecs import Codec, Kivi, Lossless, Qjl, Squat, SquatPaper, TurboQuant
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
 
@@ -282,3 +282,17 @@ def test_the_main_loop_is_the_longest_innermost_one_with_tensor_core_instruction
     ]
     assert aot.main_loop(code) == [text for address, text in code if 0x40 <= address <= 0x80]
     assert aot.main_loop(code[-4:]) == []
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    "codec", [TurboQuant(), Qjl(), Qjl(outliers=0)], ids=["levels", "signs", "signs-no-outliers"]
+)
+def test_attention_over_other_layouts_fits_its_registers(codec: Codec, capability: int) -> None:
+    """At head_dim 128; a token is packed by torch, and only the ring is written by a kernel."""
+    shape = Shape(head_dim=128, bits=2, codec=codec)
+    launches = [*aot.attend_launches(shape), *aot.dequantize_launches(shape, "key")]
+    resources = compiled(launches, capability)
+    assert set(resources) == {"attend_kernel", "merge_kernel", "dequantize_kernel"}
+    print({name: (r.registers, r.spills, r.shared) for name, r in resources.items()})
+    assert all(r.shared <= AMPERE_BYTES for r in resources.values())
