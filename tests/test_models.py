@@ -4,13 +4,15 @@ does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import squat_fx
-from squat_fx.codecs import Codec, Kvarn, Think
+from squat_fx.codecs import Codec, Kvarn, Qjl, Think, TurboQuant
 from tests.models import FAMILIES, SCENARIOS, build, prompt
 
 
@@ -66,3 +68,30 @@ def test_eight_bits_of_other_layouts_answer_within_rounding(codec: Codec) -> Non
     assert report.rewritten > 0, str(report)
     assert report.eager_calls == 0, str(report)
     assert error < 0.02, error
+
+
+@pytest.mark.parametrize(
+    ("rough", "fine"),
+    [
+        ({"codec": TurboQuant(), "bits": 1}, {"codec": TurboQuant(), "bits": 4}),
+        (
+            {"codec": Qjl(64, 2, 64), "value_bits": 8},
+            {"codec": Qjl(2048, 2, 2048), "value_bits": 8},
+        ),
+    ],
+    ids=["turboquant", "qjl"],
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_more_bits_answer_more_like_the_dense_cache(
+    family: str, rough: dict[str, Any], fine: dict[str, Any]
+) -> None:
+    """Of codecs whose layouts are not those of the default, keys and values apart or alike."""
+    torch._dynamo.reset()
+    expected, errors = logits(build(family)), []
+    for options in (rough, fine):
+        model = squat_fx.compile(build(family), inner="eager", residual_length=8, **options)
+        errors.append(((logits(model) - expected).norm() / expected.norm()).item())
+        report = squat_fx.report(model)
+        assert report.rewritten > 0, str(report)
+        assert report.eager_calls == 0, str(report)
+    assert 2.5 * errors[1] < errors[0] < 1, errors

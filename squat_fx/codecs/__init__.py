@@ -20,9 +20,11 @@ from squat_fx.codecs.kvarn import Kvarn
 from squat_fx.codecs.none import Lossless
 from squat_fx.codecs.polar import Polar
 from squat_fx.codecs.polar_rope import PolarRope
+from squat_fx.codecs.qjl import Qjl
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
 from squat_fx.codecs.think import Think
+from squat_fx.codecs.turboquant import TurboQuant
 from squat_fx.layouts import Format
 
 CODECS: dict[str, type[Codec]] = {
@@ -33,6 +35,8 @@ CODECS: dict[str, type[Codec]] = {
     Think.name: Think,
     Polar.name: Polar,
     PolarRope.name: PolarRope,
+    TurboQuant.name: TurboQuant,
+    Qjl.name: Qjl,
     Lossless.name: Lossless,
 }
 
@@ -48,10 +52,12 @@ __all__ = [
     "PerToken",
     "Polar",
     "PolarRope",
+    "Qjl",
     "Role",
     "Squat",
     "SquatPaper",
     "Think",
+    "TurboQuant",
     "codec_class",
     "codec_from_spec",
     "codec_spec",

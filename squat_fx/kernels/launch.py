@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from squat_fx.codecs import Kivi, codec_from_spec
+from squat_fx.codecs import Kivi, Qjl, codec_from_spec
 from squat_fx.kernels import (
     gluon_attend_channel,
     gluon_attend_token,
@@ -34,7 +34,7 @@ from squat_fx.kernels import (
 )
 from squat_fx.kernels.reference import NOTHING, Arenas, Extent
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
-from squat_fx.layouts import Fixed, Format
+from squat_fx.layouts import LAYOUTS, Fixed, Format
 from squat_fx.layouts.planes import LANES
 
 logger = logging.getLogger(__name__)
@@ -431,7 +431,7 @@ def rounds_in_kernel(fmt: Format, with_feedback: bool = False) -> bool:
     if fmt.layout != "planes/channel":
         return False
     codec = codec_from_spec(fmt.codec)
-    if type(codec).quantize is not Kivi.quantize:
+    if type(codec).quantize not in (Kivi.quantize, Qjl.quantize):
         reason = f"the Triton kernels do not know the rounding of codec {codec.name!r}"
     elif fmt.channel_group not in (1, fmt.head_dim) and fmt.channel_group % LANES:
         reason = (
@@ -664,6 +664,9 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
         fixed = next(iter(arenas.fixed.values()), None)
+        if fixed is None:
+            made_for = constant.head_dim, constant.widths, qdata.device
+            fixed = LAYOUTS[constant.layout].constant(*made_for)
         return Stored(*layout, extra=extra, fixed=fixed)
     affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():

@@ -11,10 +11,12 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_dual import dual_planes
+from squat_fx.kernels.triton_levels import levels_planes
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
 from squat_fx.kernels.triton_polar import polar_planes
 from squat_fx.kernels.triton_polar_pairs import polar_pairs_planes
 from squat_fx.kernels.triton_pruned import pruned_planes
+from squat_fx.kernels.triton_signs import signs_planes
 
 
 @triton.jit
@@ -26,6 +28,10 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
         loaded = dual_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "planes/pruned":
         loaded = pruned_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "levels/token":
+        loaded = levels_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "signs/token":
+        loaded = signs_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/token":
         loaded = polar_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/pairs":

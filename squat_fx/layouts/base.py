@@ -76,6 +76,14 @@ class StoredLayout:
         shape = self.fixed_shape(fmt, name, *like.shape[:2])
         return like.new_zeros(shape, dtype=self.dtype(fmt, name, like.dtype))
 
+    def constant(
+        self, head_dim: int, widths: tuple[int, ...], device: torch.device
+    ) -> Tensor | None:
+        """A matrix that decoders read besides the arenas, the same for every cache; contiguous, and
+        at one place as long as the process lives.
+        """
+        return None
+
     def bits(self, fmt: Format) -> float:
         """Bits of a code, averaged over the channels."""
         return sum(fmt.widths) / len(fmt.widths)

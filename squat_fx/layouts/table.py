@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
+from squat_fx.layouts.levels_token import LevelsPerToken
 from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_dual import PlanesDual
 from squat_fx.layouts.planes_pruned import PlanesPruned
 from squat_fx.layouts.planes_token import PlanesPerToken
 from squat_fx.layouts.polar_pairs import PolarPairs
 from squat_fx.layouts.polar_token import PolarPerToken
+from squat_fx.layouts.signs_token import SignsPerToken
 
 LAYOUTS: dict[str, StoredLayout] = {
     layout.name: layout
@@ -20,6 +22,8 @@ LAYOUTS: dict[str, StoredLayout] = {
         PlanesPruned(),
         PolarPerToken(),
         PolarPairs(),
+        LevelsPerToken(),
+        SignsPerToken(),
         Dense(),
     )
 }

@@ -18,9 +18,11 @@ from squat_fx.codecs import (
     Lossless,
     Polar,
     PolarRope,
+    Qjl,
     Squat,
     SquatPaper,
     Think,
+    TurboQuant,
     codec_class,
     codec_from_spec,
     codec_spec,
@@ -34,7 +36,7 @@ from tests.conftest import stored_format
 def test_the_rows() -> None:
     assert list_codecs() == (
         *("squat", "squat_paper", "kivi", "kvarn", "think", "polar", "polar_rope"),
-        "none",
+        *("turboquant", "qjl", "none"),
     )
 
 
@@ -53,6 +55,7 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
     [
         *(Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)),
         *(Kvarn(32), Think(64, ratio=0.5), Polar("online"), PolarRope(64, radius_bits=2)),
+        *(TurboQuant(), TurboQuant(False), Qjl(), Qjl(128, 4, 64)),
     ],
 )
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:

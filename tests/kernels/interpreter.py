@@ -16,10 +16,12 @@ from squat_fx.codecs import (
     Codec,
     Kivi,
     Kvarn,
+    Qjl,
     Role,
     Squat,
     SquatPaper,
     Think,
+    TurboQuant,
     codec_spec,
     make_format,
     register,
@@ -46,6 +48,53 @@ def case_of(seed: int) -> laws.Case:
 def with_feedback(case: laws.Case) -> laws.Case:
     """``case`` with a codec that feeds errors back."""
     return replace(case, codec=Squat() if case.per_token else SquatPaper(32))
+
+
+def of_other_layouts(codec: Codec, head_dim: int, **changes: Any) -> laws.Case:
+    """A case of a layout that packs with torch and decodes in a function of its own."""
+    case = replace(
+        case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=40, bits=3,
+        widths="uniform", pads=(0, 11), chunks=(90, 1, 7), residual_length=5, sink_length=4,
+        shifted=False, calibrated=False,
+    )  # fmt: skip
+    return replace(case, **changes)
+
+
+OTHER_LAYOUTS = (
+    *(of_other_layouts(TurboQuant(), head_dim, bits=b) for head_dim, b in ((16, 1), (24, 2))),
+    *(of_other_layouts(TurboQuant(False), head_dim, bits=b) for head_dim, b in ((64, 3), (80, 4))),
+    of_other_layouts(TurboQuant(), 64, value_dim=64, bits=2.25),
+    of_other_layouts(Qjl(64, 3, 32), 24),
+    of_other_layouts(Qjl(48, 0), 40, pads=(0, 0)),
+    of_other_layouts(Qjl(96, 8, 144), 80, dtype=torch.float16),
+)
+IDS = [f"{case.codec.name}-{case.key_dim}-{case.bits}" for case in OTHER_LAYOUTS]
+
+
+@pytest.mark.parametrize("case", OTHER_LAYOUTS, ids=IDS)
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_attending_in_other_layouts_agrees_with_float64(
+    case: laws.Case, q_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(2, monkeypatch)
+    case = replace(case, q_len=q_len, new_len=q_len)
+    laws.attending_agrees_with_float64(case, "cpu")
+
+
+@pytest.mark.parametrize("case", OTHER_LAYOUTS, ids=IDS)
+@pytest.mark.parametrize("role", ROLES)
+def test_writing_and_dequantizing_in_other_layouts_agree_with_the_reference(
+    case: laws.Case, role: Role
+) -> None:
+    laws.writing_agrees_with_the_reference(case, role, "cpu")
+    laws.dequantizing_agrees_with_the_reference(case, role, "cpu")
+    if case.format(role).channel_group in (1, case.format(role).head_dim):
+        laws.quantizing_agrees_with_the_reference(case, role, "cpu")
+
+
+@pytest.mark.parametrize("case", OTHER_LAYOUTS, ids=IDS)
+def test_writing_both_in_other_layouts_agrees_with_writing_each(case: laws.Case) -> None:
+    laws.writing_both_agrees_with_writing_each(case, "cpu")
 
 
 def split_into(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:

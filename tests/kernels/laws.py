@@ -25,6 +25,8 @@ from squat_fx.codecs import (
     Role,
     Squat,
     SquatPaper,
+    TurboQuant,
+    codec_from_spec,
     codec_spec,
     make_format,
 )
@@ -35,12 +37,16 @@ from squat_fx.kernels import fit as fitting
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import Fixed, polar_tree
-from squat_fx.layouts.hadamard import rotation
+from squat_fx.layouts.hadamard import rotation, rotation_pair
+from squat_fx.layouts.levels import level_of, level_table
 from squat_fx.layouts.planes import LANES, num_planes, unpack
+from squat_fx.layouts.signs_token import is_outlier, split_widths
+from squat_fx.layouts.sketch import directions, signs_of
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
-ROTATED = ("planes/token", "polar/token")
+LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token", "polar/token")
+"""Layouts that round after a sum of products, whose order is free."""
 
 Side = tuple[Arenas, Extent, Format]
 
@@ -75,11 +81,6 @@ class Case:
     def per_token(self) -> bool:
         """Whether the layout is planes/token."""
         return self.codec.layout == "planes/token"
-
-    @property
-    def rotated(self) -> bool:
-        """Whether numbers come out of sums of products, whose order is free."""
-        return self.codec.layout in ROTATED
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
@@ -358,7 +359,7 @@ def assert_same_storage(
     """Both hold the tokens ``x`` ``[batch, heads, length, head_dim]``, and ``actual`` what
     ``expected`` holds, as :func:`writing_agrees_with_the_reference` says it.
     """
-    if feedback is None and fmt.layout not in ROTATED:
+    if feedback is None and fmt.layout not in LIKE_PRODUCTS:
         assert_same(tensors_of(actual), tensors_of(expected))
         return
     actual, expected = to(actual, "cpu"), to(expected, "cpu")
@@ -400,7 +401,7 @@ def quantizing_agrees_with_the_reference(
         on_device = None if v is None else v.to(device)
         actual = launch.quantize(x.to(device), on_device, fmt, placed, placed_feedback)
         expected = reference.quantize(x, v, fmt, fixed, feedback)
-        if feedback is None and not case.rotated:
+        if feedback is None and fmt.layout not in LIKE_PRODUCTS:
             assert_same(actual, expected)
             continue
         for packed in (actual, expected):
@@ -505,6 +506,10 @@ def assert_rounded_rightly(
     if fmt.layout == "polar/token":
         assert_in_their_cells(packed, x, fmt, fixed)
         return
+    if fmt.layout in OTHER_CHECKS:
+        hidden = torch.tensor(False) if valid is None else ~valid[:, None, :, None]
+        OTHER_CHECKS[fmt.layout](packed, x.double().masked_fill(hidden, 0.0), fmt)
+        return
     head_dim, largest_number = fmt.head_dim, x.double().abs().amax(-1, keepdim=True)
     codes = unpack(packed[0], head_dim, fmt.widths).double()
     y, group = x.double(), 1
@@ -578,6 +583,56 @@ def assert_in_their_cells(packed: list[Tensor], x: Tensor, fmt: Format, fixed: F
         inside = (low - slack <= angle) & (angle <= high + slack)
         assert (inside | (around & (level == 1))).all(), level
     assert_nearest_halves(radius, y, lost)
+
+
+def assert_at_nearest_levels(packed: list[Tensor], x: Tensor, fmt: Format) -> None:
+    """:func:`assert_rounded_rightly` of the layout ``levels/token``: no level is nearer than the
+    stored one by more than fp32 can tell, and the scale is that of the stored codes.
+    """
+    y = x @ rotation_pair(fmt.head_dim, x.device)[0].double()
+    size = y.square().mean(-1, keepdim=True).sqrt()
+    unit = y / size.clamp_min(1e-30)
+    found = level_of(unpack(packed[0], fmt.head_dim, fmt.widths), fmt.widths).double()
+    for plane, bits in enumerate(fmt.widths):
+        block = slice(plane * LANES, (plane + 1) * LANES)
+        distances = (level_table(bits, x.device)[0].double() - unit[..., block, None]).abs()
+        own = (found[..., block] - unit[..., block]).abs()
+        assert (own <= distances.amin(-1) + 1e-5).all()
+    codec = codec_from_spec(fmt.codec)
+    if isinstance(codec, TurboQuant) and codec.norm_correction:
+        size = size / found.square().mean(-1, keepdim=True).sqrt()
+    assert_nearest_halves(packed[1], size.clamp(max=65504.0), 1e-6 * size)
+
+
+def assert_signs_of_projections(packed: list[Tensor], x: Tensor, fmt: Format) -> None:
+    """:func:`assert_rounded_rightly` of the layout ``signs/token``: a sign is right where fp32 can
+    tell it, and the outliers are channels of largest norm.
+    """
+    sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)
+    qdata, norm, channels = packed
+    parts = [(x, sketch_dim, x)]
+    if outliers:
+        apart = is_outlier(channels, fmt.head_dim, fmt.token_group)
+        squares = x.square().unflatten(2, (-1, fmt.token_group)).sum(3)
+        chosen = squares.gather(3, channels.long()).amin(-1)
+        assert (channels.int().diff() > 0).all()
+        largest = squares.topk(outliers, -1).values.amin(-1)
+        assert (chosen >= largest * (1 - 1e-6)).all()
+        outside = x.masked_fill(~apart, 0.0)
+        parts = [(x - outside, sketch_dim, x), (outside, outlier_dim, outside)]
+    signs = signs_of(qdata).split([size for _, size, _ in parts], -1)
+    for i, (sketched, size, measured) in enumerate(parts):
+        products = sketched @ directions(fmt.head_dim, size, x.device).double().T
+        slack = 1e-5 * sketched.norm(dim=-1, keepdim=True) * fmt.head_dim**0.5
+        assert (products * signs[i] >= -slack).all()
+        length = measured.norm(dim=-1, keepdim=True)
+        assert_nearest_halves(norm[..., i : i + 1], length.clamp(max=65504.0), 1e-6 * length)
+
+
+OTHER_CHECKS = {
+    "levels/token": assert_at_nearest_levels,
+    "signs/token": assert_signs_of_projections,
+}
 
 
 def assert_nearest_halves(actual: Tensor, true: Tensor, slack: Tensor) -> None:
@@ -700,7 +755,7 @@ def dense_past_in_float64(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor
     if fmt.layout == "planes/dual":
         put_tiles_in_float64(out, arenas, extent, fmt)
     if fmt.layout != "planes/token":
-        return out
+        return out  # rounded to fp32 once
     widths = torch.tensor(fmt.widths).repeat_interleave(LANES)[: fmt.head_dim]
     step, zero = torch.tensor(STEP, dtype=torch.float64)[widths], (2.0**widths - 1) / 2
     inverse = reference.basis_pair(arenas.basis, fmt.head_dim, out.device)[1].double()

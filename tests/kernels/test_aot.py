@@ -16,9 +16,11 @@ from squat_fx.codecs import (
     Lossless,
     Polar,
     PolarRope,
+    Qjl,
     Squat,
     SquatPaper,
     Think,
+    TurboQuant,
 )
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
@@ -324,3 +326,18 @@ def test_the_main_loop_is_the_longest_innermost_one_with_tensor_core_instruction
     ]
     assert aot.main_loop(code) == [text for address, text in code if 0x40 <= address <= 0x80]
     assert aot.main_loop(code[-4:]) == []
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize(
+    "codec", [TurboQuant(), Qjl(), Qjl(outliers=0)], ids=["levels", "signs", "signs-no-outliers"]
+)
+def test_attention_over_other_layouts_fits_its_registers(codec: Codec, capability: int) -> None:
+    """At head_dim 128, with few spills: all plane groups of a tile are decoded at once."""
+    shape = Shape(head_dim=128, bits=2, codec=codec)
+    launches = [*aot.attend_launches(shape), *aot.dequantize_launches(shape, "key")]
+    resources = compiled(launches, capability)
+    assert set(resources) == {"attend_kernel", "merge_kernel", "dequantize_kernel"}
+    assert resources["dequantize_kernel"].spills == 0
+    assert resources["attend_kernel"].spills <= 256
+    assert all(r.shared <= AMPERE_BYTES for r in resources.values())

@@ -15,10 +15,12 @@ from squat_fx.codecs import (
     Kivi,
     Kvarn,
     Lossless,
+    Qjl,
     Role,
     Squat,
     SquatPaper,
     Think,
+    TurboQuant,
     codec_spec,
 )
 from squat_fx.kernels import ops, reference
@@ -73,7 +75,11 @@ def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("codec", [Squat(), Kivi(32), Kvarn(32), Think(32)], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "codec",
+    [Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0)],
+    ids=str,
+)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attending_works_for_every_head_dim(
     head_dim: int, codec: Codec, dtype: torch.dtype
@@ -194,6 +200,21 @@ def test_room_in_an_arena_changes_no_answer(codec: Codec, bits: int) -> None:
         handle.writable_storage().reserve(30000)
     # The shares are the same; only the empty ones beside them may change the order of a sum.
     torch.testing.assert_close(attended(), tight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [TurboQuant(), TurboQuant(False), Qjl(), Qjl(96, 0)], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 80, 128])
+@pytest.mark.parametrize("role", ROLES)
+def test_other_layouts_are_written_and_read_as_in_the_reference(
+    codec: Codec, head_dim: int, role: Role
+) -> None:
+    case = replace(
+        case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim, bits=2,
+        residual_length=5, pads=(0, 40), chunks=(200, 1, 33, 1),
+    )  # fmt: skip
+    laws.writing_agrees_with_the_reference(case, role, "cuda")
+    laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
+    laws.writing_both_agrees_with_writing_each(case, "cuda")
 
 
 @pytest.mark.parametrize("seed", range(100, 124))

@@ -11,7 +11,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from squat_fx.codecs import Format, Kivi, Kvarn, Polar, PolarRope, Role, Squat, Think
+from squat_fx.codecs import (
+    Format,
+    Kivi,
+    Kvarn,
+    Polar,
+    PolarRope,
+    Qjl,
+    Role,
+    Squat,
+    Think,
+    TurboQuant,
+)
 from squat_fx.kernels import reference
 from squat_fx.kernels.reference import (
     BOTTOM_RIGHT,
@@ -36,17 +47,17 @@ HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat", "kvarn", "think", "polar", "polar_rope")
-ROTATED_KINDS = ("squat", "kvarn", "polar")
-ROTATED = ("planes/token", "planes/dual", "polar/token")
+KINDS = ("lossless", "kivi", "squat", "kvarn", "think", "polar", "polar_rope", "turboquant", "qjl")
+ROTATED_KINDS = ("squat", "kvarn", "polar", "turboquant")
+OF_PRODUCTS = ("planes/token", "planes/dual", "polar/token", "levels/token", "signs/token")
 """Layouts whose numbers come out of a matrix product."""
 
 
 @st.composite
-def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
+def formats(draw: st.DrawFn, kind: str | None = None, role: Role | None = None) -> Format:
     """A stored format whose groups are so small that forty tokens fill several."""
     kind = kind or draw(st.sampled_from(KINDS))
-    role = draw(st.sampled_from(["key", "value"]))
+    role = role or draw(st.sampled_from(["key", "value"]))
     sizes = {
         "head_dim": draw(st.sampled_from([16, 20, 64 if kind in ROTATED_KINDS else 40])),
         "residual_length": draw(st.integers(0, 9)),
@@ -62,7 +73,12 @@ def formats(draw: st.DrawFn, kind: str | None = None) -> Format:
         return stored_format(
             Polar(), role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes
         )
-    codec = {"kivi": Kivi(), "kvarn": Kvarn(), "think": Think(), "polar_rope": PolarRope(32)}[kind]
+    if kind == "turboquant":
+        planes = -(-sizes["head_dim"] // LANES)
+        widths = draw(st.tuples(*[st.integers(1, 4)] * planes))
+        return stored_format(TurboQuant(draw(st.booleans())), role, bits=widths, **sizes)
+    codecs = {"kivi": Kivi(), "kvarn": Kvarn(), "think": Think(), "polar_rope": PolarRope(32)}
+    codec = Qjl(48, draw(st.integers(0, 3)), 32) if kind == "qjl" else codecs[kind]
     most = 4 if kind == "polar_rope" else 8
     fmt = stored_format(codec, role, bits=draw(st.sampled_from([1, 2, 3, 4, most])), **sizes)
     return replace(fmt, token_group=4) if fmt.token_group > 1 else fmt
@@ -87,18 +103,20 @@ class Prompt:
 
 
 @st.composite
-def prompts(draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1) -> Prompt:
+def prompts(
+    draw: st.DrawFn, kind: str | None = None, least_tokens: int = 1, role: Role | None = None
+) -> Prompt:
     """A left-padded batch; some rows may be nothing but padding.
 
-    For rotated layouts the numbers are whole, so that the sums of the matrix product are exact.
+    Where numbers are rounded after a matrix product they are whole, so that its sums are exact.
     """
-    fmt, tokens = draw(formats(kind)), draw(st.integers(least_tokens, 40))
+    fmt, tokens = draw(formats(kind, role)), draw(st.integers(least_tokens, 40))
     pads = draw(
         st.lists(st.integers(0, tokens), min_size=1, max_size=3) | st.just([0]) | st.just([0, 0])
     )
     shape, seed = (len(pads), HEADS, tokens, fmt.head_dim), draw(st.integers(0, 2**16))
-    rotated = fmt.layout in ROTATED
-    x = whole_numbers(*shape, seed=seed, largest=3) if rotated else randn(*shape, seed=seed)
+    whole = fmt.layout in OF_PRODUCTS
+    x = whole_numbers(*shape, seed=seed, largest=3) if whole else randn(*shape, seed=seed)
     pad = ~left_padding(pads, tokens)[:, None, :, None]
     return Prompt(fmt, torch.where(pad, x * 1e3, x), pads)
 
@@ -140,7 +158,7 @@ def stored(prompt: Prompt, cuts: list[int] | None = None) -> tuple[Arenas, Exten
 
 def assert_same_numbers(a: Tensor, b: Tensor, fmt: Format) -> None:
     """Equal; where they come out of a matrix product, to the order of its sums."""
-    if fmt.layout not in ROTATED:
+    if fmt.layout not in OF_PRODUCTS:
         assert torch.equal(a, b)
     else:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
@@ -432,7 +450,10 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     with_sinks: bool,
     seed: int,
 ) -> None:
-    prompt, value_fmt = data.draw(prompts(kind)), data.draw(formats(kind))
+    # Keys and values of qjl have layouts of their own.
+    roles: tuple[Role | None, ...] = ("key", "value") if kind == "qjl" else (None, None)
+    prompt = data.draw(prompts(kind, role=roles[0]))
+    value_fmt = data.draw(formats(kind, roles[1]))
     batch, _, length, head_dim = prompt.x.shape
     value = replace(
         prompt, fmt=value_fmt, x=randn(batch, HEADS, length, value_fmt.head_dim, seed=seed + 1)
@@ -467,7 +488,7 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     )
     exact = exact_attention(*full, **options)
     fp32_error = (exact_attention(*full, **options, dtype=torch.float32) - exact).abs().max()
-    if kind in ("squat", "kvarn"):  # stored numbers are products of a matrix: rounded in themselves
+    if prompt.fmt.layout in OF_PRODUCTS:  # stored numbers are rounded in themselves
         query, *both, hidden = full
         both = [x + 2.0**-21 * x.abs().amax() * randn(*x.shape, seed=seed) for x in both]
         fp32_error += (exact_attention(query, *both, hidden, **options) - exact).abs().max()
