@@ -159,7 +159,7 @@ def test_exact_storage_compiles() -> None:
 
 @pytest.mark.parametrize(
     ("codec", "bits", "head_dim", "most"),
-    [(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26), (PolarRope(radius_bits=2), 3, 80, 52)],
+    [(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26), (PolarRope(radius_bits=2), 3, 80, 60)],
     ids=str,
 )
 def test_radii_and_angles_take_this_many_instructions(
