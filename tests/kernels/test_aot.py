@@ -172,7 +172,7 @@ def test_radii_and_angles_take_this_many_instructions(
     kernel = aot.compiled_kernel(attend, 90)
     resources = aot.resources_of(kernel)
     assert resources.spills <= 512
-    assert resources.shared <= 16 * 1024
+    assert resources.shared <= 24 * 1024  # so that registers alone say how many programs run
     codes = 2 * head_dim * attend.arguments["BLOCK_N"]
     assert aot.instructions_per_code(kernel, codes) <= most
     (dequantize,) = aot.dequantize_launches(shape, "key")
