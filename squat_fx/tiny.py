@@ -1,7 +1,7 @@
 """Tiny random models of the causal-LM architectures of transformers, from their configs alone.
 
-Config classes name their sizes by a few conventions (``hidden_size``, ``n_embd``, ``d_model``), so a
-table of names makes most of them small, and a few lines make the others so. A tiny model has one
+Config classes name their sizes by a few conventions (``hidden_size``, ``n_embd``, ``d_model``), so
+a table of names makes most of them small, and a few lines make the others so. A tiny model has one
 layer of each kind that the architecture has; it shows which graphs the architecture traces to, in
 seconds and without any weights.
 """
@@ -23,7 +23,8 @@ LARGEST = 60_000_000  # parameters of what still counts as tiny
 # fmt: off
 _NAMES: dict[Any, str] = {
     WIDTH: "hidden_size d_model n_embd dim emb_dim embedding_size embed_dim word_embed_proj_dim "
-           "input_size embedding_dim hidden_dim lru_width attention_hidden_size dim_model local_dim",
+           "input_size embedding_dim hidden_dim lru_width attention_hidden_size dim_model "
+           "local_dim",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
        "num_decoder_layers num_encoder_layers num_blocks "
        "num_key_value_heads swa_num_key_value_heads num_global_key_value_heads "
@@ -38,8 +39,8 @@ _NAMES: dict[Any, str] = {
               "linear_value_head_dim mamba_head_dim mamba_headdim mamba_d_head "
               "hidden_size_per_layer_input patch_size num_mel_bins",
     HIDDEN: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner d_inner dff d_ff "
-            "ffn_hidden_size feed_forward_size dense_intermediate_size intermediate_size_mlp dim_ff "
-            "block_ff_dim mlp_dim",
+            "ffn_hidden_size feed_forward_size dense_intermediate_size intermediate_size_mlp "
+            "dim_ff block_ff_dim mlp_dim",
     32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
         "expert_ffn_hidden_size moe_shared_expert_intermediate_size "
         "prefix_dense_intermediate_size q_lora_rank kv_lora_rank block_size image_size "
@@ -117,11 +118,12 @@ NO_TEXT_MODEL = {
     "a composite; its text model has a row of its own, or none",
 )
 """Causal-LM architectures that are not built, and why."""
-_DECODERS = frozenset(
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert "
-    "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod bart "
-    "bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart whisper prophetnet "
-    "trocr".split()
+_DECODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+    "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+    "xlm-roberta", "xlm-roberta-xl", "xmod", "bart", "bigbird_pegasus", "blenderbot",
+    "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "whisper", "prophetnet",
+    "trocr",
 )
 _TEXT_PARTS = ("emu3", "moshi")  # composites whose text config builds the causal LM
 # fmt: on
@@ -150,7 +152,9 @@ def architecture_named(name: str) -> str:
         return known[name.lower()]
     near = difflib.get_close_matches(name.lower(), known, n=3)
     hint = f"; did you mean {' or '.join(sorted({known[n] for n in near}))}?" if near else ""
-    raise ValueError(f"{name} is no causal-LM architecture of transformers that is built here{hint}")
+    raise ValueError(
+        f"{name} is no causal-LM architecture of transformers that is built here{hint}"
+    )
 
 
 def tiny_config(architecture: str, attention: str) -> Any:
