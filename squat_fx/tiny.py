@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,6 +129,39 @@ _DECODERS = (
 )
 _TEXT_PARTS = ("emu3", "moshi")  # composites whose text config builds the causal LM
 # fmt: on
+
+
+def model_named(name: str, attention: str | None = None) -> nn.Module:
+    """A tiny model of the architecture ``name``; with SDPA if it can and nothing else is asked for.
+
+    Raises:
+        ValueError: there is no such architecture, or it cannot be built like this.
+    """
+    architecture = architecture_named(name)
+    return _built(architecture, lambda wanted: tiny_config(architecture, wanted), attention)
+
+
+def model_of_config(path: Path, attention: str | None = None) -> nn.Module:
+    """A narrow random model with the layers and heads of a ``config.json`` (or its folder).
+
+    Raises:
+        ValueError: the config is of no causal LM of transformers, or none can be built of it.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = config.get_text_config(decoder=True)
+    architecture = architecture_named(config.model_type)
+    return _built(architecture, lambda wanted: like_config(config, wanted), attention)
+
+
+def _built(architecture: str, config: Callable[[str], Any], attention: str | None) -> nn.Module:
+    if attention is not None:
+        return tiny_model(architecture, config(attention))
+    try:
+        return tiny_model(architecture, config("sdpa"))
+    except ValueError:  # not every architecture has it
+        return tiny_model(architecture, config("eager"))
 
 
 def architectures() -> list[str]:
