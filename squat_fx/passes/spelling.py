@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sympy
@@ -261,6 +262,11 @@ def size_of(size: Any) -> Any:
         expression = size.node.expr
         return int(expression) if expression.is_number else expression
     return size
+
+
+def symbols_of(size: Any) -> AbstractSet[Any]:
+    """The symbols in a size as :func:`size_of` gives it; none in a number."""
+    return getattr(size, "free_symbols", frozenset())
 
 
 def same_size(a: Any, b: Any) -> bool:
