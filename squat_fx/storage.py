@@ -148,7 +148,7 @@ class Storage:
 
     def _start_for(self, first: int) -> int:
         """The latest position from which every row can hold its tokens from ``first`` on."""
-        return first - self.fmt.sink_length - self.fmt.token_group + 1
+        return first - self.fmt.sink_length - reference.drop_step(self.fmt) + 1
 
     def reserve(self, new_tokens: int) -> None:
         """Grow until ``new_tokens`` more fit: keys and values grow in the same step, whichever of

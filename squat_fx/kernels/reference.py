@@ -321,13 +321,13 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
 
 def drop_front(arenas: Arenas, first: int, fmt: Format) -> None:
     """Make room: move every row to the front of its arenas, as far as its tokens from ``first`` on
-    stay, in whole groups.
+    stay, in steps of :func:`drop_step`.
 
     Any device; nothing is read back from it.
     """
-    group, dense = fmt.token_group, arenas.dense
+    step, dense = drop_step(fmt), arenas.dense
     free = first - fmt.sink_length - arenas.start.long()
-    dropped = (free.clamp(min=0) // group * group)[:, None]  # [batch, 1]
+    dropped = (free.clamp(min=0) // step * step)[:, None]  # [batch, 1]
 
     def moved(arena: Tensor, steps: Tensor) -> Tensor:
         slots = torch.arange(arena.shape[2], device=arena.device)
@@ -339,6 +339,13 @@ def drop_front(arenas: Arenas, first: int, fmt: Format) -> None:
     ring = dense[:, :, fmt.sink_length :]
     ring.copy_(moved(ring, dropped))
     arenas.start.add_(dropped[:, 0].to(arenas.start.dtype))
+
+
+def drop_step(fmt: Format) -> int:
+    """How many tokens are dropped at once: whole groups, and an even number of them, since a layout
+    may round every second token the other way.
+    """
+    return math.lcm(fmt.token_group, 2)
 
 
 def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None = None) -> Arenas:
