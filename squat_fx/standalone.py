@@ -105,9 +105,14 @@ def rewrite_module(
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
+    numbers = [
+        (number.size, tuple(placeholders.index(node) for node in number.carriers))
+        for number in rewriting.numbers
+    ]
     boundary = Boundary(
-        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report
-    )
+        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
+        numbers=numbers,
+    )  # fmt: skip
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
 
