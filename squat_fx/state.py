@@ -17,7 +17,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -47,6 +47,7 @@ class QuantizedKV(Tensor):
     _storage: Storage
     _pending: Tensor | None
     _lease: Lease
+    token_dim: ClassVar[int] = TOKENS
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -56,21 +57,22 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         """The tokens ``first`` to ``length`` of ``storage``, the ``pending`` ones counted."""
         dense = storage["dense"]
-        shape = (dense.shape[0], dense.shape[1], length - first, dense.shape[3])
+        shape = [dense.shape[0], dense.shape[1], dense.shape[1], dense.shape[3]]
+        shape[cls.token_dim] = length - first
         # An inference tensor is no base of views: autograd would make a crop hold on to the longer
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         is_set = is_fake or torch.is_inference_mode_enabled()
         with contextlib.nullcontext() if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dense.dtype, device=dense.device
+                cls, tuple(shape), dtype=dense.dtype, device=dense.device
             )
         handle._storage = storage
         handle._pending = pending
         if not is_fake:
             stored = length - (0 if pending is None else pending.shape[TOKENS])
             handle._lease = storage.lease(stored, first)
-            vars(handle).update(_dynamic_marks())
+            vars(handle).update(_dynamic_marks(cls.token_dim))
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -157,7 +159,7 @@ class QuantizedKV(Tensor):
     def from_its_first(self) -> QuantizedKV:
         """The same tokens in a storage that begins with them; what is packed is rounded again."""
         basis = self._storage["basis"] if self.format.latent else None
-        return QuantizedKV.from_dense(self.dequantize(), self.format, self.role, basis=basis)
+        return self.from_dense(self.dequantize(), self.format, self.role, basis=basis)
 
     def writable_storage(self, new_tokens: int = 0) -> Storage:
         """The storage, with this handle as its newest reader and nothing pending: append in place
@@ -202,12 +204,12 @@ class QuantizedKV(Tensor):
         # Dynamo guards on each tensor at every call, and what is packed never looks different.
         return ["dense"], (self._storage.fmt, self._storage.role)
 
-    @staticmethod
+    @classmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: Any, size: Any, stride: Any
+        cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> QuantizedKV:
-        storage = Storage.outline(inner["dense"], size[TOKENS], *context)
-        return QuantizedKV(storage, size[TOKENS])
+        length = size[cls.token_dim]
+        return cls(Storage.outline(inner["dense"], length, *context), length)
 
     def __getattr__(self, name: str) -> Tensor:
         # Dynamo reads the flattened tensor, and arenas if it asks for them, as attributes.
@@ -236,11 +238,16 @@ class QuantizedKV(Tensor):
                 "a QuantizedKV reached a graph that was not compiled with backend='squat'; "
                 "compile it with that backend, or pass cache.dequantize()"
             )
-        if (packed := PACKED_OPS.get(func)) is not None:
-            result = packed(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return _call_dense(func, args, kwargs, QuantizedKV.dequantize)
+        result = cls._stay_packed(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        return _call_dense(func, args, kwargs, lambda h: h.dequantize())
+
+    @classmethod
+    def _stay_packed(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``func`` makes of packed tensors; ``NotImplemented`` where they must be dense."""
+        packed = PACKED_OPS.get(func)
+        return NotImplemented if packed is None else packed(func, *args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # Python's indexing would write into a copy.
@@ -274,31 +281,32 @@ class QuantizedKV(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         storage = self.writable_storage()
         state = (storage.tensors, storage.length, storage.watermark, storage.fmt, storage.role)
-        return _rebuild, copy.copy((*state, storage.dropped, self.first))
+        return _rebuild, copy.copy((type(self), *state, storage.dropped, self.first))
 
     def _copied(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> QuantizedKV:
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
         source = self.writable_storage()
-        return QuantizedKV(source.copy(batch), source.length, first=self.first)
+        return type(self)(source.copy(batch), source.length, first=self.first)
 
 
-def _dynamic_marks() -> dict[str, Any]:
-    """The attributes by which Dynamo knows that the dim ``TOKENS`` of a tensor varies.
+def _dynamic_marks(dim: int) -> dict[str, Any]:
+    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies.
 
     ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
     grow.
     """
-    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor().items()}
+    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor(dim).items()}
 
 
-@lru_cache(maxsize=1)
-def _marks_of_a_tensor() -> dict[str, Any]:
-    marked = torch.empty((1,) * (TOKENS + 1))
-    torch._dynamo.maybe_mark_dynamic(marked, TOKENS)
+@lru_cache(maxsize=2)
+def _marks_of_a_tensor(dim: int) -> dict[str, Any]:
+    marked = torch.empty((1,) * (dim + 1))
+    torch._dynamo.maybe_mark_dynamic(marked, dim)
     return dict(vars(marked))
 
 
 def _rebuild(
+    handle_type: type[QuantizedKV],
     tensors: tuple[Tensor, ...],
     length: int,
     watermark: int,
@@ -310,7 +318,7 @@ def _rebuild(
     capacity = tensors[0].shape[TOKENS]
     arenas, extent = Arenas.of(fmt, tensors), Extent(length, watermark)
     storage = Storage.pooled(arenas, extent, fmt, role, capacity, dropped)
-    return QuantizedKV(storage, length, first=first)
+    return handle_type(storage, length, first=first)
 
 
 def _call_dense(

@@ -29,7 +29,14 @@ from torch import fx
 from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
-from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
+from squat_fx.passes.records import (
+    Attention,
+    AttentionSite,
+    CacheEdge,
+    Rewriting,
+    Skipped,
+    usual_order,
+)
 from squat_fx.passes.spelling import (
     argument,
     describe,
@@ -45,7 +52,10 @@ from squat_fx.passes.spelling import (
     writers,
 )
 
-_HEADS = {("heads",), ("heads", "repeat")}
+Sizes = tuple[Any, Any, Any, Any]
+OTHER_AXES = (
+    "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
+)
 Returned = dict[fx.Node, Any]
 GROW = "use a cache that grows by concatenation, such as DynamicCache"
 
@@ -101,26 +111,29 @@ def _site(
     rewriting: Rewriting,
 ) -> AttentionSite | str:
     followed: list[Followed] = []
+    token_dims: list[int] = []
     for role, node in (("key", attention.key), ("value", attention.value)):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
-        reason = (
-            found if isinstance(found, str) else _source_reason(found.source, returned, rewriting)
-        )
-        if isinstance(found, str) or reason is not None:
+        if isinstance(found, str):
+            return f"{role} {found}"
+        token_dim = _token_dim(found, role, attention)
+        if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
             return f"{role} {reason}"
-        if reason := _axes_reason(found, role, attention):
-            return f"{role} {reason}"
+        if token_dim is None:
+            return f"{role} {OTHER_AXES}"
         followed.append(found)
+        token_dims.append(token_dim)
     key, value = followed
-    queries = _queries_per_kv(attention, key, value)
+    sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
+    queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
-    _, heads, _, key_dim = sizes_of(key.source)
-    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
+    _, heads, _, key_dim = sizes[0]
+    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
-    key_edge = _edge("key", key.source, formats[0], returned, rewriting)
-    value_edge = _edge("value", value.source, formats[1], returned, rewriting)
+    key_edge = _edge("key", key.source, token_dims[0], formats[0], returned, rewriting)
+    value_edge = _edge("value", value.source, token_dims[1], formats[1], returned, rewriting)
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
@@ -177,7 +190,9 @@ def _grown(source: fx.Node) -> fx.Node:
     return _newest_of(source) or source
 
 
-def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) -> str | None:
+def _source_reason(
+    source: fx.Node, token_dim: int, returned: Returned, rewriting: Rewriting
+) -> str | None:
     """Why ``source`` is no cache: an input, another concatenation, not returned as it is."""
     grown = _grown(source)
     if found := writers(grown):
@@ -187,14 +202,18 @@ def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) ->
     if grown.op == "placeholder":
         if rewriting.carriers.get(grown) is None or source is not grown:
             return "is read from a graph input to which nothing is appended"
+        if value_of(grown).token_dim != token_dim:
+            return f"is packed with its tokens on dim {value_of(grown).token_dim}, not {token_dim}"
         return "is read and appended to" if any(kind(u) == "cat" for u in grown.users) else None
     if kind(grown) != "cat":
         return _buffer_reason(grown)
     parts, dim = parts_of(grown), argument(grown, 1, "dim", 0)
-    if dim_of(dim, sizes_of(grown)) != 2:
-        return f"is concatenated on dim {dim}, not on dim -2"
+    if dim_of(dim, sizes_of(grown)) != token_dim:
+        return f"is concatenated on dim {dim}, not on dim {'-2' if token_dim == 2 else '1'}"
     if len(parts) != 2:
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
+    if rewriting.carriers.get(parts[0]) and value_of(parts[0]).token_dim != token_dim:
+        return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
     if _stored(grown, returned) is None:
@@ -218,62 +237,86 @@ def _buffer_reason(stored: fx.Node) -> str | None:
     return None
 
 
-def _axes_reason(followed: Followed, role: str, attention: Attention) -> str | None:
-    """Whether the axes are not [batch, heads x repeat, tokens, channels] (an eager key's: .T)."""
+def _token_dim(followed: Followed, role: str, attention: Attention) -> int | None:
+    """The cache's dim of tokens, 2 or 1, that the attention reads as [batch, heads x repeat,
+    tokens, channels] (an eager key: transposed); None if it reads the dims in another order.
+    """
     axes = followed.axes
     if len(axes) == 3:
         axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
     last = axes[-2:]
     if role == "key" and attention.spelling == "eager":
         last = last[::-1]
-    is_batched = len(axes) == 4 and axes[0] == ("batch",) and axes[1] in _HEADS
-    if is_batched and last == (("tokens",), ("channels",)):
+    if len(axes) != 4 or axes[0] != ("batch",) or axes[1][1:] not in ((), ("repeat",)):
         return None
-    return (
-        "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
-    )
+    read = (axes[1][:1], *last)
+    if read == (("heads",), ("tokens",), ("channels",)):
+        return 2
+    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
 
 
-def _queries_per_kv(attention: Attention, key: Followed, value: Followed) -> int | str:
-    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves."""
+def _queries_per_kv(
+    attention: Attention, key: Followed, value: Followed, keys: Sizes, values: Sizes
+) -> int | str:
+    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves.
+
+    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels.
+    """
     if key.source is value.source:
         return "keys and values are the same tensor"
     if key.repeat != value.repeat:
         return "keys and values are repeated a different number of times"
     query, output = shape_of(attention.query), shape_of(attention.output)
-    keys, values = sizes_of(key.source), sizes_of(value.source)
     if not isinstance(keys[1], int) or not isinstance(values[1], int):
         return "the number of key heads is symbolic; capture the graph with a fixed number of heads"
     if keys[1] != values[1]:
         return "keys and values have different numbers of heads"
-    if query is None or output is None or not all(map(same_size, query[:-1], output[:-1])):
-        return "the attention's output has other leading dims than its query"
-    if len(query) == 3:  # batch and heads merged, which only a repeat in the graph can have matched
-        return key.repeat
-    if not same_size(query[0], keys[0]):
+    if query is None or output is None:
+        return "the shape of the attention's output is not known"
+    if len(query) == 4 and not same_size(query[0], keys[0]):
         return "queries and keys have different batch sizes"
-    if not isinstance(query[1], int) or query[1] % keys[1]:
+    leading = [_leading(shape, keys[0], keys[1] * key.repeat) for shape in (query, output)]
+    if not all(map(same_size, *leading)):
+        return "the attention's output has other leading dims than its query"
+    heads = leading[0][1]
+    if not isinstance(heads, int) or heads % keys[1]:
         return "the number of query heads is not a multiple of the number of key heads"
-    return query[1] // keys[1]
+    return heads // keys[1]
+
+
+def _leading(shape: tuple[Any, ...], batch: Any, heads: int) -> tuple[Any, Any, Any]:
+    """Batch, heads and tokens of a query or an output, whose batch and heads may be merged; only a
+    repeat in the graph can then have matched the ``heads``.
+    """
+    if len(shape) == 4:
+        return shape[0], shape[1], shape[2]
+    return batch, heads if same_size(shape[0], batch * heads) else None, shape[1]
 
 
 def _edge(
-    role: Role, source: fx.Node, fmt: Format, returned: Returned, rewriting: Rewriting
+    role: Role,
+    source: fx.Node,
+    token_dim: int,
+    fmt: Format,
+    returned: Returned,
+    rewriting: Rewriting,
 ) -> CacheEdge:
     """The cache edge that an attention over ``source`` reads."""
     grown = _grown(source)
     if grown in rewriting.carriers and grown.op == "placeholder":
         arriving = rewriting.carriers[grown]
         assert arriving is not None, f"{grown} does not arrive packed"
-        return CacheEdge(role, "read", grown, grown, grown, arriving, grown=grown)
+        tail = {"grown": grown, "token_dim": token_dim}
+        return CacheEdge(role, "read", grown, grown, grown, arriving, **tail)
     stored = _stored(grown, returned)
     assert stored is not None, f"{source} is not returned"
+    tail = {"grown": grown, "token_dim": token_dim}
     past, new = parts_of(grown) if kind(grown) == "cat" else (None, grown)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
         fmt = fmt if arriving is None else arriving
-        return CacheEdge(role, "decode", stored, new, past, fmt, grown=grown)
-    return CacheEdge(role, "prefill", stored, new, None, fmt, grown=grown)
+        return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
+    return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
@@ -283,6 +326,8 @@ def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
         for user in carrier.users:
             if fmt is None or user in known or kind(user) != "cat":
                 continue
-            if _source_reason(user, returned, rewriting) is None and parts_of(user)[0] is carrier:
-                role = value_of(carrier).role
-                rewriting.lone_edges.append(_edge(role, user, fmt, returned, rewriting))
+            role, token_dim = value_of(carrier).role, value_of(carrier).token_dim
+            if _source_reason(user, token_dim, returned, rewriting) is None:
+                edge = _edge(role, user, token_dim, fmt, returned, rewriting)
+                if edge.past is carrier:
+                    rewriting.lone_edges.append(edge)
