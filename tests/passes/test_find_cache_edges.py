@@ -153,14 +153,27 @@ def test_static_cache_written_in_place() -> None:
     assert reasons(Static(), *examples(Static())) == [expected]
 
 
-def test_cache_on_dim_1() -> None:
+def test_site_of_a_cache_whose_tokens_come_before_its_heads() -> None:
     class TokenMajor(Variant):
         def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
             full = torch.cat([past_key, key.transpose(1, 2)], 1)
             return full.transpose(1, 2), full
 
-    inputs = [tokens(3), *(x.transpose(1, 2).contiguous() for x in past())]
-    assert reasons(TokenMajor(), *inputs) == ["key is concatenated on dim 1, not on dim -2"]
+    inputs = (tokens(3), *(x.transpose(1, 2).contiguous() for x in past()))
+    rewriting = analysed(TokenMajor(), inputs, Canonicalize, FindCacheEdges)
+    (site,) = rewriting.sites
+    assert (site.key.token_dim, site.value.token_dim) == (1, 1)
+    assert site.key.sizes(site.key.stored)[1] == KV_HEADS
+
+
+def test_cache_that_grows_by_heads() -> None:
+    class Growing(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key], 1)
+            return full, full
+
+    inputs = (tokens(3), *past(tokens=3))
+    assert reasons(Growing(), *inputs) == ["key is concatenated on dim 1, not on dim -2"]
 
 
 def test_cache_on_dim_3() -> None:
@@ -335,10 +348,8 @@ def test_heads_in_the_place_of_tokens() -> None:
             query = F.pad(self.heads(self.query, x), (0, 0, 7, 0)).transpose(1, 2)
             return attend(self, query, key, value, None), key, value
 
-    assert reasons(TokensAsHeads(), *examples(TokensAsHeads())) == [
-        "key reaches the attention with its axes in another order than "
-        "[batch, heads, tokens, channels]"
-    ]
+    expected = ["key is concatenated on dim -2, not on dim 1"]
+    assert reasons(TokensAsHeads(), *examples(TokensAsHeads())) == expected
 
 
 def test_keys_that_are_also_the_values() -> None:
