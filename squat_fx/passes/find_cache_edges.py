@@ -29,6 +29,7 @@ from torch import fx
 from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.one_mask import terms_of
 from squat_fx.passes.records import (
     Attention,
     AttentionSite,
@@ -125,6 +126,8 @@ def _site(
         token_dims.append(token_dim)
     key, value = followed
     sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
+    if reason := _tiled_reason(attention, key, value):
+        return reason
     queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
@@ -138,7 +141,8 @@ def _site(
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
     key_edge = replace(key_edge, basis=basis)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, key.source)
+    is_tiled = _is_tiled(key)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, key.source, is_tiled)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
@@ -247,12 +251,29 @@ def _token_dim(followed: Followed, role: str, attention: Attention) -> int | Non
     last = axes[-2:]
     if role == "key" and attention.spelling == "eager":
         last = last[::-1]
-    if len(axes) != 4 or axes[0] != ("batch",) or axes[1][1:] not in ((), ("repeat",)):
+    heads = tuple(name for name in axes[1] if name != "repeat")
+    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
         return None
-    read = (axes[1][:1], *last)
+    read = (heads, *last)
     if read == (("heads",), ("tokens",), ("channels",)):
         return 2
     return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
+
+
+def _is_tiled(followed: Followed) -> bool:
+    """Whether all heads are there and then all of them again."""
+    return any(len(axis) > 1 and "repeat" in axis[:-1] for axis in followed.axes)
+
+
+def _tiled_reason(attention: Attention, key: Followed, value: Followed) -> str | None:
+    """Why heads that are repeated as a whole are not understood."""
+    if _is_tiled(key) != _is_tiled(value):
+        return "keys and values are repeated in different orders"
+    by_head = [sizes_of(term.node) for term in terms_of(attention)]
+    by_head = [shape for shape in by_head if len(shape) > 2 and shape[-3] != 1]
+    if _is_tiled(key) and (by_head or attention.sinks is not None):
+        return "heads are repeated as a whole, and masks or sinks differ by head"
+    return None
 
 
 def _queries_per_kv(

@@ -138,6 +138,8 @@ class QuantizeKVCache(GraphPass):
             result = attend
             if value_of(site.key.new).dtype != value_of(output).dtype:
                 result = graph.call_method("to", (attend, value_of(output).dtype))
+            if site.tiled:
+                result = _regrouped(result, site.key.sizes(site.key.new)[1], graph)
             replacement = result
             if len(sizes_of(output)) == 3:  # batch and heads are merged
                 replacement = graph.call_method("flatten", (result, 0, 1))
@@ -264,10 +266,16 @@ def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
 def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
     """The query as [batch, heads, tokens, channels], in the dtype of the cache."""
     query = _in_dtype_of(site.attention.query, site.key.new, graph)
-    if len(sizes_of(site.attention.query)) == 4:
-        return query
-    heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
-    return graph.call_method("unflatten", (query, 0, (-1, heads)))
+    if len(sizes_of(site.attention.query)) == 3:
+        heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
+        query = graph.call_method("unflatten", (query, 0, (-1, heads)))
+    return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
+
+
+def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
+    """``x`` with its heads, ``outer`` groups of them, regrouped: the first of each come first."""
+    apart = graph.call_method("unflatten", (x, 1, (outer, -1)))
+    return graph.call_method("flatten", (graph.call_method("transpose", (apart, 1, 2)), 1, 2))
 
 
 def _in_dtype_of(query: fx.Node, like: fx.Node, graph: fx.Graph) -> fx.Node:

@@ -105,6 +105,8 @@ class AttentionSite:
     """One attention over past and new keys and values that will be rewritten.
 
     ``seen`` is the node whose tokens of the keys it reads: ``cat(past, new)`` or the newest of it.
+    Query heads of one KV head follow each other, unless they are ``tiled``: then query head ``i``
+    reads KV head ``i % num_kv_heads``.
     """
 
     attention: Attention
@@ -113,6 +115,7 @@ class AttentionSite:
     num_queries_per_kv: int
     layer: int
     seen: fx.Node
+    tiled: bool = False
 
     @property
     def kind(self) -> str:

@@ -246,8 +246,8 @@ def _added_reason(term: Any, scores: tuple[Any, ...]) -> str | None:
         return reason
     if value_of(term).dtype == torch.bool:
         return "a bool mask is added to the scores"
-    is_of_keys = same_size(sizes_of(term)[-1], scores[-1])
-    return None if is_of_keys else "what is added to the scores is the same for all keys"
+    is_broadcast = sizes_of(term)[-1] == 1 != scores[-1]
+    return "what is added to the scores is the same for all keys" if is_broadcast else None
 
 
 def _is_merged(scores: fx.Node, term: fx.Node) -> bool:

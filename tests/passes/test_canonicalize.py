@@ -193,6 +193,15 @@ def test_attention_weights_that_are_changed() -> None:
     assert reason(attend) == expected
 
 
+def test_attention_weights_that_are_set_to_zero() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT).masked_fill(mask < -1, -torch.inf)
+        return scores.softmax(-1).masked_fill(mask < -2, 0.0) @ interleaved(value)
+
+    expected = "attention weights are set to zero that may be others"
+    assert reason(attend, MASK) == expected
+
+
 def test_mask_added_before_capping() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
         scores = 3.0 * torch.tanh((query @ interleaved(key).mT + mask) / 3.0)

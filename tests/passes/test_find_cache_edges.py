@@ -291,15 +291,30 @@ def test_attention_without_a_cache() -> None:
 # Near misses: heads
 
 
-def test_heads_in_tile_order() -> None:
+def test_keys_in_tile_order_and_values_that_are_not() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        return F.scaled_dot_product_attention(
-            query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
-        )
+        key, value = key.repeat(1, 2, 1, 1), value.repeat_interleave(2, dim=1)
+        return F.scaled_dot_product_attention(query, key, value)
 
-    assert reason(attend) == (
-        "key comes from repeat, not from a past + new concatenation on dim -2 that is returned"
-    )
+    assert reason(attend) == "keys and values are repeated in different orders"
+
+
+def test_tile_order_with_a_mask_per_head() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        key, value = key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
+        mask = torch.arange(4.0)[:, None, None] * torch.arange(10)
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    expected = "heads are repeated as a whole, and masks or sinks differ by head"
+    assert reason(attend) == expected
+
+
+def test_tokens_that_are_repeated() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        key, value = interleaved(key.repeat(1, 1, 2, 1)), interleaved(value.repeat(1, 1, 2, 1))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    assert reason(attend).startswith("key reaches the attention with its axes in another order")
 
 
 def test_keys_and_values_that_are_repeated_differently() -> None:
