@@ -113,7 +113,9 @@ class Boundary:
         appended = {o.argument: o for o in outputs if o.kind == "appended"}
         self._carriers = tuple(
             Carrier(
-                i, o.edge, Size(o.tokens, examples),
+                i,
+                o.edge,
+                Size(o.tokens, examples),
                 None if o.kept is None else Size(o.kept, examples),
             )
             if (o := appended.get(i))
@@ -130,9 +132,7 @@ class Boundary:
         self._windows = {i for row in self._rows for i in row.carriers}
         self._windows |= {c.index for c in self._carriers if c.kept is not None}
         packed = {fed.index for fed in inputs if fed.kind == "arena"}
-        self._read = tuple(
-            c.index for c in self._carriers if c.edge is None and c.index in packed
-        )
+        self._read = tuple(c.index for c in self._carriers if c.edge is None and c.index in packed)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         args = self._packed_arguments(args)

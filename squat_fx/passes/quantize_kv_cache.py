@@ -195,11 +195,7 @@ class QuantizeKVCache(GraphPass):
             if edge.stored in (site.key.stored, site.value.stored):
                 graph = rewriting.graph
                 with graph.inserting_before(site.attention.output):
-                    query = four_dim_query(site, graph)[0]
-                    if not edge.is_window:
-                        return query
-                    whole = edge.grown
-                    return graph.node_copy(edge.stored, lambda n: query if n is whole else n)
+                    return _newest_like(edge, four_dim_query(site, graph)[0])
         return None
 
     def _valid_tokens(
@@ -220,6 +216,13 @@ class QuantizeKVCache(GraphPass):
                     torch.ops.squat_fx.valid_tokens.default, (full, new)
                 )
         return self._valid[key]
+
+
+def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
+    """As many of the newest tokens of ``x`` as are stored of a prompt, where the graph stands."""
+    if not edge.is_window:
+        return x
+    return x.graph.node_copy(edge.stored, lambda node: x if node is edge.grown else node)
 
 
 def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:

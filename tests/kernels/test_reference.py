@@ -429,9 +429,7 @@ def some_mask(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
 
 
 @given(data=st.data(), prompt=prompts(least_tokens=2))
-def test_what_is_dropped_from_the_front_is_not_missed(
-    data: st.DataObject, prompt: Prompt
-) -> None:
+def test_what_is_dropped_from_the_front_is_not_missed(data: st.DataObject, prompt: Prompt) -> None:
     """Neither by a window over what is left nor by what is appended afterwards."""
     length, split = prompt.x.shape[2], data.draw(st.integers(1, prompt.x.shape[2] - 1))
     first = data.draw(st.integers(0, split))
