@@ -127,7 +127,8 @@ def _site(
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
     key_edge = replace(key_edge, basis=basis)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, key.source)
+    seen = None if key.source is key_edge.grown else key.source
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:

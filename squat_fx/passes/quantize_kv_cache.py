@@ -240,7 +240,8 @@ def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
     carriers = site.key.carrier, site.value.carrier
     if site.key.carrier not in rewriting.windows():
         return -1
-    past = sizes_of(site.seen)[2] - sizes_of(site.key.new)[2]
+    seen = site.seen or site.key.grown or site.key.stored
+    past = sizes_of(seen)[2] - sizes_of(site.key.new)[2]
     return rewriting.row_of(Number(past, carriers))
 
 

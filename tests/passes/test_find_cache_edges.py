@@ -39,7 +39,7 @@ def format_site(site: AttentionSite) -> str:
     for edge in (site.key, site.value):
         stored = f"newest of {edge.grown}" if edge.is_window else edge.stored
         lines.append(f"{edge.role}: {stored} = past {edge.past} + new {edge.new}")
-    if site.seen is not site.key.grown:
+    if site.seen is not None:
         lines.append(f"sees {site.seen}")
     return "\n".join(lines)
 
