@@ -18,6 +18,7 @@ from squat_fx.boundary import Boundary
 from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting
+from squat_fx.passes.find_cache_edges import part_returned
 from squat_fx.passes.spelling import (
     argument,
     kind,
@@ -178,12 +179,17 @@ def _appended_dim(past: fx.Node, node: fx.Node) -> int | None:
 
 
 def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
-    """Inputs that are a past: concatenated to on the dim of tokens, and the result is returned."""
+    """Inputs that are a past: concatenated to on the dim of tokens, and the result is returned, or
+    the newest tokens of it.
+    """
     pasts = graph.find_nodes(op="placeholder")
     returned = returned_nodes(graph)
     return {
         past: None
         for past in pasts
         if len(shape_of(past) or ()) == 4
-        and any(_appended_dim(past, u) is not None and u in returned for u in past.users)
+        and any(
+            _appended_dim(past, user) is not None and part_returned(user, returned)
+            for user in past.users
+        )
     }

@@ -6,9 +6,9 @@ stay packed, everything else dequantizes. So a cache object, a beam search or a 
 was never compiled can hold one without knowing it.
 
 Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
-a window, and an append that would disturb another living handle copies first. Tokens appended eagerly stay
-``pending``, exact, until the handle is next appended to, which is what the compiled path does with
-the tokens of a call.
+a window, and an append that would disturb another living handle copies first. Tokens appended
+eagerly stay ``pending``, exact, until the handle is next appended to, which is what the compiled
+path does with the tokens of a call.
 """
 
 from __future__ import annotations

@@ -187,10 +187,11 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     left = work.partial(lefts)
     triton_attend.attend_kernel[(work.heads, blocks, shares)](
         work.query, *work.new, work.key, work.value, work.positions, key_row, value_row,
-        work.first_row, work.mask, *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
+        work.first_row, work.mask, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+        lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        REST=swapped is not None, WINDOW=work.is_window, TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
+        REST=swapped is not None, WINDOW=work.is_window, TILES=TILES_PER_SHARE,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
     if swapped is not None:
         gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](

@@ -65,8 +65,8 @@ def dequantize_kernel(
 
 @triton.jit
 def dequantize_token_kernel(
-    stored, output, watermark, num_kv_heads, first, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stored, output, watermark, num_kv_heads, first, length, FORMAT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The same for ``planes/token``. Grid ``(batch * num_kv_heads, blocks of tokens, blocks of
     channels)``; the fixed rotation takes one block of channels.

@@ -43,6 +43,7 @@ from squat_fx.passes.spelling import (
     describe,
     dim_of,
     kind,
+    newest_of,
     parts_of,
     returned_nodes,
     same_size,
@@ -131,6 +132,9 @@ def _site(
     queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
+    for role, found, (_, _, tokens, _) in zip(("key", "value"), followed, sizes, strict=True):
+        if reason := _buffer_reason(found.source, tokens, attention):
+            return f"{role} {reason}"
     _, heads, _, key_dim = sizes[0]
     formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
@@ -141,57 +145,31 @@ def _site(
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
     key_edge = replace(key_edge, basis=basis)
+    seen = None if key.source is key_edge.grown else key.source
     is_tiled = _is_tiled(key)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, key.source, is_tiled)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
     """Whether a cache may end in ``node``, or the attention reads the newest tokens of one."""
     if node in returned or kind(node) == "cat" or node.op == "placeholder":
         return True
-    if _newest_of(node) is not None:
+    if newest_of(node) is not None:
         return _is_cache_candidate(source_of(node), returned, rewriting)
-    return _stored(node, returned) is not None
+    return part_returned(node, returned) is not None
 
 
-def _newest_of(node: Any) -> fx.Node | None:
-    """``x`` of ``x[:, :, -n:]``: the newest of its tokens, or all of them."""
-    if kind(node) == "slice":
-        is_newest = argument(node, 1, "dim", 0) in (2, -2) and argument(node, 4, "step", 1) == 1
-        is_newest &= _reaches_the_end(argument(node, 3, "end"))
-        return source_of(node) if is_newest else None
-    if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
-        return None
-    before, after = shape_of(source_of(node)), shape_of(node)
-    items = node.args[1]
-    if before is None or after is None or len(before) != 4 or len(after) != 4:
-        return None
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items = (*items[:at], *[slice(None)] * (5 - len(items)), *items[at + 1 :])
-    items = (*items, *[slice(None)] * (4 - len(items)))
-    others = (item for dim, item in enumerate(items) if dim != 2)
-    if any(item != slice(None) for item in others) or not isinstance(items[2], slice):
-        return None
-    is_newest = _reaches_the_end(items[2].stop) and items[2].step in (None, 1)
-    return source_of(node) if is_newest else None
-
-
-def _reaches_the_end(stop: Any) -> bool:
-    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
-
-
-def _stored(grown: fx.Node, returned: Returned) -> fx.Node | None:
+def part_returned(grown: fx.Node, returned: Returned) -> fx.Node | None:
     """What of ``grown`` goes back to the caller: all of it, or its newest tokens."""
     if grown in returned:
         return grown
-    newest = (user for user in grown.users if user in returned and _newest_of(user) is grown)
+    newest = (user for user in grown.users if user in returned and newest_of(user) is grown)
     return next(newest, None)
 
 
 def _grown(source: fx.Node) -> fx.Node:
     """What an attention that reads ``source`` reads, or reads the newest tokens of."""
-    return _newest_of(source) or source
+    return newest_of(source) or source
 
 
 def _source_reason(
@@ -210,7 +188,7 @@ def _source_reason(
             return f"is packed with its tokens on dim {value_of(grown).token_dim}, not {token_dim}"
         return "is read and appended to" if any(kind(u) == "cat" for u in grown.users) else None
     if kind(grown) != "cat":
-        return _buffer_reason(grown)
+        return None
     parts, dim = parts_of(grown), argument(grown, 1, "dim", 0)
     if dim_of(dim, sizes_of(grown)) != token_dim:
         return f"is concatenated on dim {dim}, not on dim {'-2' if token_dim == 2 else '1'}"
@@ -220,7 +198,7 @@ def _source_reason(
         return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
-    if _stored(grown, returned) is None:
+    if part_returned(grown, returned) is None:
         sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in grown.users)
         what = "only a part of it is, and not its newest tokens"
         what = what if sliced else "so the caller never gets it back"
@@ -228,8 +206,10 @@ def _source_reason(
     return None
 
 
-def _buffer_reason(stored: fx.Node) -> str | None:
+def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
     """Whether what is returned is an input of the same shape with something written into it."""
+    if kind(stored) == "cat" or same_size(sizes_of(attention.query)[-2], tokens):
+        return None
     seen, stack = {stored}, [stored]
     while stack:
         for node in stack.pop().all_input_nodes:
@@ -329,7 +309,7 @@ def _edge(
         assert arriving is not None, f"{grown} does not arrive packed"
         tail = {"grown": grown, "token_dim": token_dim}
         return CacheEdge(role, "read", grown, grown, grown, arriving, **tail)
-    stored = _stored(grown, returned)
+    stored = part_returned(grown, returned)
     assert stored is not None, f"{source} is not returned"
     tail = {"grown": grown, "token_dim": token_dim}
     past, new = parts_of(grown) if kind(grown) == "cat" else (None, grown)

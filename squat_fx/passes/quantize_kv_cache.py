@@ -203,11 +203,7 @@ class QuantizeKVCache(GraphPass):
             if edge.stored in (site.key.stored, site.value.stored):
                 graph = rewriting.graph
                 with graph.inserting_before(site.attention.output):
-                    query = four_dim_query(site, graph)
-                    if not edge.is_window:
-                        return query
-                    whole = edge.grown
-                    return graph.node_copy(edge.stored, lambda n: query if n is whole else n)
+                    return _newest_like(edge, four_dim_query(site, graph))
         return None
 
     def _new(self, edge: CacheEdge) -> fx.Node | None:
@@ -254,12 +250,20 @@ class QuantizeKVCache(GraphPass):
         return self._valid[key]
 
 
+def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
+    """As many of the newest tokens of ``x`` as are stored of a prompt, where the graph stands."""
+    if not edge.is_window:
+        return x
+    return x.graph.node_copy(edge.stored, lambda node: x if node is edge.grown else node)
+
+
 def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
     """The row that says where a window begins; -1 if all of the past is seen."""
     carriers = site.key.carrier, site.value.carrier
     if site.key.carrier not in rewriting.windows():
         return -1
-    past = site.key.sizes(site.seen)[2] - site.key.sizes(site.key.new)[2]
+    seen = site.seen or site.key.grown or site.key.stored
+    past = site.key.sizes(seen)[2] - site.key.sizes(site.key.new)[2]
     return rewriting.row_of(Number(past, carriers))
 
 

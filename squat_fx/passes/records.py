@@ -104,7 +104,7 @@ class CacheEdge:
 class AttentionSite:
     """One attention over past and new keys and values that will be rewritten.
 
-    ``seen`` is the node whose tokens of the keys it reads: ``cat(past, new)`` or the newest of it.
+    ``seen`` are the keys that it reads, if those are not all of ``cat(past, new)`` but the newest.
     Query heads of one KV head follow each other, unless they are ``tiled``: then query head ``i``
     reads KV head ``i % num_kv_heads``.
     """
@@ -114,7 +114,7 @@ class AttentionSite:
     value: CacheEdge
     num_queries_per_kv: int
     layer: int
-    seen: fx.Node
+    seen: fx.Node | None = None
     tiled: bool = False
 
     @property
@@ -235,8 +235,7 @@ class Rewriting:
         """Carriers of which a graph sees, or keeps, the newest tokens only."""
         found: set[fx.Node] = set()
         for site in self.sites:
-            grown = site.key.stored if site.key.grown is None else site.key.grown
-            if site.kind == "decode" and (site.key.is_window or site.seen is not grown):
+            if site.kind == "decode" and (site.key.is_window or site.seen is not None):
                 found |= {site.key.carrier, site.value.carrier}
         lone = (e for e in self.lone_edges if e.is_window)
         return found | {edge.carrier for edge in lone}

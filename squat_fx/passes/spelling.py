@@ -243,6 +243,33 @@ def reads_size(node: fx.Node) -> bool:
     return describe(node) in (*names, "_assert_tensor_metadata")
 
 
+def newest_of(node: Any) -> fx.Node | None:
+    """``x`` of ``x[:, :, -n:]``: the newest of its tokens, or all of them."""
+    if kind(node) == "slice":
+        is_newest = argument(node, 1, "dim", 0) in (2, -2) and argument(node, 4, "step", 1) == 1
+        is_newest &= _reaches_the_end(argument(node, 3, "end"))
+        return source_of(node) if is_newest else None
+    if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    before, after = shape_of(source_of(node)), shape_of(node)
+    items = node.args[1]
+    if before is None or after is None or len(before) != 4 or len(after) != 4:
+        return None
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items = (*items[:at], *[slice(None)] * (5 - len(items)), *items[at + 1 :])
+    items = (*items, *[slice(None)] * (4 - len(items)))
+    others = (item for dim, item in enumerate(items) if dim != 2)
+    if any(item != slice(None) for item in others) or not isinstance(items[2], slice):
+        return None
+    is_newest = _reaches_the_end(items[2].stop) and items[2].step in (None, 1)
+    return source_of(node) if is_newest else None
+
+
+def _reaches_the_end(stop: Any) -> bool:
+    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
+
+
 def writers(node: fx.Node) -> list[fx.Node]:
     """Operations that write to the node's memory in place, through its views too."""
     found: list[fx.Node] = []

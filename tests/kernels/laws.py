@@ -716,7 +716,8 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
 
 def attention_in_float64(
     query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side,
-    first: int, *, mask: Tensor | None, sinks: Tensor | None, scale: float, causal: int, softcap: float,
+    first: int, *, mask: Tensor | None, sinks: Tensor | None, scale: float, causal: int,
+    softcap: float,
 ) -> Tensor:  # fmt: skip
     """The formula of ``reference.attention`` with nothing rounded since the numbers were stored."""
     full = []
