@@ -110,6 +110,22 @@ def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> 
     return (probs @ repeated[1].transpose(1, 2)).transpose(1, 2).flatten(2), (key, value)
 
 
+def einsums(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
+    """The same with einsums, ``[B, T, H, D]`` in and out."""
+    query, key, value = layer.project(x)
+    past = 0 if cache is None else cache[index][0].shape[1]
+    if cache is not None:
+        key, value = (
+            torch.cat([old, new], dim=1)
+            for old, new in zip(cache[index], (key, value), strict=True)
+        )
+    repeated = key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2)
+    scores = torch.einsum("bthd,bshd->bhts", query, repeated[0]) * HEAD_DIM**-0.5
+    ahead = torch.arange(scores.shape[-1]) > torch.arange(scores.shape[-2])[:, None] + past
+    probs = torch.softmax(scores.masked_fill(ahead, float("-inf")), dim=-1)
+    return torch.einsum("bhts,bshd->bthd", probs, repeated[1]).flatten(2), (key, value)
+
+
 def in_a_dict(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """A dict of names per layer."""
     old = None if cache is None else {index: (cache[index]["k"], cache[index]["v"])}
@@ -165,7 +181,9 @@ def check(model: Callable[..., Any], step: Callable[..., Any]) -> tuple[Any, Rep
     return cache, squat_fx.report(step)
 
 
-@pytest.mark.parametrize("update", [head_major, token_major, token_major_written_out, in_a_dict])
+@pytest.mark.parametrize(
+    "update", [head_major, token_major, token_major_written_out, einsums, in_a_dict]
+)
 def test_cache_of_separate_tensors_is_packed(update: Callable[..., Any]) -> None:
     model = Own(update)
     step = squat_fx.compile(lambda x, cache: model(x, cache), **EXACT)

@@ -200,7 +200,7 @@ def comes_from_matmul(node: Any, like: tuple[Any, ...], steps: int = 12) -> bool
         return comes_from_matmul(node, shape_of(node) or (), steps - 1)
     if not same_size(shape[-1], like[-1]):
         return False
-    if kind(node) in ("matmul", "baddbmm") or describe(node) == "einsum":
+    if kind(node) in ("matmul", "baddbmm", "einsum"):
         return True
     return any(comes_from_matmul(n, like, steps - 1) for n in node.all_input_nodes)
 

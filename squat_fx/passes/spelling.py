@@ -43,6 +43,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.matmul.default, aten.bmm.default,
     ),
     "baddbmm": (torch.baddbmm, "baddbmm", aten.baddbmm.default),
+    "einsum": (torch.einsum, torch.functional.einsum, aten.einsum.default),
     "where": (torch.where, "where", aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     "masked_fill": (
         torch.masked_fill, "masked_fill", "masked_fill_",

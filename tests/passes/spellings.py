@@ -136,6 +136,11 @@ def merged_heads(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return torch.bmm(weights, value).unflatten(0, (-1, HEADS))
 
 
+def einsum(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, interleaved(key)) / 4.0
+    return torch.einsum("bhqk, bhkd -> bhqd", scores.softmax(-1), interleaved(value))
+
+
 def modules(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     weights = module.softmax(query @ interleaved(key).transpose(2, 3) * HEAD_DIM**-0.5)
     return module.dropout(weights) @ interleaved(value)
@@ -259,6 +264,7 @@ PLAIN: dict[str, Attend] = {
     "methods": methods,
     "functions": functions,
     "merged heads": merged_heads,
+    "einsum": einsum,
     "modules": modules,
     "sdpa, tiled": sdpa_tiled,
     "merged query": merged_query,
