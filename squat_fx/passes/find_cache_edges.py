@@ -80,6 +80,8 @@ class FindCacheEdges(GraphPass):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
+        if not rewriting.attentions and not rewriting.skipped:
+            rewriting.skipped.extend(_unread(rewriting, returned))
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
@@ -318,6 +320,18 @@ def _edge(
         fmt = fmt if arriving is None else arriving
         return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
     return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
+
+
+def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
+    """What looks like caches that grow, in a graph where no attention was seen."""
+    grown = (n for n in rewriting.graph.nodes if kind(n) == "cat" and n in returned)
+    return [
+        Skipped(node.name, "grows like a cache, but no attention that reads it was recognized")
+        for node in grown
+        if len(shape_of(node) or ()) == 4
+        and len(parts_of(node)) == 2
+        and getattr(parts_of(node)[0], "op", "") == "placeholder"
+    ]
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:

@@ -353,6 +353,16 @@ def test_cross_attention_that_reads_its_keys_from_an_input() -> None:
     assert reasons(Reading(), *examples(Reading())) == [expected]
 
 
+def test_cache_whose_attention_is_not_recognized() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        return scores.relu() @ interleaved(value)
+
+    module = Cached(attend)
+    expected = "grows like a cache, but no attention that reads it was recognized"
+    assert reasons(module, *examples(module)) == [expected, expected]
+
+
 def test_attention_without_a_cache() -> None:
     class Encoder(Cached):
         def forward(self, x: Any) -> Any:
