@@ -18,10 +18,27 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, pipeline
 from transformers.generation import BaseStreamer
 
-from tests.models import VOCABULARY, beam, chat, greedy, left_padded_batch, prompt, prompt_lookup
+from tests.models import (
+    VOCABULARY,
+    beam,
+    build,
+    chat,
+    greedy,
+    left_padded_batch,
+    prompt,
+    prompt_lookup,
+)
 
 Use = Callable[[PreTrainedModel], Tensor]
 Mode = Callable[[], AbstractContextManager[Any]]
+
+
+def tiny() -> PreTrainedModel:
+    """A Llama of one layer."""
+    model = build("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
 
 
 def generate(model: PreTrainedModel, ids: Tensor, tokens: int = 16, **options: Any) -> Any:

@@ -21,11 +21,15 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
 CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call.
+Under autocast ``attend`` takes its query in the dtype of autocast, as torch's attention does, and
+nothing inside an op is cast.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -116,11 +120,34 @@ Op = tuple[str, str, Callable[..., Any], Callable[..., Any]]
 """Name and overload, schema, what runs, and what tracing is told."""
 
 
+AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+
+def _without_autocast(name: str, device: str) -> Callable[..., Any]:
+    """What runs where autocast is enabled on ``device``."""
+    op, _, which = name.partition(".")
+    keys = functools.reduce(
+        operator.or_,
+        (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in AUTOCAST),
+    )
+
+    def run(*args: Any) -> Any:
+        first, *rest = args
+        if op == "attend":
+            first = first.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return getattr(getattr(torch.ops.squat_fx, op), which or "default")(first, *rest)
+
+    return run
+
+
 def _register(ops: Sequence[Op]) -> None:
     for name, schema, run, fake in ops:
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"squat_fx::{name}", fake, lib=LIBRARY)
+        for key, device in AUTOCAST.items():
+            LIBRARY.impl(name, _without_autocast(name, device), key)
 
 
 def _ops_of(layout: str) -> list[Op]:

@@ -374,6 +374,7 @@ def attention(
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
         if mask is not None and mask.dtype != torch.bool:
