@@ -143,6 +143,12 @@ def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any
     return call
 
 
+def compiled_of(model: Any) -> Compiled | None:
+    """What :func:`compile` made of ``model``; None if it did not, or if this is a copy."""
+    mark = getattr(model, _ATTRIBUTE, None)
+    return None if mark is None else mark.compiled
+
+
 def report(model: Any) -> Report:
     """What was rewritten, what was left alone and why, for what :func:`compile` returned.
 

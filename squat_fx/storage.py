@@ -186,6 +186,16 @@ class Storage:
             arenas = Arenas.of(self.fmt, tuple(selected.values()))
             return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
 
+    def used(self) -> dict[str, Tensor]:
+        """Copies of the arenas by name, without room for more tokens."""
+        slots = -(-self.watermark // self.fmt.token_group) * self.fmt.token_group
+        used = {}
+        for name, arena in self._arenas.items():
+            if name in self.fmt.packed_names:
+                arena = arena[:, :, : slots // self.fmt.tokens_per_slot(name)]
+            used[name] = arena.clone()
+        return used
+
     def dequantize(self, length: int) -> Tensor:
         """The first ``length`` tokens as numbers."""
         positions = torch.tensor([[self.length, self.watermark]], device=self["start"].device)
