@@ -160,7 +160,11 @@ def test_device_map(last_layer: str, tmp_path: Any) -> None:
     assert squat_fx.report(model).rewritten > 0
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize("options", [{"codec": "none"}, {"bits": 2}], ids=["none", "2 bits"])
 def test_offloaded_cache_on_a_gpu(options: dict[str, Any]) -> None:
     model, ids = build("llama").cuda().half(), prompt(2, 300).cuda()
@@ -176,6 +180,23 @@ def test_offloaded_cache_on_a_gpu(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("options", [{"codec": "none"}, {"bits": 2}], ids=["none", "2 bits"])
+def test_autocast_on_a_gpu(options: dict[str, Any]) -> None:
+    """Keys are fp32 after the rotary embedding, values and queries of the dtype of autocast."""
+    model, ids = tiny().cuda(), prompt(2, 300).cuda()
+    packed = squat_fx.compile(tiny().cuda(), residual_length=8, inner="eager", **options)
+    with torch.autocast("cuda", dtype=torch.float16):
+        expected = generate(model, ids)
+        out = generate(packed, ids, return_dict_in_generate=True, output_logits=True)
+    assert bool(torch.stack(out.logits).isfinite().all())
+    assert squat_fx.report(packed).rewritten > 0
+    if "codec" in options:
+        assert (out.sequences == expected).float().mean() > 0.98, str(squat_fx.report(packed))
+
+
+@pytest.mark.gpu
+@on_a_gpu
 def test_device_map_over_cpu_and_gpu(tmp_path: Any) -> None:
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM
