@@ -16,7 +16,8 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
-and stored.
+and stored. NaN, and numbers that fp16 cannot hold, are zeros for it. Packed themselves they spoil
+the numbers that share their scale, and no others.
 
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
@@ -40,7 +41,7 @@ from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
-from squat_fx.layouts.symmetric import step_and_zero
+from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 NO_FIT = Fit()
@@ -196,11 +197,19 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    fit = codec.fit_format(role, fmt, new, query, keep, basis)
+    query = _bounded(query) if query is not None and codec.taps(role) else None
+    fit = codec.fit_format(role, fmt, _bounded(new), query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
     return fit
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """``x`` with zeros for NaN and what fp16 cannot hold: one such number must not reach all that
+    is rounded with what was learned.
+    """
+    return torch.where(x.abs() <= LARGEST_HALF, x, 0.0)
 
 
 def write(
