@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
@@ -74,7 +75,8 @@ def compile_graph(
 
     def counted(*args: Any) -> Any:
         report.runs += 1
-        return run(*args)
+        with strictly() if config.strict else contextlib.nullcontext():
+            return run(*args)
 
     return counted
 

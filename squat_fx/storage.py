@@ -126,6 +126,16 @@ class Storage:
         needed = self.length + new_tokens
         if needed <= self._room:
             return
+        try:
+            self._grow(needed)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
+                "it is as it was, and may be read, cropped or dropped"
+            )
+            raise
+
+    def _grow(self, needed: int) -> None:
         first, *others = self.fmt.packed_names
         with torch.inference_mode(False), torch.no_grad():
             if needed > self.capacity_of(first):

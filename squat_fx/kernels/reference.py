@@ -16,8 +16,8 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
-and stored. NaN, and numbers that fp16 cannot hold, are zeros for it. Packed themselves they spoil
-the numbers that share their scale, and no others.
+and stored. A token of which a number is NaN, or more than fp16 can hold, counts as zeros there; so
+does such a number of a query. Packed themselves they spoil what shares their scale, and no more.
 
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
@@ -197,19 +197,14 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    query = _bounded(query) if query is not None and codec.taps(role) else None
-    fit = codec.fit_format(role, fmt, _bounded(new), query, keep, basis)
+    if query is not None:
+        query = query.where(query.abs() <= LARGEST_HALF, 0.0) if codec.taps(role) else None
+    usable = (new.abs() <= LARGEST_HALF).all(-1, keepdim=True)
+    fit = codec.fit_format(role, fmt, new.where(usable, 0.0), query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
     return fit
-
-
-def _bounded(x: Tensor) -> Tensor:
-    """``x`` with zeros for NaN and what fp16 cannot hold: one such number must not reach all that
-    is rounded with what was learned.
-    """
-    return torch.where(x.abs() <= LARGEST_HALF, x, 0.0)
 
 
 def write(
@@ -413,7 +408,8 @@ def _probabilities(
         probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
     else:
         probs = torch.softmax(scores, -1)
-    return probs.nan_to_num(0.0)
+    nowhere = scores.amax(-1, keepdim=True) == -torch.inf  # NaN stays: the model's own
+    return probs.masked_fill(nowhere, 0.0)
 
 
 def _with_causality(

@@ -105,7 +105,8 @@ def key_moments(
         keep = kept(valid, valid_stride, token, first, last)
         pointers = key + token.to(tl.int64) * stride + channel
         x = tl.load(pointers, mask=keep & (channel < HEAD_DIM), other=0.0).to(tl.float32)
-        x = bounded(x)
+        unusable = tl.where(tl.abs(x) <= LARGEST_HALF, 0, 1)
+        x = tl.where(tl.sum(unusable, 1, keep_dims=True) == 0, x, 0.0)
         count += tl.where(keep, 1.0, 0.0)
         change = tl.where(keep, x - mean, 0.0)
         mean += change * (1.0 / tl.maximum(count, 1.0))
