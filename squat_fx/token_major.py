@@ -15,8 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from squat_fx.codecs import Format, Role
-from squat_fx.pool import TOKENS
-from squat_fx.state import PACKED_OPS, QuantizedKV
+from squat_fx.state import HANDLE_TYPES, PACKED_OPS, QuantizedKV
 
 aten = torch.ops.aten
 HEADS_AND_TOKENS = {1, 2}
@@ -54,7 +53,7 @@ class TokenMajorKV(QuantizedKV):
 
 def handle_type(token_dim: int) -> type[QuantizedKV]:
     """The carrier whose tokens are dim ``token_dim``."""
-    return {TOKENS: QuantizedKV, TokenMajorKV.token_dim: TokenMajorKV}[token_dim]
+    return HANDLE_TYPES[token_dim]
 
 
 def exchanged(x: QuantizedKV) -> QuantizedKV:
@@ -129,3 +128,4 @@ _OPS: dict[Any, Callable[..., Any]] = (
     dict.fromkeys(_OF_BATCH_OR_WHOLE, _usual) | _WITH_DIMS | _TRANSPOSES
 )
 PACKED_OPS.update(_TRANSPOSES)
+HANDLE_TYPES[TokenMajorKV.token_dim] = TokenMajorKV
