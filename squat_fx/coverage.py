@@ -76,6 +76,11 @@ class Row:
         """Whether all full-attention layers are packed."""
         return self.packed.get("full", 0) == self.layers.get("full", 0)
 
+    @property
+    def is_unexplained(self) -> bool:
+        """Whether full-attention layers are not packed, and no reason is given."""
+        return self.has_full and not self.is_full_packed and not self.left
+
     def facts(self) -> dict[str, Any]:
         """The row without what depends on the machine."""
         return {k: v for k, v in asdict(self).items() if k != "difference"}
@@ -103,6 +108,7 @@ def cover(architecture: str, attention: str) -> Row:
             graphs = len(report.graphs)
             row.difference = max(row.difference, _difference(wanted, found))
             row.packed = _layers(found[2], config, packed=True)
+            del found
         row.equal = row.difference <= TOLERANCE
         row.left = _left(report)
         if failed := [note for note in report.notes if "failed" in note]:
@@ -196,8 +202,8 @@ def _layers(cache: Any, config: Any, packed: bool = False) -> dict[str, int]:
     for layer in getattr(cache, "layers", None) or ():
         keys = getattr(layer, "keys", None)
         name = _KINDS.get(type(layer).__name__, type(layer).__name__)
-        if name == "full" and not (isinstance(keys, Tensor) and keys.numel()):
-            continue  # a layer that caches nothing, such as an MLP
+        if name != "linear" and not (isinstance(keys, Tensor) and keys.numel()):
+            continue  # a layer that caches nothing, such as an MLP, or reads another one's cache
         if name == "full" and getattr(config, "kv_lora_rank", None):
             name = "latent"
         if not packed or isinstance(keys, squat_fx.QuantizedKV):

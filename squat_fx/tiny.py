@@ -99,6 +99,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
                  "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2},
     "xlstm": {"qk_dim_factor": 0.5},
     "zamba": {"num_hidden_layers": 4, "num_key_value_heads": 4, "attention_head_dim": 32,
+              "attention_hidden_size": 2 * WIDTH,
               "layer_types": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"num_hidden_layers": None, "num_mem_blocks": 1, "num_key_value_heads": 4,
                "attention_head_dim": 32},

@@ -90,6 +90,8 @@ class Scores:
             return source_of(node)
         if step == "tanh":
             return NO_SOFTCAP
+        if step == "sub" and _is_row_maximum(operand(node, 1), operand(node)):
+            return source_of(node)  # which changes nothing in a softmax
         if step in ("where", "masked_fill"):
             return self._filled(node)
         if step not in ("add", "mul", "div") or not is_plain(node):

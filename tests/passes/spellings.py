@@ -116,6 +116,13 @@ def gpt_oss(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return torch.matmul(probs[..., :-1], repeat_kv(value))
 
 
+def mimo(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """The maximum is subtracted, which a softmax does itself."""
+    scores = torch.matmul(query, repeat_kv(key).transpose(2, 3)) * 0.25 + mask
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(scores, dim=-1), repeat_kv(value))
+
+
 def operators(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return (query @ interleaved(key).mT / 4).softmax(-1) @ interleaved(value)
 
@@ -286,5 +293,6 @@ MASKED: dict[str, Attend] = {
     "where, hidden": where_hidden,
     "codegen": codegen,
     "granite_swa": granite_swa,
+    "mimo": mimo,
     "flint": flint,
 }

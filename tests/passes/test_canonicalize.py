@@ -341,6 +341,15 @@ def test_sink_column_that_is_no_logit_per_head() -> None:
     assert reason(attend) == "the sink column is not one logit per head"
 
 
+def test_maximum_of_another_dim_is_subtracted() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        scores = scores - scores.max(dim=-2, keepdim=True).values
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend) == "the scores pass through sub, which is not understood"
+
+
 def test_sinks_with_something_else_subtracted() -> None:
     def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
         sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.size(0), -1, query.size(2), -1)
