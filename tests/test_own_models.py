@@ -110,6 +110,20 @@ def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> 
     return (probs @ repeated[1].transpose(1, 2)).transpose(1, 2).flatten(2), (key, value)
 
 
+def mask_by_vmap(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
+    """Tuples, and a mask that is made entry by entry."""
+    query, key, value = (p.transpose(1, 2) for p in layer.project(x))
+    past = 0 if cache is None else cache[index][0].shape[2]
+    if cache is not None:
+        key, value = (
+            torch.cat([old, new], 2) for old, new in zip(cache[index], (key, value), strict=True)
+        )
+    rows, columns = torch.arange(query.shape[2]) + past, torch.arange(key.shape[2])
+    mask = torch.vmap(torch.vmap(torch.ge, (None, 0)), (0, None))(rows, columns)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).flatten(2), (key, value)
+
+
 def einsums(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with einsums, ``[B, T, H, D]`` in and out."""
     query, key, value = layer.project(x)
@@ -182,7 +196,8 @@ def check(model: Callable[..., Any], step: Callable[..., Any]) -> tuple[Any, Rep
 
 
 @pytest.mark.parametrize(
-    "update", [head_major, token_major, token_major_written_out, einsums, in_a_dict]
+    "update",
+    [head_major, token_major, token_major_written_out, mask_by_vmap, einsums, in_a_dict],
 )
 def test_cache_of_separate_tensors_is_packed(update: Callable[..., Any]) -> None:
     model = Own(update)

@@ -339,7 +339,13 @@ def _is_root(node: fx.Node) -> bool:
         return False
     if kind(node) == "dropout" and not dropout_is_active(node):
         return False
-    return is_append(node) or node.is_impure()
+    return is_append(node) or _changes_levels(node) or node.is_impure()
+
+
+def _changes_levels(node: fx.Node) -> bool:
+    """Whether a node begins or ends a ``vmap`` or another transform, which masks are made by."""
+    name = describe(node)
+    return name.endswith("_nesting") or name == "lazy_load_decompositions"
 
 
 def _follows(node: fx.Node) -> list[fx.Node]:
