@@ -824,3 +824,21 @@ def make_mask(case: Case, kv_len: int) -> Tensor | None:
         return visible
     bias = torch.randn(1, heads, 1, kv_len, generator=generator)
     return bias.masked_fill(~visible, -torch.inf).to(case.dtype)
+
+
+def learning_leaves_out(bad: float, case: Case, device: str) -> None:
+    """A key that fp16 cannot hold counts as zeros, such a number of a query as zero: the kernels
+    learn what the reference learns, and it is finite.
+    """
+    fmt = case.format("key")
+    x = case.randn(2, NUM_KV_HEADS, 70, fmt.head_dim).to(device)
+    query = case.randn(2, 2 * NUM_KV_HEADS, 70, fmt.head_dim, seed=2).to(device)
+    x[0, 0, 50, 3], query[0, 0, 40, 5] = bad, bad
+    arenas = [reference.empty_arenas(x, 0, fmt, None) for _ in range(2)]
+    found = fitting.learn(arenas[0], x, None, query, fmt, "key")
+    expected = reference.learn(arenas[1], x, None, query, fmt, "key")
+    assert found.feedback is not None
+    assert expected.feedback is not None
+    assert bool(found.feedback.isfinite().all())
+    torch.testing.assert_close(arenas[0].affine, arenas[1].affine, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.feedback, expected.feedback, rtol=1e-3, atol=1e-3)
