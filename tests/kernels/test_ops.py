@@ -29,6 +29,7 @@ from squat_fx.codecs import (
 )
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from tests.choose import every
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
@@ -187,7 +188,13 @@ def test_every_overload_is_called_here() -> None:
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
 def test_opcheck(call: Call) -> None:
-    torch.library.opcheck(call.op, call.args)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(call.op, call.args, test_utils=checks)
+
+
+@pytest.mark.parametrize("call", every(5, CALLS), ids=IDS)
+def test_opcheck_of_what_is_traced_with_symbolic_sizes(call: Call) -> None:
+    torch.library.opcheck(call.op, call.args, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
