@@ -49,7 +49,7 @@ class Compiled:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.report.runs
+        before = self.report.runs_here
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if self._takes_limit:
@@ -57,7 +57,7 @@ class Compiled:
         else:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 result = self._compiled(*args, **kwargs)
-        if self.report.runs == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before and not torch.compiler.is_compiling():
             packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
             self.report.eager_calls += packed
         return result

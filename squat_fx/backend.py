@@ -74,7 +74,7 @@ def compile_graph(
         run = graph_module.forward
 
     def counted(*args: Any) -> Any:
-        report.runs += 1
+        report.count_run()
         with strictly() if config.strict else contextlib.nullcontext():
             return run(*args)
 
