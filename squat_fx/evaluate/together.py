@@ -1,0 +1,119 @@
+"""Settings measured by several processes, each result kept as it comes.
+
+Compiling a model for a cache takes a processor several seconds, and the GPU waits; so processes
+work side by side. Each measures the untouched model, then takes the next setting that none has
+taken. What they have in common is a folder: ``3.taken`` says that a process has taken setting 3,
+``3.json`` is its row. A folder that is there already is gone on with: what it has is not measured
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+Measure = Callable[[int], Row]
+
+POLL = 0.25  # seconds
+
+
+class Kept:
+    """The rows in a folder, by the number of their setting."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, number: int) -> bool:
+        """Whether a setting is for the caller to measure: nobody has, and nobody else does."""
+        if self._path(number, "json").exists():
+            return False
+        try:
+            self._path(number, "taken").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def give_back(self) -> None:
+        """Forget what was taken and not measured, once nobody works on it."""
+        for path in self._folder.glob("*.taken"):
+            path.unlink()
+
+    def put(self, number: int, row: Row) -> None:
+        """Keep a row; a reader sees all of it or nothing."""
+        unfinished = self._path(number, "unfinished")
+        unfinished.write_text(json.dumps(row), encoding="utf-8")
+        unfinished.rename(self._path(number, "json"))
+
+    def row(self, number: int) -> Row | None:
+        """What was found of a setting, if it was measured."""
+        path = self._path(number, "json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _path(self, number: int, kind: str) -> Path:
+        return self._folder / f"{number}.{kind}"
+
+
+def work(start: Callable[[], Measure], count: int, folder: Path) -> None:
+    """What a process does: settings from the first on, while there are any. An error is a row."""
+    kept = Kept(folder)
+    measure: Measure | None = None
+    for number in range(count):
+        if not kept.take(number):
+            continue
+        try:
+            measure = measure or start()
+            kept.put(number, measure(number))
+        except Exception as error:
+            traceback.print_exc()
+            kept.put(number, {"error": f"{type(error).__name__}: {error}"})
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def run(
+    start: Callable[[], Measure],
+    count: int,
+    processes: int,
+    folder: Path,
+    seconds: float | None = None,
+) -> Iterator[tuple[int, Row]]:
+    """The rows of ``count`` settings by their numbers, as they come.
+
+    Args:
+        start: readies a process, which then measures settings by number; must be picklable.
+        count: of settings.
+        processes: how many work side by side.
+        folder: where rows are kept.
+        seconds: how long they may take; processes are ended then, and what they have is kept.
+    """
+    kept, missing = Kept(folder), set(range(count))
+    kept.give_back()
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=work, args=(start, count, folder), daemon=True)
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + seconds if seconds else float("inf")
+    try:
+        while missing:
+            is_last_look = not any(w.is_alive() for w in workers) or time.monotonic() > deadline
+            for number in sorted(missing):
+                if (row := kept.row(number)) is not None:
+                    missing.remove(number)
+                    yield number, row
+            if is_last_look:
+                return
+            time.sleep(POLL)
+    finally:
+        for worker in workers:
+            worker.terminate()
