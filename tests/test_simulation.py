@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from simulation import OfConfig, PlainKivi, Rounding, Simulation
+from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from variants import Statistics, Variant
@@ -16,6 +16,7 @@ from squat_fx.codecs import Kivi, Squat
 from tests.models import VOCABULARY, build, prompt
 
 PROMPT, TOKENS = 72, 48
+WITHOUT_MEAN = ("polar", "turboquant", "qjl")  # a token's error grows with all of its channels
 
 
 def make(family: str) -> Any:
@@ -95,3 +96,35 @@ def test_every_calibrated_variant_runs_and_the_plain_one_is_squat() -> None:
     for weight, joint, inner in ((0.0, False, True), (1.0, True, False)):
         other = Variant(calibration=statistics.calibration(weight, joint, inner), norm="search")
         assert (simulated(model, other) - expected).abs().max() > 1e-3
+
+
+class NothingIsLeft:
+    """Packed keys are their mean, packed values zero: what a collapsed cache would say."""
+
+    residual, sinks = 32, 4
+
+    def groups(self, site: Site, key: Tensor) -> tuple[int, int]:
+        return 1, 1
+
+    def __call__(
+        self, site: Site, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mean = key[:, :, site.sinks : site.prompt].mean(2, keepdim=True)
+        return mean.expand_as(key), torch.zeros_like(value)
+
+
+def test_large_biases_of_keys_let_no_codec_collapse() -> None:
+    model = build("qwen2")  # biases of keys with a standard deviation of 20
+    full = simulated(model, None).double().log_softmax(-1)
+
+    def divergence(rounding: Rounding) -> float:
+        found = simulated(model, rounding).double().log_softmax(-1)
+        return (full.exp() * (full - found)).sum(-1).mean().item()
+
+    collapsed = divergence(NothingIsLeft())
+    for name in squat_fx.list_codecs():
+        widths = [3.875] if name == "polar" else [2, 4]
+        found = [divergence(OfConfig(squat_fx.Config(codec=name, bits=w))) for w in widths]
+        assert max(found) < collapsed, name
+        assert found == sorted(found, reverse=True), name
+        assert found[-1] < collapsed * (0.75 if name in WITHOUT_MEAN else 0.5), name

@@ -66,7 +66,9 @@ def packed(name: str, calibrated: Calibrated | None = None, **options: Any) -> S
 
 
 def _compiled(calibrated: Calibrated | None, options: dict[str, Any], model: Any) -> MakeCache:
-    calibration = {} if calibrated is None else {"calibration": calibrated.of(model)}
+    calibration: dict[str, Any] = {}
+    if calibrated is not None:
+        calibration["calibration"] = calibrated.of(model)
     squat_fx.compile(model, **options, **calibration)
     return _caches_of(model)
 
