@@ -39,7 +39,7 @@ class Variant:
             would have to be stored.
         newest: queries of the prompt that count; None: all.
         shrink: tokens at which what is learned from a prompt is trusted by half; 0: always.
-        center: whether the mean of the keys is taken out.
+        center: whether the mean of the keys is taken out, or how much of it.
         center_sinks: whether the first tokens count in it.
         center_values: the same of values.
         smooth: exponent of the factors: 1/4 is least squares.
@@ -47,10 +47,12 @@ class Variant:
         smooth_values: whether channels of values get factors from the output projection.
         rotate: channels that a rotation mixes; 0: all, 1: none.
         reach: how far levels reach at 2 bits, at 3 and more; in largest numbers of a token.
+        stretch: what the scale that codes are found with is multiplied by.
         uniform: evenly spaced levels; False: Lloyd-Max levels, a table in the kernels.
         norm: how a token's scale is mended after rounding: "" (not), "norm" (keeps the norm),
-            "fit" (least squares), "search" (the best of nine scales, then least squares); in all
-            but "" levels reach as far as they do.
+            "fit" (least squares), "unbiased" (keeps the product with the token itself, beside which
+            "norm" is half-way to "fit"), "search" (the best of nine scales, then least squares).
+        value_norm: the same of values; None: as of keys.
         weighted_search: whether the search weighs errors with the queries' metric.
         value_strength: ``lambda'`` of feedback in the metric of the output projection, all tokens.
         calibration: latent bases of keys by layer, in place of the rotation.
@@ -68,7 +70,7 @@ class Variant:
     appended: bool = False
     newest: int | None = None
     shrink: float = 0.0
-    center: bool = True
+    center: float = 1.0
     center_sinks: bool = False
     center_values: bool = False
     smooth: float = 0.25
@@ -76,8 +78,10 @@ class Variant:
     smooth_values: bool = False
     rotate: int = 0
     reach: tuple[float, float] | None = None
+    stretch: float = 1.0
     uniform: bool = True
     norm: str = ""
+    value_norm: str | None = None
     weighted_search: bool = False
     value_strength: float = 0.0
     calibration: Mapping[int, LayerCalibration] | None = None
@@ -139,8 +143,8 @@ class Variant:
         weights = None if h is None or not self.weighted_search else h.float()
         rounded = torch.cat(
             [
-                self._round(y[:, :, :end], widths, matrix, weights),
-                self._round(y[:, :, end:], widths, None, weights),
+                self._round(y[:, :, :end], widths, self.norm, matrix, weights),
+                self._round(y[:, :, end:], widths, self.norm, None, weights),
             ],
             2,
         )
@@ -194,13 +198,19 @@ class Variant:
                 h = _metric(back @ gram @ back.mT, self.value_strength)
                 matrix = feedback_matrix(h, self.block)
         y = ((value - mean) / factor) @ pair[0]
-        rounded = self._round(y, spread_widths(head_dim, bits), matrix, None)
+        norm = self.norm if self.value_norm is None else self.value_norm
+        rounded = self._round(y, spread_widths(head_dim, bits), norm, matrix, None)
         return (rounded @ pair[1]) * factor + mean
 
     # levels ---------------------------------------------------------------------------------------
 
     def _round(
-        self, y: Tensor, widths: tuple[int, ...], matrix: Tensor | None, weights: Tensor | None
+        self,
+        y: Tensor,
+        widths: tuple[int, ...],
+        norm: str,
+        matrix: Tensor | None,
+        weights: Tensor | None,
     ) -> Tensor:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
         low, high = self.reach or (0.75, 1.0)
@@ -212,14 +222,13 @@ class Variant:
                      for w, r in zip(widths, reach, strict=True)]  # fmt: skip
             least = torch.tensor(least, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
             scale = torch.maximum(size, (y.abs() * least).amax(-1, keepdim=True))
-        scale = scale.clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
-        if self.norm != "search":
-            rounded = self._with_scale(y, scale, widths, matrix)
-            return self._mended(y, rounded)
+        scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+        if norm != "search":
+            return _mended(y, self._with_scale(y, scale, widths, matrix), norm)
         best, least_error = None, None
         for step in range(-4, 5):
             tried = self._with_scale(y, (scale * 2 ** (step / 8)).half().float(), widths, matrix)
-            tried = _fitted(y, tried) if matrix is None else tried
+            tried = _mended(y, tried, "fit") if matrix is None else tried
             error = tried - y
             weighed = error if weights is None else error @ weights
             cost = (weighed * error).sum(-1, keepdim=True)
@@ -230,16 +239,6 @@ class Variant:
                 least_error = torch.minimum(cost, least_error)
         assert best is not None
         return best
-
-    def _mended(self, y: Tensor, rounded: Tensor) -> Tensor:
-        if self.norm == "fit":
-            return _fitted(y, rounded)
-        if self.norm == "norm":
-            ratio = y.norm(dim=-1, keepdim=True) / rounded.norm(dim=-1, keepdim=True).clamp_min(
-                1e-20
-            )
-            return rounded * ratio
-        return rounded
 
     def _with_scale(
         self, y: Tensor, scale: Tensor, widths: tuple[int, ...], matrix: Tensor | None
@@ -277,10 +276,14 @@ def _metric(gram: Tensor, strength: float) -> Tensor:
     return identity + strength * gram / mean
 
 
-def _fitted(y: Tensor, rounded: Tensor) -> Tensor:
-    """``rounded`` scaled so that it is nearest to ``y``."""
+def _mended(y: Tensor, rounded: Tensor, norm: str) -> Tensor:
+    """``rounded`` with other scales; see :class:`Variant`."""
+    if not norm:
+        return rounded
     inner = (y * rounded).sum(-1, keepdim=True)
-    return rounded * (inner / rounded.square().sum(-1, keepdim=True).clamp_min(1e-30))
+    ours, theirs = (x.square().sum(-1, keepdim=True).clamp_min(1e-30) for x in (rounded, y))
+    fit, unbiased = inner / ours, theirs / inner.clamp_min(1e-30)
+    return rounded * {"fit": fit, "unbiased": unbiased, "norm": (theirs / ours).sqrt()}[norm]
 
 
 class Statistics:

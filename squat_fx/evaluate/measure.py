@@ -26,6 +26,7 @@ from squat_fx.evaluate.numbers import digits, standard_error
 from squat_fx.evaluate.settings import Setting
 from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
+from squat_fx.kernels.reference import Extent
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Held:
     Attributes:
         stored, dense: bytes of the layers that are packed, and what the same tokens take densely;
             of all layers if none is.
+        effective_bits: bits per element of all tokens, exact ones among them, and of what was
+            learned from the prompt or in advance, in half precision and without spare capacity.
         packed_bits: bits per element of packed tokens: codes, padding, scales and zero points.
         left: layers that are not packed, if others are.
     """
@@ -42,6 +45,7 @@ class Held:
     stored: int
     dense: int
     dense_bits: int
+    effective_bits: float
     packed_bits: float | None = None
     left: int = 0
 
@@ -76,6 +80,7 @@ class Row:
         return {
             "name": self.name,
             "packed_bits": self.held.packed_bits and round(self.held.packed_bits, 4),
+            "effective_bits": round(self.held.effective_bits, 3),
             "all_bits": round(self.held.all_bits, 3),
             "cache_bytes": self.held.stored,
             "dense_bytes": self.held.dense,
@@ -283,18 +288,35 @@ def hold(cache: Any, dense: Held | None = None) -> Held:
     layers = [_distinct_tensors(vars(layer)) for layer in cache.layers]
     packed = [x for tensors in layers for x in tensors if isinstance(x, squat_fx.QuantizedKV)]
     if not packed:
-        stored = sum(stored_bytes(x) for tensors in layers for x in tensors)
+        held = [x for tensors in layers for x in tensors]
+        stored = sum(map(stored_bytes, held))
+        halves = sum(8 * min(x.itemsize, 2) * x.numel() for y in held for x in innermost(y))
         if dense is not None:
-            return Held(stored, dense.dense, dense.dense_bits)
-        sizes = [x.element_size() for tensors in layers for x in tensors]
-        return Held(stored, stored, 8 * max(sizes, default=2))
+            elements = dense.dense * 8 / dense.dense_bits
+            return Held(stored, dense.dense, dense.dense_bits, halves / elements)
+        return Held(stored, stored, 8 * max((x.itemsize for x in held), default=2), 16)
     return Held(
         stored=sum(stored_bytes(x) for x in packed),
         dense=sum(x.numel() * x.element_size() for x in packed),
         dense_bits=8 * packed[0].element_size(),
+        effective_bits=effective_bits(packed),
         packed_bits=mean(x.format.packed_bits_per_element() for x in packed),
         left=sum(not any(isinstance(x, squat_fx.QuantizedKV) for x in t) for t in layers),
     )
+
+
+def effective_bits(handles: Sequence[squat_fx.QuantizedKV]) -> float:
+    """See :class:`Held`."""
+    bits, elements = 0.0, 0
+    for handle in handles:
+        storage, fmt = handle._storage, handle.format
+        numbers = handle.numel() // handle.shape[2]  # of a token
+        packed = Extent(storage.length, storage.watermark).packed(0, fmt)
+        bits += numbers * packed * fmt.packed_bits_per_element()
+        bits += numbers * 16 * (handle.shape[2] - packed)
+        bits += sum(8 * storage[name].nbytes for name in fmt.stored_layout.fixed)
+        elements += handle.numel()
+    return bits / elements
 
 
 def _distinct_tensors(nested: Any) -> list[Tensor]:

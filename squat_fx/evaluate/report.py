@@ -142,7 +142,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One table for each text and length, and one for the tasks if there are any."""
     for label in rows[0]["texts"]:
         table = Table(
-            "", "packed", "all bits", "MiB", "ppl", "KL to full", "KL p99", "top-1",
+            "", "packed", "effective", "all bits", "MiB", "ppl", "KL to full", "KL p99", "top-1",
             "attention error", "ms a token", title=label, box=None,
         )  # fmt: skip
         for column in table.columns[1:]:
@@ -153,6 +153,7 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
             table.add_row(
                 row["name"],
                 f"{bits:.3f}" if bits else "–",
+                f"{row['effective_bits']:.2f}",
                 f"{row['all_bits']:.2f}",
                 f"{row['cache_bytes'] / 2**20:.2f}",
                 f"{scores['ppl']:.3f}",

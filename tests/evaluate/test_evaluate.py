@@ -216,6 +216,10 @@ def test_bits_are_bytes_that_are_held() -> None:
         elements = row.held.dense / 4
         assert row.held.all_bits == pytest.approx(8 * row.held.stored / elements)
     assert none.held.packed_bits == 16
+    exact = 32 + 4  # of 52 tokens
+    learned = 2 * 16 / 52 / 2  # means and factors, of keys only
+    assert two.held.effective_bits == pytest.approx((3 * 16 + 16 * exact) / 52 + learned)
+    assert none.held.effective_bits == 16
 
 
 def test_a_setting_that_packs_nothing_is_refused() -> None:
@@ -242,6 +246,7 @@ def test_eight_bit_floats_take_a_byte_each() -> None:
     full, small = run("llama", *found)
     assert small.held.dense == full.held.dense == full.held.stored
     assert small.held.all_bits == pytest.approx(8, abs=0.1)
+    assert small.held.effective_bits == pytest.approx(8, abs=0.1)
     assert 0 < small.scores[0].mean_kl < 1e-2
 
 
@@ -306,7 +311,8 @@ def test_the_command_writes_what_it_shows(evaluate: Callable[..., Any], tmp_path
     assert "words.txt, prompt 60" in done.stdout
     written = json.loads(out.read_text())
     assert written["command"].startswith(
-        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --needle 100"
+        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --prompt 60 "
+        "--needle 100"
     )
     full, two, four = written["rows"]
     scores = [row["texts"]["words.txt, prompt 60"] for row in (full, two, four)]
