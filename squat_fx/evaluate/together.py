@@ -2,17 +2,20 @@
 
 Compiling a model for a cache takes a processor several seconds, and the GPU waits; so processes
 work side by side. Each measures the untouched model, then takes the next setting that none has
-taken. What they have in common is a folder: ``3.taken`` says that a process has taken setting 3,
+taken, each on one of the GPUs. What they have in common is a folder: ``3.taken`` says that a process has taken setting 3,
 ``3.json`` is its row. A folder that is there already is gone on with: what it has is not measured
 again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ Row = dict[str, Any]
 Measure = Callable[[int], Row]
 
 POLL = 0.25  # seconds
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Kept:
@@ -78,6 +82,30 @@ def work(start: Callable[[], Measure], count: int, folder: Path) -> None:
                 torch.cuda.empty_cache()
 
 
+def devices() -> list[str]:
+    """The names of the GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` has them; one that
+    means nothing if there are none.
+    """
+    chosen = os.environ.get(VISIBLE)
+    return (
+        chosen.split(",") if chosen else [str(i) for i in range(torch.cuda.device_count())] or [""]
+    )
+
+
+@contextmanager
+def seeing(device: str) -> Iterator[None]:
+    """Processes that are started meanwhile see one GPU."""
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = device
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
+
+
 def run(
     start: Callable[[], Measure],
     count: int,
@@ -101,8 +129,9 @@ def run(
         context.Process(target=work, args=(start, count, folder), daemon=True)
         for _ in range(processes)
     ]
-    for worker in workers:
-        worker.start()
+    for worker, device in zip(workers, itertools.cycle(devices()), strict=False):
+        with seeing(device):
+            worker.start()
     deadline = time.monotonic() + seconds if seconds else float("inf")
     try:
         while missing:

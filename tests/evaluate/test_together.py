@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from squat_fx.evaluate.together import Kept, run, work
+import pytest
+import torch
+
+from squat_fx.evaluate.together import VISIBLE, Kept, devices, run, seeing, work
 
 Measure = Callable[[int], dict[str, Any]]
 
@@ -49,3 +53,19 @@ def test_what_a_folder_has_is_not_measured_again(tmp_path: Path) -> None:
 
 def test_time_that_is_up_ends_the_work(tmp_path: Path) -> None:
     assert dict(run(partial(start, tmp_path / "log"), 3, 1, tmp_path / "rows", seconds=0.01)) == {}
+
+
+def test_processes_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "2,5")
+    assert devices() == ["2", "5"]
+    with seeing("5"):
+        assert os.environ[VISIBLE] == "5"
+    assert os.environ[VISIBLE] == "2,5"
+    monkeypatch.delenv(VISIBLE)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert devices() == ["0", "1", "2"]
+    with seeing("1"):
+        assert os.environ[VISIBLE] == "1"
+    assert VISIBLE not in os.environ
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices() == [""]
