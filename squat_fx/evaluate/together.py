@@ -2,8 +2,8 @@
 
 Compiling a model for a cache takes a processor several seconds, and the GPU waits; so processes
 work side by side. Each measures the untouched model, then takes the next setting that none has
-taken, each on one of the GPUs. What they have in common is a folder: ``3.taken`` says that a process has taken setting 3,
-``3.json`` is its row. A folder that is there already is gone on with: what it has is not measured
+taken, each on one of the GPUs. What they have in common is a folder: ``3.taken`` says that a
+process has taken setting 3, ``3.json`` is its row. A folder that is there already is gone on with: what it has is not measured
 again.
 """
 
@@ -45,9 +45,9 @@ class Kept:
             return False
         return True
 
-    def give_back(self) -> None:
-        """Forget what was taken and not measured, once nobody works on it."""
-        for path in self._folder.glob("*.taken"):
+    def give_back(self, number: int | None = None) -> None:
+        """Let others take a setting that was not measured; all, once nobody works on any."""
+        for path in self._folder.glob("*.taken" if number is None else f"{number}.taken"):
             path.unlink()
 
     def put(self, number: int, row: Row) -> None:
@@ -66,7 +66,10 @@ class Kept:
 
 
 def work(start: Callable[[], Measure], count: int, folder: Path) -> None:
-    """What a process does: settings from the first on, while there are any. An error is a row."""
+    """What a process does: settings from the first on, while there are any.
+
+    An error is a row; but a process that finds no room on the GPU leaves it to the others.
+    """
     kept = Kept(folder)
     measure: Measure | None = None
     for number in range(count):
@@ -75,11 +78,12 @@ def work(start: Callable[[], Measure], count: int, folder: Path) -> None:
         try:
             measure = measure or start()
             kept.put(number, measure(number))
+        except torch.OutOfMemoryError:
+            kept.give_back(number)
+            return
         except Exception as error:
             traceback.print_exc()
             kept.put(number, {"error": f"{type(error).__name__}: {error}"})
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
 
 def devices() -> list[str]:

@@ -51,6 +51,14 @@ def test_what_a_folder_has_is_not_measured_again(tmp_path: Path) -> None:
     assert kept.row(3) == {"square": 9}
 
 
+def test_a_process_without_room_leaves_its_setting_to_others(tmp_path: Path) -> None:
+    def full() -> Measure:
+        raise torch.OutOfMemoryError
+
+    work(full, 2, tmp_path)
+    assert Kept(tmp_path).take(0)
+
+
 def test_time_that_is_up_ends_the_work(tmp_path: Path) -> None:
     assert dict(run(partial(start, tmp_path / "log"), 3, 1, tmp_path / "rows", seconds=0.01)) == {}
 
