@@ -119,6 +119,10 @@ def _compile_rewritten(
         _moving_inputs(rewriting, examples, report)
         if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
         else None,
+        [
+            (number.size, tuple(placeholders.index(node) for node in number.carriers))
+            for number in rewriting.numbers
+        ],
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
@@ -259,7 +263,8 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return None
     like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+        rows = len(handles) + len(rewriting.numbers)
+        return torch.zeros((rows, 2), dtype=torch.int64, device=like.device)
 
 
 def _fake_mode(fakes: Sequence[Any]) -> Any:

@@ -97,6 +97,7 @@ class GraphReport:
     def of(cls, rewriting: Rewriting, inner: str, static: bool) -> GraphReport:
         """The report of a graph that went through the pipeline."""
         kinds = {site.kind for site in rewriting.sites} | {e.kind for e in rewriting.lone_edges}
+        kinds = {"decode" if kind == "read" else kind for kind in kinds}
         kind = kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "untouched")
         text = rewriting.module.code
         return cls(
@@ -169,7 +170,7 @@ class Report:
             size = (
                 dense.shape[0]
                 * dense.shape[1]
-                * storage.length
+                * (storage.length - storage.first_read)
                 * dense.shape[3]
                 * dense.element_size()
             )

@@ -63,9 +63,15 @@ class Living:
         valid = torch.ones(len(new), new.shape[2], dtype=torch.bool)
         return Living(handle, torch.cat([self.expected, new], 2), torch.cat([self.valid, valid], 1))
 
+    def newest(self, tokens: int) -> Living:
+        """The same handle, which has only the newest ``tokens``."""
+        return Living(self.handle, self.expected[:, :, -tokens:], self.valid[:, -tokens:])
 
-def compiled_append(new_tokens: int, fails: bool) -> Boundary:
-    """What the backend makes of a graph that appends to one carrier."""
+
+def compiled_append(new_tokens: int, fails: bool, kept: int | None = None) -> Boundary:
+    """What the backend makes of a graph that appends to one carrier, and keeps the newest tokens
+    only if it says how many.
+    """
 
     def inner(*fed: Tensor) -> tuple[()]:
         *tensors, where, new = fed
@@ -83,10 +89,11 @@ def compiled_append(new_tokens: int, fails: bool) -> Boundary:
             InnerInput("positions"),
             InnerInput("argument", 1),
         ],
-        [InnerOutput("appended", argument=0, tokens=new_tokens, edge=edge)],
+        [InnerOutput("appended", argument=0, tokens=new_tokens, edge=edge, kept=kept)],
         [0],
         [],
         Report(),
+        numbers=[] if kept is None else [(kept, (0,))],
     )
 
 
@@ -159,6 +166,35 @@ class Handles(RuleBasedStateMachine):
             (longer,) = compiled_append(1, fails=False)(living.handle, new)
             living = living.longer(longer, new)
         self.keep(living)
+
+    @precondition(lambda self: self.living)
+    @rule(
+        which=pick, window=st.integers(1, 40), steps=st.lists(new_token_counts, max_size=40),
+        eager=st.booleans(),
+    )  # fmt: skip
+    def slide(self, which: int, window: int, steps: list[int], eager: bool) -> None:
+        """A sliding window, which forgets a token for each new one once it is full."""
+        living = self.living.pop(which % len(self.living))
+        for tokens in steps:
+            new = self.new_for(living, tokens)
+            kept = min(window, living.handle.shape[2] + tokens)
+            if eager:
+                longer = torch.cat([living.handle, new], 2)[:, :, -kept:]
+            else:
+                (longer,) = compiled_append(tokens, fails=False, kept=kept)(living.handle, new)
+            living = living.longer(longer, new).newest(kept)
+        self.keep(living)
+
+    @precondition(lambda self: self.living)
+    @rule(which=pick, fraction=st.floats(0, 1), in_place_of_its_source=st.booleans())
+    def forget_the_oldest(self, which: int, fraction: float, in_place_of_its_source: bool) -> None:
+        old = self.chosen(which)
+        kept = max(1, round(fraction * old.handle.shape[2]))
+        handle = old.handle[:, :, -kept:]
+        assert isinstance(handle, QuantizedKV)
+        if in_place_of_its_source:
+            self.living = [x for x in self.living if x is not old]
+        self.keep(Living(handle, old.expected, old.valid).newest(kept))
 
     @precondition(lambda self: self.living)
     @rule(which=pick)
@@ -272,7 +308,9 @@ class Handles(RuleBasedStateMachine):
         for living in self.living:
             storage, pending = living.handle._storage, living.handle._pending
             stored = living.handle.shape[2] - (0 if pending is None else pending.shape[2])
-            assert stored == living.handle._lease.length <= storage.length
+            lease = living.handle._lease
+            assert stored == lease.length - lease.first
+            assert storage.dropped <= lease.first <= lease.length <= storage.length
 
 
 TestHandles = Handles.TestCase
