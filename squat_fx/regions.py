@@ -260,10 +260,9 @@ class _Builder:
     def _holds(self, compiled: _Compiled, symbols: Sequence[Any]) -> bool:
         """Whether what a compiler assumed is true of other symbols; from now on it is guarded."""
         renamed = dict(zip(compiled.symbols, symbols, strict=True))
-        return all(
-            bool(self._mode.shape_env.evaluate_expr(expression.xreplace(renamed)))
-            for expression in compiled.assumed
-        )
+        shape_env: Any = self._mode.shape_env
+        expressions = (expression.xreplace(renamed) for expression in compiled.assumed)
+        return all(bool(shape_env.evaluate_expr(expression)) for expression in expressions)
 
     def _outputs(self, module: fx.GraphModule, fakes: Sequence[Any]) -> Sequence[Any]:
         """What a region returns, without computing it."""
@@ -297,7 +296,7 @@ class _Builder:
         module = fx.GraphModule({}, graph)
         module.meta = dict(self._module.meta)
         if hasattr(self._module, "_param_name_to_source"):
-            module._param_name_to_source = {}  # pyright: ignore[reportAttributeAccessIssue]
+            module._param_name_to_source = {}  # pyright: ignore[reportArgumentType]
         return module
 
 

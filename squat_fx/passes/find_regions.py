@@ -139,9 +139,7 @@ class _Cutter:
     def cut(self, places: Sequence[int]) -> list[Region]:
         """The regions that end at such places, and the last one."""
         ends = [*(place + 1 for place in places), len(self._nodes)]
-        return [
-            self._region(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)
-        ]
+        return [self._region(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _count_alive(self) -> list[int | None]:
         """How many tensors are alive behind each node; None where no cut may be."""
