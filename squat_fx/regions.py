@@ -131,6 +131,15 @@ class _Compiled:
         self.assumed = assumed
 
 
+class _Noting(fx.Interpreter):
+    """Leaves on every node what it makes; a cache of compiled graphs asks for it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See ``fx.Interpreter``."""
+        n.meta["example_value"] = made = super().run_node(n)
+        return made
+
+
 class _Builder:
     """Turns regions into a :class:`Program`."""
 
@@ -267,7 +276,7 @@ class _Builder:
     def _outputs(self, module: fx.GraphModule, fakes: Sequence[Any]) -> Sequence[Any]:
         """What a region returns, without computing it."""
         with self._mode, enable_python_dispatcher(), torch.no_grad():
-            outputs = module(*fakes)
+            outputs = _Noting(module).run(*fakes)
         for x in outputs:
             if not isinstance(x, (FakeTensor, torch.SymInt)) or free_unbacked_symbols(x):
                 raise NotAlike(f"a region would return {type(x).__name__}")
@@ -381,8 +390,9 @@ def _changed(before: Sequence[Any], after: Sequence[Any]) -> set[Any]:
 
 
 def _unbound(fakes: Sequence[Any]) -> list[Any]:
-    """Symbols in sizes of inputs of which no input has just that size."""
-    bound: set[Any] = set()
+    """Symbols in sizes and strides of inputs of which none is just that symbol."""
+    sizes: set[Any] = set()
     for x in fakes:
-        bound.update(map(size_of, x.shape) if isinstance(x, Tensor) else [size_of(x)])
-    return sorted(_symbols_of(fakes) - bound, key=str)
+        sizes.update(map(size_of, (*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,)))
+    expressions = [size for size in sizes if isinstance(size, sympy.Expr)]
+    return sorted(set().union(*(e.free_symbols for e in expressions)) - sizes, key=str)

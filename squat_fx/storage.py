@@ -36,12 +36,14 @@ class Storage:
     Attributes:
         fmt: the stored format.
         role: ``"key"`` or ``"value"``.
+        described: both of them.
         length, watermark: see :mod:`squat_fx.kernels.reference`.
     """
 
     def __init__(self, arenas: Arenas, extent: Extent, fmt: Format, role: Role) -> None:
         self.fmt = fmt
         self.role: Role = role
+        self.described = (fmt, role)
         self.length = extent.length
         self.watermark = extent.watermark
         self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
@@ -53,6 +55,7 @@ class Storage:
         """What tracing needs to know of a storage: its dense buffer."""
         storage = cls.__new__(cls)
         storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
+        storage.described = (fmt, role)
         storage._arenas, storage._leases = {"dense": dense}, []
         return storage
 

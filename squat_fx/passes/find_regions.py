@@ -39,8 +39,9 @@ from squat_fx.passes.spelling import (
     written_by,
 )
 
-MOST_DISTINCT = 0.7  # of the nodes may be in regions of their own; else nothing is gained
-COST_OF_A_REGION = 4.0  # in nodes: what calling and compiling one takes besides its nodes
+# What something costs besides its nodes, in nodes to compile (about 10 ms each).
+COST_OF_A_COMPILATION = 30
+COST_OF_A_REGION = 4
 _PRODUCTS = (F.linear, torch.addmm, torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 _ROWS = ("row", "key_row", "value_row")  # arguments of our ops
 
@@ -77,18 +78,20 @@ def find_regions(graph: fx.Graph, positions: fx.Node | None) -> list[Region] | s
     if reason is not None:
         return reason
     cutter = _Cutter(nodes, positions)
-    best: tuple[float, list[Region]] | None = None
+    best: list[Region] = []
+    least = len(nodes) + COST_OF_A_COMPILATION
     for places in cutter.candidates():
         regions = cutter.cut(places)
-        distinct = {region.key: len(region.nodes) for region in regions}
-        if sum(distinct.values()) > MOST_DISTINCT * len(nodes):
-            continue
-        cost = sum(distinct.values()) + sum(
-            COST_OF_A_REGION + len(region.outputs) for region in regions
-        )
-        if best is None or cost < best[0]:
-            best = cost, regions
-    return "nothing in the graph repeats" if best is None else best[1]
+        cost = _cost(regions)
+        if cost < least:
+            least, best = cost, regions
+    return best or "too little of the graph repeats"
+
+
+def _cost(regions: Sequence[Region]) -> int:
+    distinct = {region.key: len(region.nodes) + COST_OF_A_COMPILATION for region in regions}
+    calls = (COST_OF_A_REGION + len(region.outputs) for region in regions)
+    return sum(distinct.values()) + sum(calls)
 
 
 def _why_not(graph: fx.Graph) -> str | None:
