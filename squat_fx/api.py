@@ -92,6 +92,7 @@ def compile(
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
+    share_layers: bool = True,
     strict: bool = False,
 ) -> Target:
     """Give a model or a function a packed KV cache.
@@ -117,6 +118,7 @@ def compile(
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,
+        share_layers=share_layers,
         strict=strict,
     )
     if isinstance(model_or_fn, nn.Module):
