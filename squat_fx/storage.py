@@ -156,11 +156,21 @@ class Storage:
         """
         if self.fits(new_tokens):
             return
-        if self.can_drop(self.first_read):
-            self._drop_front(self.first_read)
-            if self.fits(new_tokens):
-                return
         needed = self.length + new_tokens - self.dropped
+        try:
+            if self.can_drop(self.first_read):
+                self._drop_front(self.first_read)
+                needed = self.length + new_tokens - self.dropped
+            if not self.fits(new_tokens):
+                self._grow(needed)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
+                "it is as it was, and may be read, cropped or dropped"
+            )
+            raise
+
+    def _grow(self, needed: int) -> None:
         first, *others = self.fmt.packed_names
         with torch.inference_mode(False), torch.no_grad():
             if needed > self.capacity_of(first):
@@ -227,6 +237,17 @@ class Storage:
             return Storage.pooled(
                 arenas, self.extent, self.fmt, self.role, self.capacity, self.dropped
             )
+
+    def used(self) -> dict[str, Tensor]:
+        """Copies of the arenas by name, without room for more tokens."""
+        tokens = max(self.watermark - self.dropped, 0)
+        slots = -(-tokens // self.fmt.token_group) * self.fmt.token_group
+        used = {}
+        for name, arena in self._arenas.items():
+            if name in self.fmt.packed_names:
+                arena = arena[:, :, : slots // self.fmt.tokens_per_slot(name)]
+            used[name] = arena.clone()
+        return used
 
     def dequantize(self, length: int, first: int = 0) -> Tensor:
         """The tokens ``first`` to ``length`` as numbers."""
