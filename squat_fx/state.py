@@ -113,14 +113,17 @@ class QuantizedKV(Tensor):
         fmt: Format,
         role: Role,
         basis: Tensor | None = None,
+        grows: bool = True,
     ) -> QuantizedKV:
-        """A handle over what the op ``store`` returned for ``length`` tokens."""
+        """A handle over what the op ``store`` returned for ``length`` tokens; there is room for
+        more if it ``grows``.
+        """
         made = dict(zip(fmt.stored_names, arenas, strict=True))
         layout = fmt.stored_layout
         for name in layout.shared:
             made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
         extent = Extent(0, 0).after(length, fmt)
-        capacity = grown_capacity(length, 0)
+        capacity = grown_capacity(length, 0) if grows else grown_capacity(0, length)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
         return cls(Storage.pooled(stored, extent, fmt, role, capacity), length)
 

@@ -159,13 +159,13 @@ class Storage:
         """
         if self.fits(new_tokens):
             return
-        if self.can_drop(self.first_read):
-            self._drop_front(self.first_read)
-            if self.fits(new_tokens):
-                return
         needed = self.length + new_tokens - self.dropped
         try:
-            self._grow(needed)
+            if self.can_drop(self.first_read):
+                self._drop_front(self.first_read)
+                needed = self.length + new_tokens - self.dropped
+            if not self.fits(new_tokens):
+                self._grow(needed)
         except torch.OutOfMemoryError as error:
             error.add_note(
                 f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
@@ -243,8 +243,8 @@ class Storage:
 
     def used(self) -> dict[str, Tensor]:
         """Copies of the arenas by name, without room for more tokens."""
-        written = self.watermark - self.dropped
-        slots = -(-written // self.fmt.token_group) * self.fmt.token_group
+        tokens = max(self.watermark - self.dropped, 0)
+        slots = -(-tokens // self.fmt.token_group) * self.fmt.token_group
         used = {}
         for name, arena in self._arenas.items():
             if name in self.fmt.packed_names:
