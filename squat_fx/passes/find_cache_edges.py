@@ -58,6 +58,7 @@ Sizes = tuple[Any, Any, Any, Any]
 OTHER_AXES = (
     "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
 )
+ROLES: tuple[Role, Role] = ("key", "value")
 Returned = dict[fx.Node, Any]
 GROW = "use a cache that grows by concatenation, such as DynamicCache"
 
@@ -116,7 +117,7 @@ def _site(
 ) -> AttentionSite | str:
     followed: list[Followed] = []
     token_dims: list[int] = []
-    for role, node in (("key", attention.key), ("value", attention.value)):
+    for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
             return f"{role} {found}"
@@ -134,15 +135,27 @@ def _site(
     queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
-    for role, found, (_, _, tokens, _) in zip(("key", "value"), followed, sizes, strict=True):
+    for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
         if reason := _buffer_reason(found.source, tokens, attention):
             return f"{role} {reason}"
     _, heads, _, key_dim = sizes[0]
     formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
-    key_edge = _edge("key", key.source, token_dims[0], formats[0], returned, rewriting)
-    value_edge = _edge("value", value.source, token_dims[1], formats[1], returned, rewriting)
+    found_edges = [
+        _edge(role, source, token_dim, fmt, returned, rewriting)
+        for role, source, token_dim, fmt in zip(
+            ROLES, (key.source, value.source), token_dims, formats, strict=True
+        )
+    ]
+    key_edge, value_edge = (
+        replace(
+            edge,
+            grows=edge.kind != "prefill"
+            or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+        )
+        for edge in found_edges
+    )
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
@@ -210,7 +223,7 @@ def _source_reason(
 
 def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
     """Whether what is returned is an input of the same shape with something written into it."""
-    if kind(stored) == "cat" or same_size(sizes_of(attention.query)[-2], tokens):
+    if kind(stored) == "cat" or _grows_with_the_query(attention, tokens):
         return None
     seen, stack = {stored}, [stored]
     while stack:
@@ -332,6 +345,10 @@ def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
         and len(parts_of(node)) == 2
         and getattr(parts_of(node)[0], "op", "") == "placeholder"
     ]
+
+
+def _grows_with_the_query(attention: Attention, tokens: Any) -> bool:
+    return same_size(sizes_of(attention.query)[-2], tokens)
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:

@@ -69,9 +69,10 @@ class CacheEdge:
 
     ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
-    nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. ``basis``
-    is given where ``fmt`` is latent. ``token_dim`` is the dim of tokens in all these nodes: 2, or 1
-    where heads come after them.
+    nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
+    from elsewhere than the query does not grow afterwards. ``basis`` is given where ``fmt`` is
+    latent. ``token_dim`` is the dim of tokens in all these nodes: 2, or 1 where heads come after
+    them.
     """
 
     role: Role
@@ -82,6 +83,7 @@ class CacheEdge:
     fmt: Format
     basis: Tensor | None = field(default=None, compare=False, repr=False)
     grown: fx.Node | None = None
+    grows: bool = True
     token_dim: int = 2
 
     def sizes(self, node: fx.Node) -> tuple[Any, Any, Any, Any]:
