@@ -465,6 +465,7 @@ def swapped_attend_kernel(
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, TILES: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     EXACT_BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr, DEPENDENT: gl.constexpr,
+    ORDER: gl.constexpr,
 ):  # fmt: skip
     """Grid ``(batch * num_kv_heads, blocks of query rows, 1 + shares)``; first the exact tokens.
 
@@ -473,9 +474,17 @@ def swapped_attend_kernel(
     """
     if DEPENDENT and key.basis is None:
         wait_for_previous_launch()
-    head = gl.program_id(0).to(gl.int64)
-    share = gl.program_id(2) - 1
-    shares = gl.num_programs(2) - 1
+    if ORDER == 0:  # heads first
+        head = gl.program_id(0).to(gl.int64)
+        share = gl.program_id(2) - 1
+        shares = gl.num_programs(2) - 1
+    else:
+        shares = gl.num_programs(0) - 1
+        head = gl.program_id(2).to(gl.int64)
+        share = gl.program_id(0) - 1
+        if ORDER == 2:  # the exact tokens last
+            share = gl.program_id(0)
+            share = gl.where(share == shares, -1, share)
     if share < 0:
         attend_exact(
             query, new_key, new_value, key, value, positions, key_row,

@@ -50,6 +50,7 @@ NO_STRIDES: Strides = (0, 0, 0)
 MOST_SHARES = 128
 PROGRAMS_PER_MULTIPROCESSOR = 8
 TILES_PER_SHARE = 4
+ORDER = 0
 
 
 def attend(
@@ -216,13 +217,15 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     if swapped is None or work.key.basis is not None:
         latent_query = _prepare(work, row, left, shares, with_exact=swapped is None)
     if swapped is not None:
-        gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
+        grid = (work.heads, 1, 1 + shares)
+        grid = grid if ORDER == 0 else grid[::-1]
+        gluon_attend_token.swapped_attend_kernel[grid](
             work.query, *work.new, work.key, work.value, work.positions, row,
             *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
             *work.strides()[:3], *work.formats, work.queries_per_kv, TILES=swapped.tiles,
             BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
-            num_warps=1, **_early(device),
+            ORDER=ORDER, num_warps=1, **_early(device),
         )  # fmt: skip
     else:
         half = work.query.dtype != torch.float32
