@@ -67,7 +67,7 @@ def main() -> None:
         return
     found = []
     began = time.perf_counter()
-    for bits, tiles in ((4, [(64, 3), (64, 2), (32, 3)]), (2, [(128, 2), (64, 3)])):
+    for bits, tiles in ((4, [(64, 3), (64, 2)]), (2, [(128, 2)])):
         work = Work(Shape(32, 8, 128, 8192), bits)
         row_bytes = 16 * bits
         for order in (0, 1, 2):
