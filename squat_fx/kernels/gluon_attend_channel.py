@@ -22,8 +22,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from squat_fx.kernels import gluon_attend_token
-from squat_fx.kernels.gluon_attend_token import (
+from squat_fx.kernels import gluon_tiles
+from squat_fx.kernels.gluon_tiles import (
     CODES,
     ROWS,
     SCALES_IN_MEMORY,
@@ -34,10 +34,11 @@ from squat_fx.kernels.gluon_attend_token import (
     WEIGHTS,
     copy_scales,
     copy_to_shared,
-    copy_words,
+    copy_tokens,
     key_words,
+    term_codes,
+    tile_memory,
     value_words,
-    word_memory,
 )
 from squat_fx.kernels.triton_attend import places_of_rows, whole_groups
 from squat_fx.kernels.triton_attend_token import (
@@ -47,7 +48,6 @@ from squat_fx.kernels.triton_attend_token import (
 )
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
-    half_codes,
     num_planes,
     packed_tokens,
     plane_exponent,
@@ -56,13 +56,15 @@ from squat_fx.kernels.triton_planes import (
 PARAMETERS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 CODE_CHANNELS = gl.constexpr(gl.SliceLayout(0, CODES.value))
 LN_2 = gl.constexpr(0.6931471805599453)
+BLOCK_M = 8  # query rows
 SHORTEST_TILE = 32
 
 
 def takes(key: StoredFormat, value: StoredFormat) -> bool:
     """Whether tokens are rows of whole 16-bit words, and groups whole tiles and plane groups."""
     return (
-        all(map(gluon_attend_token.takes, (key, value)))
+        all(fmt.whole_bytes % 2 == 0 and not fmt.sections for fmt in (key, value))
+        and all(map(gluon_tiles.takes, (key, value)))
         and key.channel_group == value.token_group == 1
         and key.token_group % SHORTEST_TILE == 0
         and value.channel_group % 16 == 0
@@ -106,12 +108,12 @@ def copy_tile(
     """Begin to copy the tokens from ``slot`` on: words, scales and zero points."""
     key_memory, value_memory, key_scales, key_zeros, value_scales, value_zeros = memory
     row = head * key.capacity + slot
-    copy_words(key_memory, stage, key.qdata, row, BLOCK_N - 1, KEY, BLOCK_N)
+    copy_tokens(key_memory, stage, key.qdata, row, BLOCK_N - 1, KEY, BLOCK_N)
     group = head * (key.capacity // KEY.token_group) + slot // KEY.token_group
     copy_scales(key_scales, stage, key.scale, group * KEY.head_dim, KEY.head_dim)
     copy_scales(key_zeros, stage, key.zero_point, group * KEY.head_dim, KEY.head_dim)
     row = head * value.capacity + slot
-    copy_words(value_memory, stage, value.qdata, row, BLOCK_N - 1, VALUE, BLOCK_N)
+    copy_tokens(value_memory, stage, value.qdata, row, BLOCK_N - 1, VALUE, BLOCK_N)
     copy_parameters(value_scales, stage, value.scale, row, VALUE, BLOCK_N)
     copy_parameters(value_zeros, stage, value.zero_point, row, VALUE, BLOCK_N)
 
@@ -205,7 +207,7 @@ def attend_tile(
     for j in gl.static_range(num_planes(KEY)):
         scale = key_scales.index(stage).slice(16 * j, 16).load(WEIGHT_TOKENS)
         scale = scale * gl.full([16], scale_factor(KEY, j), gl.float16, WEIGHT_TOKENS)
-        scores = mma_v2(half_codes(k_words, j, KEY, True), query[j] * scale[:, None], scores)
+        scores = mma_v2(term_codes(k_words, j, 0, KEY), query[j] * scale[:, None], scores)
     scores *= row_factor[None, :]
     new_max = gl.maximum(running_max, gl.max(scores, 0))
     alpha = gl.exp2(running_max - new_max)[None, :]
@@ -221,7 +223,7 @@ def attend_tile(
         new_zeros += (zeros[g] * alpha + mma_v2(zero, p, nothing),)
         weights = p * group_parameters(value_scales, stage, g, 0, WEIGHTS, VALUE)
         for j in gl.static_range(first_plane(VALUE, g), first_plane(VALUE, g + 1)):
-            tile = mma_v2(half_codes(v_words, j, VALUE, True), weights, nothing)
+            tile = mma_v2(term_codes(v_words, j, 1, VALUE), weights, nothing)
             new_acc += (acc[j] * alpha + tile,)
     return new_acc, new_zeros, total, new_max
 
@@ -260,8 +262,8 @@ def swapped_attend_kernel(
         gl.store(partial_sum + out, gl.zeros([BLOCK_M], gl.float32, ROWS), keep_row)
     else:
         memory = (
-            word_memory(KEY, STAGES, BLOCK_N),
-            word_memory(VALUE, STAGES, BLOCK_N),
+            tile_memory(KEY, STAGES, BLOCK_N),
+            tile_memory(VALUE, STAGES, BLOCK_N),
             gl.allocate_shared_memory(gl.float16, [STAGES, KEY.head_dim], SCALES_IN_MEMORY),
             gl.allocate_shared_memory(gl.float16, [STAGES, KEY.head_dim], SCALES_IN_MEMORY),
             parameter_memory(VALUE, STAGES, BLOCK_N),

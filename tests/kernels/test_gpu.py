@@ -105,18 +105,40 @@ def test_what_is_decoded_apart_is_as_in_the_reference(
         laws.writing_agrees_with_the_reference(case, role, "cuda")
 
 
+def token_kernel_launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The launches of the Gluon kernel for the layout planes/token from now on."""
+    taken: list = []
+    recorded = laws.Recorded(gluon_attend_token.swapped_attend_kernel, taken.append)
+    monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
+    return taken
+
+
 @pytest.mark.parametrize(
     ("head_dim", "bits", "queries_per_kv", "q_len", "dtype"),
     [
+        (64, 2, 3, 1, torch.float16),
+        (64, 3, 1, 2, torch.bfloat16),
         (64, 4, 3, 1, torch.float16),
         (64, 8, 1, 3, torch.bfloat16),
+        (80, 2, 4, 1, torch.bfloat16),
+        (80, 4, 1, 1, torch.float16),
+        (96, 2, 3, 4, torch.float16),
+        (112, 2, 1, 1, torch.float16),
+        (128, 1, 4, 1, torch.float16),
         (128, 2, 4, 1, torch.float16),
         (128, 2, 1, 8, torch.bfloat16),
+        (128, 2, 4, 4, torch.float16),
+        (128, 3, 4, 1, torch.float16),
+        (128, 3, 16, 1, torch.bfloat16),
         (128, 4, 8, 1, torch.float16),
+        (128, 5, 4, 3, torch.float16),
         (128, 6, 2, 2, torch.bfloat16),
         (128, 8, 4, 2, torch.float16),
+        (192, 2, 4, 1, torch.float16),
+        (192, 3, 1, 1, torch.bfloat16),
         (256, 1, 2, 4, torch.float16),
         (256, 2, 4, 1, torch.bfloat16),
+        (256, 3, 4, 4, torch.float16),
         (256, 4, 8, 1, torch.float16),
     ],
 )
@@ -126,16 +148,40 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
     q_len: int, dtype: torch.dtype, extras: bool,
 ) -> None:  # fmt: skip
     """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
-    taken = []
-    kernel = gluon_attend_token.swapped_attend_kernel
-    recorded = laws.Recorded(kernel, taken.append)
-    monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
+    taken = token_kernel_launches(monkeypatch)
     case = replace(
         case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
         bits=bits, widths="uniform", queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
         sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
         calibrated=extras,
+    )  # fmt: skip
+    laws.attending_agrees_with_float64(case, "cuda")
+    assert taken
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "padding"])
+@pytest.mark.parametrize("causal", [reference.NO_CAUSALITY, reference.TOP_LEFT, 2])
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "bits", "queries_per_kv", "q_len", "softcap", "shifted"),
+    [
+        (128, 128, 2, 4, 1, 7.0, False),
+        (128, 128, 3, 4, 4, 0.0, True),
+        (64, 64, 2, 1, 5, 7.0, True),
+        (192, 128, 4, 2, 3, 0.0, False),
+    ],
+)
+def test_masks_and_caps_on_the_side_of_16_rows_agree_with_float64(
+    monkeypatch: pytest.MonkeyPatch, key_dim: int, value_dim: int, bits: int, queries_per_kv: int,
+    q_len: int, softcap: float, shifted: bool, mask: str, causal: int,
+) -> None:  # fmt: skip
+    taken = token_kernel_launches(monkeypatch)
+    case = replace(
+        case_of(key_dim + bits), codec=Squat(), key_dim=key_dim, value_dim=value_dim,
+        dtype=torch.float16, bits=bits, widths="uniform", queries_per_kv=queries_per_kv,
+        q_len=q_len, new_len=q_len, pads=(0, 170), chunks=(304,), residual_length=32,
+        sink_length=4, mask=mask, causal=causal, softcap=softcap, sinks=False, shifted=shifted,
+        calibrated=False,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
