@@ -19,8 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from squat_fx.bench import kernel
 from squat_fx.bench.kernel import ROLES, Extent, Shape, Squat, format_of, median_microseconds, randn
-from squat_fx.kernels import launch, reference, tuning
-from squat_fx.kernels.tuning import Choice
+from squat_fx.kernels import launch
 
 FULL, ONE = Shape(32, 8, 128, 8192), Shape(32, 8, 1, 32768)
 LONG, MHA, SMALL = Shape(32, 8, 1, 131072), Shape(32, 32, 64, 4096), Shape(9, 3, 64, 4096, 64)
