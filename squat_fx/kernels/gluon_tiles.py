@@ -184,30 +184,22 @@ def copy_tokens(memory, stage, qdata, first_row, last, fmt: gl.constexpr, BLOCK_
     is; None if all are there.
     """
     layout: gl.constexpr = copied_layout(fmt)
-    count: gl.constexpr = tokens_at_once(fmt)
-    token = gl.arange(0, count, gl.SliceLayout(1, layout))
+    token = gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+    if last is not None:
+        token = gl.minimum(token, last)
     column = gl.arange(0, columns(fmt), gl.SliceLayout(0, layout))
     word = column
     for s in gl.static_range(num_sources(fmt)):
         if stored_words(fmt, s) < 8:
-            repeated = source_offset(fmt, s) + (column - source_start(fmt, s)) % stored_words(
-                fmt, s
-            )
+            repeated = source_offset(fmt, s) + (column - source_start(fmt, s)) % stored_words(fmt, s)
             word = gl.where(column >= source_start(fmt, s), repeated, word)
-    keep = gl.broadcast(token[:, None] >= 0, (column < used_columns(fmt))[None, :])[1]
-    rows = (qdata + first_row * fmt.row_size).to(gl.pointer_type(gl.int16)) + word[None, :]
-    all_there = rows + (token * (fmt.row_size // 2))[:, None]
-    for i in gl.static_range(BLOCK_N // count):
-        if last is None:  # addresses that differ by a constant, which the instructions hold
-            pointers = all_there + i * count * (fmt.row_size // 2)
-        else:
-            there = gl.minimum(token + i * count, last)
-            pointers = rows + (there * (fmt.row_size // 2))[:, None]
-        tile = memory.index(stage).slice(i * count, count, dim=0)
-        if used_columns(fmt) < columns(fmt):
-            copy_to_shared(tile, pointers, mask=keep)
-        else:
-            copy_to_shared(tile, pointers)
+    rows = (qdata + first_row * fmt.row_size).to(gl.pointer_type(gl.int16))
+    pointers = rows + ((token * (fmt.row_size // 2))[:, None] + word[None, :])
+    if used_columns(fmt) < columns(fmt):
+        keep = (column < used_columns(fmt))[None, :] & (token >= 0)[:, None]
+        copy_to_shared(memory.index(stage), pointers, mask=keep)
+    else:
+        copy_to_shared(memory.index(stage), pointers)
 
 
 @gluon.jit
