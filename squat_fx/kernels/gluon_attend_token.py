@@ -6,13 +6,14 @@ eight query rows the other one. That halves the tensor core instructions, the nu
 and the accumulators, for what is written in Gluon, Triton's language of explicit layouts: a
 program is one warp, which copies its tiles asynchronously itself.
 
-    scores [tokens, rows] = codes [tokens, 16] @ latent_query [16, rows], plane group by plane group
-    output [16, rows]     = codes.T [16, tokens] @ weights [tokens, rows]
+    scores [tokens, rows] = codes [tokens, 16] @ latent_query [16, rows], term by term
+    output [16, rows]     = codes.T [16, tokens] @ weights [tokens, rows]     (``operands.py``)
 
-It takes fp16 and bf16 models without mask, causality and softcap, from formats of whole 16-bit
-words; ``launch.py`` chooses. The exact tokens, in the query's dtype, are programs of the same
-launch, and every share rotates its query itself, so that ``prepare_kernel`` is launched only for
-keys whose latent frame has a matrix. Results are those of ``triton_attend_token.py``.
+It takes fp16 and bf16 models, up to 16 query rows of a KV head, and tokens whose rows an
+asynchronous copy can take; ``launch.py`` chooses. The exact tokens, in the query's dtype, are
+programs of the same launch, and every share rotates its query itself, so that ``prepare_kernel`` is
+launched only for keys whose latent frame has a matrix. Results are those of
+``triton_attend_token.py``.
 """
 
 from __future__ import annotations
@@ -33,14 +34,10 @@ from squat_fx.kernels.gluon_tiles import (
     WEIGHTS,
     copy_scales,
     copy_tokens,
-    has_terms,
-    is_split,
-    joined_lanes,
     key_words,
     num_terms,
+    plane_output,
     term_codes,
-    term_exponent,
-    term_plane,
     tile_memory,
     value_words,
 )
@@ -54,6 +51,7 @@ from squat_fx.kernels.triton_attend_token import LOG2_E, SCORE_FACTOR
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
     exact_rows,
+    follow_previous_launch,
     largest_code,
     num_planes,
     packed_tokens,
@@ -104,9 +102,11 @@ def copy_tile(
 
 
 @gluon.jit
-def places_in_mask(batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV: gl.constexpr,
-                   BLOCK_M: gl.constexpr):  # fmt: skip
-    """Of the query rows of a block, ``[1, BLOCK_M]``: token, whether there is one, row of a mask."""
+def places_in_mask(
+    batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Of a block's query rows, ``[1, BLOCK_M]``: token, whether there is one, row of a mask."""
     row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
     query_token, query_head, keep_row, _ = places_of_rows(
         row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
@@ -380,32 +380,6 @@ def attend_packed(
         store_output(partial + out * VALUE.head_dim, acc, weight_sum, keep_row, VALUE)
 
 
-@gluon.constexpr_function
-def output_factor(fmt, term):
-    """Takes the factor of codes back."""
-    return 2.0 ** (24 - term_exponent(fmt, term))
-
-
-@gluon.jit
-def plane_output(acc, plane: gl.constexpr, VALUE: gl.constexpr):
-    """The sums of a plane group's codes, fp32 ``[16, BLOCK_M]``, and their channels ``[16]``."""
-    plain = gl.zeros_like(acc[0])
-    split = gl.zeros_like(acc[0])
-    for i in gl.static_range(num_terms(VALUE)):
-        if term_plane(VALUE, i) == plane:
-            if is_split(VALUE, i):
-                split += acc[i] * output_factor(VALUE, i)
-            else:
-                plain += acc[i] * output_factor(VALUE, i)
-    lane = gl.arange(0, 16, TOKENS)
-    if has_terms(VALUE, plane, False) and has_terms(VALUE, plane, True):
-        plain += joined_lanes(split, SCORES)
-    elif has_terms(VALUE, plane, True):
-        plain = split
-        lane = lane % 8 * 2 + lane // 8
-    return plain, 16 * plane + lane
-
-
 @gluon.jit
 def store_output(rows, acc, weight_sum, keep_row, VALUE: gl.constexpr):
     """The sums of codes as sums of values, to ``rows`` ``[BLOCK_M]``."""
@@ -433,7 +407,7 @@ def swapped_attend_kernel(
     have a matrix, and what made the query if not.
     """
     if DEPENDENT and key.basis is None:
-        wait_for_previous_launch()
+        follow_previous_launch()
     head = gl.program_id(0).to(gl.int64)
     share = gl.program_id(2) - 1
     shares = gl.num_programs(2) - 1

@@ -1,7 +1,7 @@
 """The query as the narrow operand of tensor cores: latent rows, ``[channels, query rows]``.
 
-Every program makes its own, by the butterflies of ``triton_hadamard.py``, unless keys have a matrix:
-then ``prepare_kernel`` has left them.
+Every program makes its own, by the butterflies of ``triton_hadamard.py``, unless keys have a
+matrix: then ``prepare_kernel`` has left them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def query_factor(fmt, term):
 
 @gluon.constexpr_function
 def middle_factor(fmt, term):
-    """What the code of zero adds to a score for each unit of a row, ``term_codes``' factor in it."""
+    """What the code of zero adds to a score for each unit of a row."""
     return term_middle(fmt, term) * 2.0 ** (term_exponent(fmt, term) - 24)
 
 
@@ -74,7 +74,7 @@ def rotated_rows(
     query, key, head, batch, kv_head, num_kv_heads, q_len, scale, query_strides,
     KEY: gl.constexpr, QUERIES_PER_KV: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """The latent query of its own rows, times ``scale``, with the largest number and the offsets."""
+    """Latent queries times ``scale``, with the largest number and what rows add to scores."""
     row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, WEIGHT_ROWS)
     lane = gl.arange(0, 16, WEIGHT_TOKENS)
     query_token, query_head, keep_row, _ = places_of_rows(

@@ -82,12 +82,6 @@ def copied_layout(fmt):
 
 
 @gluon.constexpr_function
-def tokens_at_once(fmt):
-    """Tokens of an instruction, but no fewer than ``layout_in_memory`` repeats after."""
-    return max(32 * fmt.token_row.together // fmt.token_row.width, 8)
-
-
-@gluon.constexpr_function
 def layout_in_memory(fmt):
     """In which eight rows of eight words, as tensor cores take them, lie in different banks."""
     width = fmt.token_row.width
@@ -191,7 +185,8 @@ def copy_tokens(memory, stage, qdata, first_row, last, fmt: gl.constexpr, BLOCK_
     word = column
     for s in gl.static_range(num_sources(fmt)):
         if stored_words(fmt, s) < 8:
-            repeated = source_offset(fmt, s) + (column - source_start(fmt, s)) % stored_words(fmt, s)
+            repeated = (column - source_start(fmt, s)) % stored_words(fmt, s)
+            repeated += source_offset(fmt, s)
             word = gl.where(column >= source_start(fmt, s), repeated, word)
     rows = (qdata + first_row * fmt.row_size).to(gl.pointer_type(gl.int16))
     pointers = rows + ((token * (fmt.row_size // 2))[:, None] + word[None, :])
@@ -336,3 +331,29 @@ def joined_lanes(x, layout: gl.constexpr):
     """Undo :func:`split_lanes`."""
     halves = gl.permute(gl.reshape(x, [2, 8, x.shape[1]]), (1, 0, 2))
     return gl.convert_layout(gl.reshape(halves, x.shape), layout)
+
+
+@gluon.constexpr_function
+def output_factor(fmt, term):
+    """Takes the factor of codes back."""
+    return 2.0 ** (24 - term_exponent(fmt, term))
+
+
+@gluon.jit
+def plane_output(acc, plane: gl.constexpr, VALUE: gl.constexpr):
+    """The sums of a plane group's codes, fp32 ``[16, BLOCK_M]``, and their channels ``[16]``."""
+    plain = gl.zeros_like(acc[0])
+    split = gl.zeros_like(acc[0])
+    for i in gl.static_range(num_terms(VALUE)):
+        if term_plane(VALUE, i) == plane:
+            if is_split(VALUE, i):
+                split += acc[i] * output_factor(VALUE, i)
+            else:
+                plain += acc[i] * output_factor(VALUE, i)
+    lane = gl.arange(0, 16, TOKENS)
+    if has_terms(VALUE, plane, False) and has_terms(VALUE, plane, True):
+        plain += joined_lanes(split, SCORES)
+    elif has_terms(VALUE, plane, True):
+        plain = split
+        lane = lane % 8 * 2 + lane // 8
+    return plain, 16 * plane + lane

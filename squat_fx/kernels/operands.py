@@ -10,10 +10,11 @@ copied as a row of 16-bit words, in which lie the *sources* of its codes:
   4 or 2 bits a lane is stored in 4 or 2 words, which are repeated: what word ``c`` stands for is
   ``c // stored * bits`` bits further up.
 
-A *term* is one dot: the codes of a plane group, or a piece of them. Where there is room for the sums
-of so many, every piece is one, since a dot takes less than joining pieces to codes; else those in
-one kind of source are joined. Terms of the second kind are *split*: of their 16 channels the even ones come first, masked out of
-low bytes, then the odd ones, out of the same registers' high bytes.
+A *term* is one dot: the codes of a plane group, or a piece of them. Where there is room for the
+sums of so many, every piece is a term, since a dot takes less than joining pieces to codes; else
+those in one kind of source are joined. Terms of the second kind are *split*: of their 16 channels
+the even ones come first, masked out of low bytes, then the odd ones, out of the same registers'
+high bytes.
 """
 
 from __future__ import annotations

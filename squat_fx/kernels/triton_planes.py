@@ -16,6 +16,7 @@ Arenas are contiguous; numbers are computed in fp32.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -66,8 +67,8 @@ class StoredFormat:
     It carries the piece table, so that kernels are compiled anew when the table changes:
     ``pieces[plane]`` lists ``(word, shift in the word, mask, shift in the code)``; None says that
     qdata holds the numbers themselves. What is left of the lanes after ``whole_bytes``, in
-    ``sections`` of so many bits, counts as one more byte. ``token_row`` and ``terms`` are the same as
-    tensor cores take it (``operands.py``).
+    ``sections`` of so many bits, counts as one more byte. ``token_row`` and ``terms`` are the same
+    for tensor cores (``operands.py``).
 
     ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
     distance of its levels and ``least_scales[plane]`` what its largest number asks of the scale.
@@ -242,6 +243,23 @@ def wait_for_previous_launch():
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+LET_BEGIN = tl.constexpr(os.environ.get("SQUAT_FX_LET_BEGIN", "0") == "1")
+
+
+@triton.jit
+def follow_previous_launch():
+    """The same; the next launch may begin from here on, to wait for this one in its turn.
+
+    Its programs find room once all of this launch have begun.
+    """
+    wait_for_previous_launch()
+    if LET_BEGIN:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 # where tokens lie --------------------------------------------------------------------------------
