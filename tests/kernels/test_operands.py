@@ -1,4 +1,4 @@
-"""Operands of tensor cores: the PTX of every dot, run on stored bits, gives its part of the codes."""
+"""Operands of tensor cores: the PTX of every dot, run on stored bits, gives part of the codes."""
 
 from __future__ import annotations
 
