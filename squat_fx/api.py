@@ -40,11 +40,12 @@ class Compiled:
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
 
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        # Graphs are kept by code, so that models of one class would count against one limit.
+        own: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
         known = inspect.signature(torch.compile).parameters
         self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
-            target, backend=backend, **(limit if self._takes_limit else {})
+            target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,6 +141,12 @@ def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any
         setattr(call, name, getattr(function, name, None))
     setattr(call, _ATTRIBUTE, _Mark(compiled))
     return call
+
+
+def compiled_of(model: Any) -> Compiled | None:
+    """What :func:`compile` made of ``model``; None if it did not, or if this is a copy."""
+    mark = getattr(model, _ATTRIBUTE, None)
+    return None if mark is None else mark.compiled
 
 
 def report(model: Any) -> Report:

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
@@ -74,7 +75,8 @@ def compile_graph(
 
     def counted(*args: Any) -> Any:
         report.runs += 1
-        return run(*args)
+        with strictly() if config.strict else contextlib.nullcontext():
+            return run(*args)
 
     return counted
 
@@ -91,7 +93,7 @@ def _compile_rewritten(
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
-            return graph_module.forward
+            return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config, examples)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
@@ -119,6 +121,15 @@ def _compile_rewritten(
         else None,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
+
+
+def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with numbers for what is packed: autograd cannot save a handle."""
+
+    def run(*args: Any) -> Any:
+        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+
+    return run
 
 
 def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:

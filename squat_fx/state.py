@@ -14,8 +14,7 @@ the tokens of a call.
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from squat_fx.codecs import Format, Role
+from squat_fx.codecs import Format, Role, codec_from_spec
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import PAIRS
@@ -244,10 +243,41 @@ class QuantizedKV(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.writable_storage()
-        storage = self._storage
-        state = (storage.tensors, storage.length, storage.watermark, storage.fmt, storage.role)
-        return _rebuild, copy.copy(state)
+        return _rebuild, self.to_state()
+
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything about it, for :meth:`from_state`: arenas by name without their spare
+        capacity, and numbers and strings.
+        """
+        storage = self.writable_storage()
+        fmt = storage.fmt
+        state = {
+            "layout": fmt.layout,
+            "codec": fmt.codec,
+            "format": fmt.to_ints(),
+            "role": storage.role,
+            "length": storage.length,
+            "watermark": storage.watermark,
+        }
+        return storage.used(), state
+
+    @classmethod
+    def from_state(cls, arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:
+        """Undo :meth:`to_state`, in memory of its own.
+
+        Raises:
+            ValueError: the codec is not known here, or arenas are missing.
+        """
+        fmt = Format.from_ints(state["layout"], state["codec"], list(state["format"]))
+        codec_from_spec(fmt.codec)
+        if missing := [name for name in fmt.arena_names if name not in arenas]:
+            raise ValueError(
+                f"the arenas {', '.join(missing)} of layout {fmt.layout!r} are missing"
+            )
+        stored = Arenas.of(fmt, tuple(arenas[name] for name in fmt.arena_names))
+        extent = Extent(state["length"], state["watermark"])
+        capacity = grown_capacity(extent.length, 0)
+        return cls(Storage.pooled(stored, extent, fmt, state["role"], capacity), extent.length)
 
     def _copied(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> QuantizedKV:
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
@@ -271,14 +301,11 @@ def _marks_of_a_tensor() -> dict[str, Any]:
     return dict(vars(marked))
 
 
-def _rebuild(
-    tensors: tuple[Tensor, ...], length: int, watermark: int, fmt: Format, role: Role
-) -> QuantizedKV:
-    capacity = tensors[0].shape[TOKENS]
-    arenas = Arenas.of(fmt, tensors)
-    return QuantizedKV(
-        Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length
-    )
+def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:
+    return QuantizedKV.from_state(arenas, state)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # it takes tensors and plain values
 
 
 def _call_dense(

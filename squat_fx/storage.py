@@ -126,6 +126,16 @@ class Storage:
         needed = self.length + new_tokens
         if needed <= self._room:
             return
+        try:
+            self._grow(needed)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
+                "it is as it was, and may be read, cropped or dropped"
+            )
+            raise
+
+    def _grow(self, needed: int) -> None:
         first, *others = self.fmt.packed_names
         with torch.inference_mode(False), torch.no_grad():
             if needed > self.capacity_of(first):
@@ -185,6 +195,16 @@ class Storage:
                 selected[name] = selected[name].to(selected["dense"].device)
             arenas = Arenas.of(self.fmt, tuple(selected.values()))
             return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
+
+    def used(self) -> dict[str, Tensor]:
+        """Copies of the arenas by name, without room for more tokens."""
+        slots = -(-self.watermark // self.fmt.token_group) * self.fmt.token_group
+        used = {}
+        for name, arena in self._arenas.items():
+            if name in self.fmt.packed_names:
+                arena = arena[:, :, : slots // self.fmt.tokens_per_slot(name)]
+            used[name] = arena.clone()
+        return used
 
     def dequantize(self, length: int) -> Tensor:
         """The first ``length`` tokens as numbers."""

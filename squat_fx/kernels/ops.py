@@ -20,12 +20,17 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
-CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call.
+CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call, and
+the reference where one does not compile (:mod:`squat_fx.kernels.fallback`).
+Under autocast ``attend`` takes its query in the dtype of autocast, as torch's attention does, and
+nothing inside an op is cast.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -35,7 +40,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Fit, Role
-from squat_fx.kernels import reference
+from squat_fx.kernels import fallback, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
 
@@ -79,7 +84,9 @@ def _triton() -> ModuleType | None:
 
 def _implementation(device: torch.device) -> ModuleType:
     """Who computes for tensors on ``device``."""
-    return (_triton() or reference) if device.type == "cuda" else reference
+    if device.type != "cuda" or fallback.reference_only():
+        return reference
+    return _triton() or reference
 
 
 def _learn(device: torch.device) -> Callable[..., Fit]:
@@ -116,11 +123,45 @@ Op = tuple[str, str, Callable[..., Any], Callable[..., Any]]
 """Name and overload, schema, what runs, and what tracing is told."""
 
 
+AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+
+def _without_autocast(name: str, device: str) -> Callable[..., Any]:
+    """What runs where autocast is enabled on ``device``."""
+    op, _, which = name.partition(".")
+    keys = functools.reduce(
+        operator.or_,
+        (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in AUTOCAST),
+    )
+
+    def run(*args: Any) -> Any:
+        first, *rest = args
+        if op == "attend":
+            first = first.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return getattr(getattr(torch.ops.squat_fx, op), which or "default")(first, *rest)
+
+    return run
+
+
+def _subject(schema: str) -> int | None:
+    """The argument that says for which shape an op runs; None if it has no kernels."""
+    names = [argument.split()[-1] for argument in schema.partition(") ->")[0].split(",")]
+    return next(
+        (names.index(n) for n in ("x", "query", "new", "new_key", "dense") if n in names), None
+    )
+
+
 def _register(ops: Sequence[Op]) -> None:
     for name, schema, run, fake in ops:
         LIBRARY.define(name + schema)
+        subject = _subject(schema)
+        if subject is not None:
+            run = fallback.with_fallback(name, subject, run)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"squat_fx::{name}", fake, lib=LIBRARY)
+        for key, device in AUTOCAST.items():
+            LIBRARY.impl(name, _without_autocast(name, device), key)
 
 
 def _ops_of(layout: str) -> list[Op]:

@@ -16,7 +16,8 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
-and stored.
+and stored. A token of which a number is NaN, or more than fp16 can hold, counts as zeros there; so
+does such a number of a query. Packed themselves they spoil what shares their scale, and no more.
 
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
@@ -40,7 +41,7 @@ from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
-from squat_fx.layouts.symmetric import step_and_zero
+from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 NO_FIT = Fit()
@@ -196,7 +197,10 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    fit = codec.fit_format(role, fmt, new, query, keep, basis)
+    if query is not None:
+        query = query.where(query.abs() <= LARGEST_HALF, 0.0) if codec.taps(role) else None
+    usable = (new.abs() <= LARGEST_HALF).all(-1, keepdim=True)
+    fit = codec.fit_format(role, fmt, new.where(usable, 0.0), query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
@@ -374,6 +378,7 @@ def attention(
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
         if mask is not None and mask.dtype != torch.bool:
@@ -403,7 +408,8 @@ def _probabilities(
         probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
     else:
         probs = torch.softmax(scores, -1)
-    return probs.nan_to_num(0.0)
+    nowhere = scores.amax(-1, keepdim=True) == -torch.inf  # NaN stays: the model's own
+    return probs.masked_fill(nowhere, 0.0)
 
 
 def _with_causality(

@@ -165,7 +165,7 @@ def test_attention_of_the_newest_tokens(softcap: float, with_sinks: bool) -> Non
             torch.testing.assert_close(found[head, i], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", [0, 1]), ("gemma2", [1, 3])])
+@pytest.mark.parametrize(("family", "layers"), [("llama", [0, 1]), ("gemma2", [1])])
 def test_errors_are_those_of_layers_that_are_packed(family: str, layers: list[int]) -> None:
     chosen = settings.ours(["none", "squat"], ["2", "4"], inner="eager", residual_length=8)
     _, exact, two, four = run(family, *chosen)
@@ -197,7 +197,7 @@ def test_what_a_cache_holds_is_measured_on_the_cache() -> None:
               if isinstance(x, squat_fx.QuantizedKV)]  # fmt: skip
     assert held.stored == sum(x.storage_nbytes for x in packed)
     assert held.dense == sum(x.numel() * x.element_size() for x in packed)
-    assert held.left == len(cache.layers) - len(packed) // 2 == 2
+    assert held.left == len(cache.layers) - len(packed) // 2 == 1
 
 
 def test_eight_bit_floats_take_a_byte_each() -> None:

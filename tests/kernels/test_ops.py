@@ -29,6 +29,7 @@ from squat_fx.codecs import (
 )
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
+from tests.choose import every
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
@@ -187,7 +188,13 @@ def test_every_overload_is_called_here() -> None:
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
 def test_opcheck(call: Call) -> None:
-    torch.library.opcheck(call.op, call.args)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(call.op, call.args, test_utils=checks)
+
+
+@pytest.mark.parametrize("call", every(5, CALLS), ids=IDS)
+def test_opcheck_of_what_is_traced_with_symbolic_sizes(call: Call) -> None:
+    torch.library.opcheck(call.op, call.args, test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("call", CALLS, ids=IDS)
@@ -353,3 +360,31 @@ def test_valid_tokens_expands_a_broadcast_mask() -> None:
     assert out.tolist() == [[False, True]] * 3
     out.fill_(True)
     assert mask.tolist() == [[[[True, True, False, True]]]]
+
+
+@pytest.mark.parametrize("layout", ["dense", "planes/token", "planes/channel"])
+def test_nothing_inside_an_op_is_cast_under_autocast(layout: str) -> None:
+    """Except for the query of an attention, as in torch's own."""
+    codec = {"dense": Lossless(), "planes/token": Squat(), "planes/channel": Kivi()}[layout]
+    fmt = stored_format(codec, head_dim=32)
+    x, query = randn(2, 2, 80, 32), randn(2, 4, 1, 32, seed=2)
+
+    def run() -> tuple[list[torch.Tensor], torch.Tensor]:
+        store, attend = ops.overload("store", layout), ops.overload("attend", layout, layout)
+        arenas = list(store(x, None, None, None, "value", fmt.codec, fmt.to_ints()))
+        made = dict(zip(fmt.stored_names, arenas, strict=True))
+        for name in fmt.stored_layout.shared:
+            made[name] = fmt.stored_layout.empty_fixed(fmt, name, x)
+        both = [made[name] for name in fmt.arena_names] * 2
+        positions = torch.tensor([[80, 72], [80, 72]])
+        tail = (None, None, 0.2, reference.NO_CAUSALITY, 0.0, fmt.to_ints(), fmt.to_ints())
+        return arenas, attend(query, None, None, *both, positions, 0, 1, *tail)
+
+    expected_arenas, expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        arenas, actual = run()
+        seen = torch.ops.squat_fx.valid_tokens(torch.ones(2, 1, 1, 80, dtype=torch.bool), x)
+    assert all(map(torch.equal, arenas, expected_arenas))
+    assert actual.dtype == torch.bfloat16
+    assert bool(seen.all())
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
