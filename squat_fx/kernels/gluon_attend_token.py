@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from squat_fx.kernels.gluon_query import latent_terms, loaded_rows, rotated_rows
 from squat_fx.kernels.gluon_tiles import (
     CODES,
+    COPIED_SCALES,
     ROWS,
     SCALES_IN_MEMORY,
     SCORES,
@@ -51,7 +52,6 @@ from squat_fx.kernels.triton_attend_token import LOG2_E, SCORE_FACTOR
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
     exact_rows,
-    follow_previous_launch,
     largest_code,
     num_planes,
     packed_tokens,
@@ -283,6 +283,7 @@ def attend_packed(
     tile_begin = share * tiles_per_share
     tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = gl.minimum(tile_end, count // BLOCK_N)
+    copied_end = gl.minimum(tile_end, key.capacity // BLOCK_N)  # an arena may end in a tile
     if tile_begin >= tile_end:
         gl.store(partial_max + out, gl.full([BLOCK_M], float("-inf"), gl.float32, ROWS), keep_row)
         gl.store(partial_sum + out, gl.zeros([BLOCK_M], gl.float32, ROWS), keep_row)
@@ -295,7 +296,7 @@ def attend_packed(
         first_row = head * key.capacity
         for s in gl.static_range(STAGES - 1):
             tile = tile_begin + s
-            if tile < whole_end:
+            if tile < copied_end:
                 copy_tile(memory, s, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
 
@@ -339,7 +340,7 @@ def attend_packed(
             key_scale = key_scales.index(stage).load(TOKENS).to(gl.float32) * score_unit
             value_scale = value_scales.index(stage).load(WEIGHT_TOKENS)
             tile = i + STAGES - 1
-            if tile < whole_end:
+            if tile < copied_end:
                 free = stage - 1
                 free = gl.where(free < 0, free + STAGES, free)
                 copy_tile(memory, free, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
@@ -355,19 +356,24 @@ def attend_packed(
         if whole_end < tile_end:
             left = count - whole_end * BLOCK_N
             tile_row = first_row + whole_end * BLOCK_N
+            if copied_end <= whole_end:  # the arena ends inside the tile
+                async_copy.wait_group(0)
+                copy_tokens(key_memory, stage, key.qdata, tile_row, left - 1, KEY, BLOCK_N)
+                copy_tokens(value_memory, stage, value.qdata, tile_row, left - 1, VALUE, BLOCK_N)
+                async_copy.commit_group()
+                nth = gl.arange(0, BLOCK_N, COPIED_SCALES)
+                there = nth < left
+                key_scales.index(stage).store(gl.load(key.scale + tile_row + nth, mask=there))
+                value_scales.index(stage).store(gl.load(value.scale + tile_row + nth, mask=there))
             async_copy.wait_group(0)
-            copy_tokens(key_memory, 0, key.qdata, tile_row, left - 1, KEY, BLOCK_N)
-            copy_tokens(value_memory, 0, value.qdata, tile_row, left - 1, VALUE, BLOCK_N)
-            async_copy.commit_group()
             keep = token < left
-            key_scale = gl.load(key.scale + tile_row + token, mask=keep, other=0.0)
-            key_scale = key_scale.to(gl.float32) * score_unit
+            key_scale = key_scales.index(stage).load(TOKENS).to(gl.float32) * score_unit
+            value_scale = value_scales.index(stage).load(WEIGHT_TOKENS)
             inner = gl.arange(0, BLOCK_N, WEIGHT_TOKENS)
-            value_scale = gl.load(value.scale + tile_row + inner, mask=inner < left, other=0.0)
-            async_copy.wait_group(0)
+            value_scale = gl.where(inner < left, value_scale, 0.0)
             acc, weight_sum, total, running_max = attend_tile(
                 latent, row_zero, row_offset, acc, weight_sum, total, running_max,
-                key_words(key_memory, 0, KEY), value_words(value_memory, 0, VALUE),
+                key_words(key_memory, stage, KEY), value_words(value_memory, stage, VALUE),
                 key_scale, value_scale, keep, first + whole_end * BLOCK_N + token, places,
                 mask, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, BLOCK_M, BLOCK_N,
@@ -407,7 +413,7 @@ def swapped_attend_kernel(
     have a matrix, and what made the query if not.
     """
     if DEPENDENT and key.basis is None:
-        follow_previous_launch()
+        wait_for_previous_launch()
     head = gl.program_id(0).to(gl.int64)
     share = gl.program_id(2) - 1
     shares = gl.num_programs(2) - 1

@@ -25,9 +25,9 @@ import triton.language as tl
 from squat_fx.kernels.triton_planes import (
     dense_slot,
     exact_rows,
-    follow_previous_launch,
     num_planes,
     packed_tokens,
+    wait_for_previous_launch,
 )
 from squat_fx.kernels.triton_round import (
     latent_planes,
@@ -154,7 +154,7 @@ def append_kernel(
 ):  # fmt: skip
     """One new token. Grid ``(batch * num_kv_heads,)``."""
     if DEPENDENT:
-        follow_previous_launch()
+        wait_for_previous_launch()
     append_token(
         stored, new, new_strides, valid, valid_strides, positions, row, num_kv_heads, FORMAT
     )
@@ -168,7 +168,7 @@ def append_both_kernel(
 ):  # fmt: skip
     """One new token of keys and of values. Grid ``(batch * num_kv_heads, 2)``."""
     if DEPENDENT:
-        follow_previous_launch()
+        wait_for_previous_launch()
     if tl.program_id(1) == 0:
         append_token(
             key, new_key, new_key_strides, valid, valid_strides, positions, key_row, num_kv_heads,

@@ -41,7 +41,6 @@ from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores, rows_of_
 from squat_fx.kernels.triton_hadamard import dot_short, rotate_rows, rotate_rows_back
 from squat_fx.kernels.triton_planes import (
     exact_rows,
-    follow_previous_launch,
     half_codes,
     largest_code,
     load_affine,
@@ -51,6 +50,7 @@ from squat_fx.kernels.triton_planes import (
     packed_tokens,
     plane_exponent,
     step,
+    wait_for_previous_launch,
     words_of_rows,
 )
 
@@ -513,7 +513,7 @@ def merge_kernel(
         pointers += inner[:, None] * FORMAT.head_dim + channel
         matrix = tl.load(pointers, mask=(inner < FORMAT.head_dim)[:, None] & inside, other=0.0)
     if DEPENDENT:
-        follow_previous_launch()
+        wait_for_previous_launch()
     first_channels = tl.arange(0, first_part(PADDED_D, BLOCK_S))
     latent = load_shares(partial, left, there, first_channels, FORMAT)
     latent_max = tl.load(partial_max + left, mask=there, other=float("-inf"))

@@ -16,7 +16,6 @@ Arenas are contiguous; numbers are computed in fp32.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -243,23 +242,6 @@ def wait_for_previous_launch():
     tl.inline_asm_elementwise(
         "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-LET_BEGIN = tl.constexpr(os.environ.get("SQUAT_FX_LET_BEGIN", "0") == "1")
-
-
-@triton.jit
-def follow_previous_launch():
-    """The same; the next launch may begin from here on, to wait for this one in its turn.
-
-    Its programs find room once all of this launch have begun.
-    """
-    wait_for_previous_launch()
-    if LET_BEGIN:
-        tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 # where tokens lie --------------------------------------------------------------------------------
