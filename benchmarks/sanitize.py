@@ -19,7 +19,7 @@ from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
 ROLES: tuple[Role, ...] = ("key", "value")
-BATCH, KV_HEADS, TOKENS, CAPACITY = 2, 2, 331, 384
+BATCH, KV_HEADS, TOKENS = 2, 2, 331
 BOTTOM_RIGHT = reference.BOTTOM_RIGHT
 
 # Codec, head_dim, bits, query heads per KV head, query tokens, mask, softcap.
@@ -58,7 +58,9 @@ def attended(
         prompt = randn(KV_HEADS, TOKENS)
         taps = randn(KV_HEADS * queries, TOKENS) if "query" in codec.taps(role) else None
         ops.overload("store", fmt.layout)(prompt, None, taps, None, role, spec, fmt.to_ints())
-        arenas: Arenas = reference.empty_arenas(prompt, CAPACITY, fmt)
+        group = max(fmt.token_group, 16)
+        capacity = -(-TOKENS // group) * group
+        arenas: Arenas = reference.empty_arenas(prompt, capacity, fmt)
         launch.write(arenas, prompt, None, Extent(0, 0), fmt)
         extent = Extent(0, 0).after(TOKENS, fmt)
         positions[row, 0], positions[row, 1] = extent.length, extent.watermark

@@ -136,11 +136,11 @@ def latent_term(planes, per_unit, term: gl.constexpr, KEY: gl.constexpr):
 def latent_terms(planes, per_unit, KEY: gl.constexpr, BLOCK_M: gl.constexpr):
     """The operands of all terms of keys, times ``per_unit``, and what codes of zero give."""
     latent = ()
-    zero = gl.zeros([BLOCK_M], gl.float32, WEIGHT_ROWS)
+    zero = gl.zeros([16, BLOCK_M], gl.float32, WEIGHTS)
     for i in gl.static_range(num_terms(KEY)):
         rows = latent_term(planes, per_unit, i, KEY)
-        zero += gl.sum(rows.to(gl.float32), 0) * middle_factor(KEY, i)
+        zero += rows.to(gl.float32) * middle_factor(KEY, i)
         if is_split(KEY, i):
             rows = split_lanes(rows, WEIGHTS)
         latent += (rows,)
-    return latent, gl.convert_layout(zero, ROWS)
+    return latent, gl.convert_layout(gl.sum(zero, 0), ROWS)
