@@ -44,6 +44,7 @@ from squat_fx.kernels.gluon_tiles import (
 )
 from squat_fx.kernels.triton_attend import (
     NO_CAUSALITY,
+    from_first,
     masked_scores,
     places_of_rows,
     rows_of_mask,
@@ -83,9 +84,9 @@ def tile(rows: int, key: StoredFormat, value: StoredFormat, chosen: Choice) -> t
 
 
 @gluon.constexpr_function
-def nothing_is_masked(mask, causal, softcap):
+def nothing_is_masked(mask, causal, softcap, window):
     """Whether scores go into the softmax as they are."""
-    return mask is None and causal == NO_CAUSALITY and softcap == 0
+    return mask is None and causal == NO_CAUSALITY and softcap == 0 and not window
 
 
 @gluon.jit
@@ -103,16 +104,24 @@ def copy_tile(
 
 @gluon.jit
 def places_in_mask(
-    batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV: gl.constexpr,
-    BLOCK_M: gl.constexpr,
+    positions, first_row, kv_len, batch, kv_head, num_kv_heads, q_len, mask_strides,
+    QUERIES_PER_KV: gl.constexpr, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """Of a block's query rows, ``[1, BLOCK_M]``: token, whether there is one, row of a mask."""
+    """Of a block's query rows, ``[1, BLOCK_M]``: token, whether there is one, row of a mask, as
+    they count from the first token that is seen; that token, and how many there are from it on.
+    """
     row = gl.program_id(1) * BLOCK_M + gl.arange(0, BLOCK_M, ROWS)
     query_token, query_head, keep_row, _ = places_of_rows(
         row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
     )
     mask_row = rows_of_mask(batch, query_head, query_token, mask_strides)
-    return query_token[None, :], keep_row[None, :], mask_row[None, :]
+    oldest = 0
+    if WINDOW:
+        oldest = gl.load(positions + 2 * first_row).to(gl.int32)
+        query_token, kv_len, mask_row = from_first(
+            oldest, query_token, kv_len, mask_row, mask_strides[3]
+        )
+    return (query_token[None, :], keep_row[None, :], mask_row[None, :]), oldest, kv_len
 
 
 @gluon.jit
@@ -133,14 +142,14 @@ def attend_tile(
     latent, row_zero, row_offset, acc, weight_sum, total, running_max, k_words, v_words,
     key_scale, value_scale, keep, position, places, mask, mask_stride, kv_len, q_len, scale,
     KEY: gl.constexpr, VALUE: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    WINDOW: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Take a tile into the running softmax.
 
     ``key_scale`` is fp32 and has the factors of scores; ``keep`` is ``[BLOCK_N]``, or None if all
     tokens are there. Every row of ``weight_sum`` and ``total`` ``[16, BLOCK_M]`` is the sum.
     """
-    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP)
+    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP, WINDOW)
     scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES) - row_zero[None, :]
     for i in gl.static_range(num_terms(KEY)):
         scores = mma_v2(term_codes(k_words, i, 0, KEY), latent[i], scores)
@@ -171,14 +180,15 @@ def attend_tile(
 
 @gluon.jit
 def attend_exact(
-    query, new_key, new_value, key, value, positions, key_row, mask,
+    query, new_key, new_value, key, value, positions, key_row, first_row, mask,
     partial, partial_max, partial_sum, head, num_kv_heads, q_len, new_len, scale, shares,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, CAUSAL: gl.constexpr,
-    SOFTCAP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr,
+    SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    PADDED_D: gl.constexpr,
 ):  # fmt: skip
     """The exact tokens of a head, as ``triton_attend_token.attend_exact``."""
-    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP)
+    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP, WINDOW)
     batch = head // num_kv_heads
     kv_head = head % num_kv_heads
     dtype = query.dtype.element_ty
@@ -204,9 +214,10 @@ def attend_exact(
     new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
     new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
 
-    places = places_in_mask(
-        batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
-    )
+    places, oldest, kv_len = places_in_mask(
+        positions, first_row, kv_len, batch, kv_head, num_kv_heads, q_len, mask_strides,
+        QUERIES_PER_KV, WINDOW, BLOCK_M,
+    )  # fmt: skip
     channel = gl.arange(0, PADDED_D, LOADED_CHANNELS)[None, :]
     acc = gl.zeros([PADDED_D, BLOCK_M], gl.float32, SCORES)
     total = gl.zeros([BLOCK_M], gl.float32, ROWS)
@@ -228,8 +239,9 @@ def attend_exact(
         else:
             place = gl.where(nth < num_sinks, start + nth, tail + nth - num_sinks)
             row_token, row_there, mask_row = places
+            seen = row_there & seen & (place >= oldest)[:, None]
             scores = masked_scores(
-                scores, mask, mask_row, mask_strides[3], place[:, None], row_there & seen,
+                scores, mask, mask_row, mask_strides[3], place[:, None], seen,
                 row_token, kv_len, q_len, scale, CAUSAL, SOFTCAP,
             )  # fmt: skip
             scores *= LOG2_E
@@ -256,15 +268,15 @@ def attend_exact(
 
 @gluon.jit
 def attend_packed(
-    query, key, value, positions, key_row, mask, latent_query, size, offset,
+    query, key, value, positions, key_row, first_row, mask, latent_query, size, offset,
     partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, new_len, scale,
     query_strides, mask_strides,
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, CAUSAL: gl.constexpr,
-    SOFTCAP: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
+    SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """A share of the packed tokens of a head."""
-    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP)
+    SIMPLE: gl.constexpr = nothing_is_masked(mask, CAUSAL, SOFTCAP, WINDOW)
     batch = head // num_kv_heads
     kv_head = head % num_kv_heads
     kv_len = gl.load(positions + 2 * key_row).to(gl.int32) + new_len
@@ -278,9 +290,16 @@ def attend_packed(
     )
     out = out * (shares + 1) + share
     count = packed_tokens(watermark, start, KEY)
+    places, oldest, kv_len = places_in_mask(
+        positions, first_row, kv_len, batch, kv_head, num_kv_heads, q_len, mask_strides,
+        QUERIES_PER_KV, WINDOW, BLOCK_M,
+    )  # fmt: skip
     tiles = (count + BLOCK_N - 1) // BLOCK_N
-    tiles_per_share = gl.maximum((tiles + shares - 1) // shares, TILES)
-    tile_begin = share * tiles_per_share
+    hidden = 0
+    if WINDOW:
+        hidden = gl.minimum(gl.maximum(oldest - first, 0) // BLOCK_N, tiles)
+    tiles_per_share = gl.maximum((tiles - hidden + shares - 1) // shares, TILES)
+    tile_begin = hidden + share * tiles_per_share
     tile_end = gl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = gl.minimum(tile_end, count // BLOCK_N)
     copied_end = gl.minimum(tile_end, key.capacity // BLOCK_N)  # an arena may end in a tile
@@ -293,11 +312,11 @@ def attend_packed(
         key_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
         value_scales = gl.allocate_shared_memory(gl.float16, [STAGES, BLOCK_N], SCALES_IN_MEMORY)
         memory = (key_memory, value_memory, key_scales, value_scales)
-        first_row = head * key.capacity
+        head_row = head * key.capacity
         for s in gl.static_range(STAGES - 1):
             tile = tile_begin + s
             if tile < copied_end:
-                copy_tile(memory, s, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
+                copy_tile(memory, s, key, value, head_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
 
         row_factor = 1.0
@@ -320,9 +339,6 @@ def attend_packed(
         per_unit = 1.0 / score_unit
         score_unit *= SCORE_FACTOR
         latent, row_zero = latent_terms(planes, per_unit, KEY, BLOCK_M)
-        places = places_in_mask(
-            batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
-        )
 
         acc = ()
         for _ in gl.static_range(num_terms(VALUE)):
@@ -339,23 +355,26 @@ def attend_packed(
             v_words = value_words(value_memory, stage, VALUE)
             key_scale = key_scales.index(stage).load(TOKENS).to(gl.float32) * score_unit
             value_scale = value_scales.index(stage).load(WEIGHT_TOKENS)
+            keep = None
+            if WINDOW:
+                keep = first + i * BLOCK_N + token >= oldest
             tile = i + STAGES - 1
             if tile < copied_end:
                 free = stage - 1
                 free = gl.where(free < 0, free + STAGES, free)
-                copy_tile(memory, free, key, value, first_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
+                copy_tile(memory, free, key, value, head_row + tile * BLOCK_N, KEY, VALUE, BLOCK_N)
             async_copy.commit_group()
             stage = gl.where(stage == STAGES - 1, 0, stage + 1)
             acc, weight_sum, total, running_max = attend_tile(
                 latent, row_zero, row_offset, acc, weight_sum, total, running_max, k_words,
-                v_words, key_scale, value_scale, None, first + i * BLOCK_N + token, places,
+                v_words, key_scale, value_scale, keep, first + i * BLOCK_N + token, places,
                 mask, mask_strides[3], kv_len, q_len, scale,
-                KEY, VALUE, CAUSAL, SOFTCAP, BLOCK_M, BLOCK_N,
+                KEY, VALUE, CAUSAL, SOFTCAP, WINDOW, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
         if whole_end < tile_end:
             left = count - whole_end * BLOCK_N
-            tile_row = first_row + whole_end * BLOCK_N
+            tile_row = head_row + whole_end * BLOCK_N
             if copied_end <= whole_end:  # the arena ends inside the tile
                 async_copy.wait_group(0)
                 copy_tokens(key_memory, stage, key.qdata, tile_row, left - 1, KEY, BLOCK_N)
@@ -367,6 +386,8 @@ def attend_packed(
                 value_scales.index(stage).store(gl.load(value.scale + tile_row + nth, mask=there))
             async_copy.wait_group(0)
             keep = token < left
+            if WINDOW:
+                keep = keep & (first + whole_end * BLOCK_N + token >= oldest)
             key_scale = key_scales.index(stage).load(TOKENS).to(gl.float32) * score_unit
             value_scale = value_scales.index(stage).load(WEIGHT_TOKENS)
             inner = gl.arange(0, BLOCK_N, WEIGHT_TOKENS)
@@ -376,7 +397,7 @@ def attend_packed(
                 key_words(key_memory, stage, KEY), value_words(value_memory, stage, VALUE),
                 key_scale, value_scale, keep, first + whole_end * BLOCK_N + token, places,
                 mask, mask_strides[3], kv_len, q_len, scale,
-                KEY, VALUE, CAUSAL, SOFTCAP, BLOCK_M, BLOCK_N,
+                KEY, VALUE, CAUSAL, SOFTCAP, WINDOW, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
         gl.store(partial_sum + out, gl.max(total, 0), mask=keep_row)
@@ -397,15 +418,16 @@ def store_output(rows, acc, weight_sum, keep_row, VALUE: gl.constexpr):
         gl.store(rows[None, :] + channel, x, mask=keep)
 
 
-@gluon.jit(do_not_specialize=["key_row"])
+@gluon.jit(do_not_specialize=["key_row", "first_row"])
 def swapped_attend_kernel(
-    query, new_key, new_value, key, value, positions, key_row, mask, latent_query, size, offset,
-    partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale,
+    query, new_key, new_value, key, value, positions, key_row, first_row, mask,
+    latent_query, size, offset, partial, partial_max, partial_sum,
+    num_kv_heads, q_len, new_len, scale,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: gl.constexpr, VALUE: gl.constexpr, QUERIES_PER_KV: gl.constexpr, CAUSAL: gl.constexpr,
-    SOFTCAP: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, EXACT_BLOCK_N: gl.constexpr, PADDED_D: gl.constexpr,
-    DEPENDENT: gl.constexpr,
+    SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EXACT_BLOCK_N: gl.constexpr,
+    PADDED_D: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Grid ``(batch * num_kv_heads, blocks of query rows, 1 + shares)``; first the exact tokens.
 
@@ -419,15 +441,15 @@ def swapped_attend_kernel(
     shares = gl.num_programs(2) - 1
     if share < 0:
         attend_exact(
-            query, new_key, new_value, key, value, positions, key_row, mask,
+            query, new_key, new_value, key, value, positions, key_row, first_row, mask,
             partial, partial_max, partial_sum, head, num_kv_heads, q_len, new_len, scale, shares,
             query_strides, new_key_strides, new_value_strides, mask_strides,
-            KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP, BLOCK_M, EXACT_BLOCK_N, PADDED_D,
+            KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP, WINDOW, BLOCK_M, EXACT_BLOCK_N, PADDED_D,
         )  # fmt: skip
     else:
         attend_packed(
-            query, key, value, positions, key_row, mask, latent_query, size, offset,
+            query, key, value, positions, key_row, first_row, mask, latent_query, size, offset,
             partial, partial_max, partial_sum, head, share, shares, num_kv_heads, q_len, new_len,
             scale, query_strides, mask_strides, KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP,
-            TILES, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
+            WINDOW, TILES, BLOCK_M, BLOCK_N, STAGES, DEPENDENT,
         )  # fmt: skip
