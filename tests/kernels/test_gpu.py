@@ -154,14 +154,16 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, queries_per_kv: int,
     q_len: int, dtype: torch.dtype, extras: bool,
 ) -> None:  # fmt: skip
-    """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
+    """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring, a
+    window.
+    """
     taken = token_kernel_launches(monkeypatch)
     case = replace(
         case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
         bits=bits, widths="uniform", queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
         sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
-        calibrated=extras,
+        calibrated=extras, hidden=0.4 if extras else 0.0,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
@@ -185,7 +187,7 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
         (192, 128, 4, 2, 3, 0.0, False),
     ],
 )
-def test_masks_and_caps_on_the_side_of_16_rows_agree_with_float64(
+def test_masks_windows_and_caps_on_the_side_of_16_rows_agree_with_float64(
     monkeypatch: pytest.MonkeyPatch, key_dim: int, value_dim: int, bits: int, queries_per_kv: int,
     q_len: int, softcap: float, shifted: bool, mask: str, causal: int,
 ) -> None:  # fmt: skip
@@ -195,7 +197,7 @@ def test_masks_and_caps_on_the_side_of_16_rows_agree_with_float64(
         dtype=torch.float16, bits=bits, widths="uniform", queries_per_kv=queries_per_kv,
         q_len=q_len, new_len=q_len, pads=(0, 170), chunks=(304,), residual_length=32,
         sink_length=4, mask=mask, causal=causal, softcap=softcap, sinks=False, shifted=shifted,
-        calibrated=False,
+        calibrated=False, hidden=0.5 if mask in ("none", "float") else 0.0,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
@@ -229,7 +231,7 @@ def test_groups_of_keys_on_the_side_of_16_rows_agree_with_float64(
         case_of(head_dim + bits), codec=Kivi(group_size), key_dim=head_dim, value_dim=head_dim,
         dtype=dtype, bits=bits, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(560,), residual_length=0 if extras else 32,
-        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras,
+        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, hidden=0.0,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
