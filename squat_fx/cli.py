@@ -154,14 +154,22 @@ def bench_kernel(
 @bench.command("tune")
 def bench_tune(
     out: Annotated[Path, typer.Option(help="Where to write the choices.")] = Path("tuning.json"),
+    cache: Annotated[
+        list[str] | None, typer.Option(help="One of `bench kernel`'s; repeat. All of them.")
+    ] = None,
 ) -> None:
     """The fastest tiles of attention on this GPU, for the variable SQUAT_FX_TUNING."""
     with one_sentence_errors():
-        require_gpu("bench tune")
         from squat_fx.bench import tune
+        from squat_fx.bench.kernel import CODECS
         from squat_fx.kernels import tuning
 
-        tuning.write(out, tune.measure(say))
+        known = [name for name, *_ in CODECS]
+        for name in cache or ():
+            if name not in known:
+                raise DemoError(f"--cache must be one of {', '.join(known)}, got {name!r}")
+        require_gpu("bench tune")
+        tuning.write(out, tune.measure(say, cache or known))
     typer.echo(f"wrote {out}; use it with {tuning.VARIABLE}={out}")
 
 
