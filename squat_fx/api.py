@@ -17,6 +17,7 @@ from squat_fx.fallback import pack_dense_caches
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
+from squat_fx.static_caches import let_static_caches_grow
 
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
@@ -52,6 +53,8 @@ class Compiled:
         before = self.report.runs_here
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
+        if not torch.compiler.is_compiling():
+            let_static_caches_grow(args, kwargs, self.report)
         if self._takes_limit:
             result = self._compiled(*args, **kwargs)
         else:
@@ -92,6 +95,7 @@ def compile(
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
+    share_layers: bool = True,
     strict: bool = False,
 ) -> Target:
     """Give a model or a function a packed KV cache.
@@ -117,6 +121,7 @@ def compile(
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,
+        share_layers=share_layers,
         strict=strict,
     )
     if isinstance(model_or_fn, nn.Module):
