@@ -35,7 +35,7 @@ from squat_fx.kernels.operands import (
     unpack_ptx,
 )
 from squat_fx.layouts.planes import LANES
-from squat_fx.layouts.symmetric import STEP, least_scale
+from squat_fx.layouts.symmetric import STEP, are_mixed, least_scales
 
 
 class Stored(NamedTuple):
@@ -70,7 +70,8 @@ class StoredFormat:
     for tensor cores (``operands.py``).
 
     ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
-    distance of its levels and ``least_scales[plane]`` what its largest number asks of the scale.
+    distance of its levels and ``least_scales[plane]`` what its largest number asks of the size;
+    ``mended`` says that a scale is not the size, and ``unbiased`` what it keeps.
     """
 
     layout: str
@@ -86,6 +87,8 @@ class StoredFormat:
     per_token: bool
     steps: tuple[float, ...]
     least_scales: tuple[float, ...]
+    mended: bool
+    unbiased: bool
     affine: bool
     levels: float
     token_group: int
@@ -162,7 +165,9 @@ def stored_format(fmt: Format) -> StoredFormat:
         widths=fmt.widths,
         per_token=per_token,
         steps=tuple(STEP[bits] for bits in fmt.widths) if per_token else (),
-        least_scales=tuple(least_scale(bits) for bits in fmt.widths) if per_token else (),
+        least_scales=least_scales(fmt.widths) if per_token else (),
+        mended=per_token and not are_mixed(fmt.widths),
+        unbiased=fmt.unbiased,
         affine=fmt.affine,
         levels=levels,
         token_group=fmt.token_group,
