@@ -2,8 +2,9 @@
 
     python benchmarks/probes/attend.py OUT.json [NAME ...]
 
-Names choose among ``CASES``; ``NAME@block_n,stages,tiles,programs`` cuts tokens like that. Each line: whole op in microseconds, GB/s of packed tokens, relative
-error, by the Gluon and by the Triton kernel; cuDNN's or FLASH's fp16 beside it.
+Names choose among ``CASES``; ``NAME@block_n,stages,tiles,programs`` cuts tokens like that. Each
+line: whole op in microseconds, TB/s of packed tokens and relative error, by the Gluon and by the
+Triton kernel; cuDNN's and FLASH's fp16 beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from squat_fx.bench import kernel
 from squat_fx.bench.kernel import ROLES, Extent, Shape, Squat, format_of, median_microseconds, randn
-from squat_fx.kernels import launch
+from squat_fx.kernels import launch, tuning
+from squat_fx.kernels.tuning import Choice
 
 FULL, ONE = Shape(32, 8, 128, 8192), Shape(32, 8, 1, 32768)
 LONG, MHA, SMALL = Shape(32, 8, 1, 131072), Shape(32, 32, 64, 4096), Shape(9, 3, 64, 4096, 64)
