@@ -52,7 +52,7 @@ class Compiled:
     # What is compiled around this calls it; its own graphs would take no packed cache.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.report.runs
+        before = self.report.runs_here
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if not torch.compiler.is_compiling():
@@ -62,7 +62,7 @@ class Compiled:
         else:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 result = self._compiled(*args, **kwargs)
-        if self.report.runs == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before and not torch.compiler.is_compiling():
             packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
             self.report.eager_calls += packed
         return result
@@ -97,6 +97,7 @@ def compile(
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
+    share_layers: bool = True,
     strict: bool = False,
 ) -> Target:
     """Give a model or a function a packed KV cache.
@@ -122,6 +123,7 @@ def compile(
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,
+        share_layers=share_layers,
         strict=strict,
     )
     if isinstance(model_or_fn, nn.Module):

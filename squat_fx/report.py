@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ class Report:
     runs: int = 0
     recordings: int = 0
     replays: int = 0
+    _runs_by_thread: dict[int, int] = field(default_factory=dict, repr=False)
     _storages: weakref.WeakSet[Storage] = field(default_factory=weakref.WeakSet, repr=False)
 
     @property
@@ -176,6 +178,16 @@ class Report:
             )
             total = total + CacheBytes(storage.nbytes, size)
         return total
+
+    def count_run(self) -> None:
+        """One more call of a compiled graph, by this thread."""
+        self.runs += 1
+        self._runs_by_thread[get_ident()] = self.runs_here + 1
+
+    @property
+    def runs_here(self) -> int:
+        """Calls of compiled graphs by this thread."""
+        return self._runs_by_thread.get(get_ident(), 0)
 
     def track(self, handle: QuantizedKV) -> QuantizedKV:
         """Count a handle's storage among the live caches."""

@@ -38,6 +38,7 @@ class Storage:
     Attributes:
         fmt: the stored format.
         role: ``"key"`` or ``"value"``.
+        described: both of them.
         length, watermark: see :mod:`squat_fx.kernels.reference`.
         dropped: every row starts at this position or later.
     """
@@ -47,6 +48,7 @@ class Storage:
     ) -> None:
         self.fmt = fmt
         self.role: Role = role
+        self.described = (fmt, role)
         self.length = extent.length
         self.watermark = extent.watermark
         self.dropped = dropped
@@ -60,6 +62,7 @@ class Storage:
         storage = cls.__new__(cls)
         storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
         storage.dropped = 0
+        storage.described = (fmt, role)
         storage._arenas, storage._leases = {"dense": dense}, []
         return storage
 

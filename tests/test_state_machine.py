@@ -8,16 +8,25 @@ and few handles are kept, so that storages find themselves with one reader and g
 from __future__ import annotations
 
 import gc
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor
 
 from squat_fx.boundary import Boundary
@@ -97,8 +106,19 @@ def compiled_append(new_tokens: int, fails: bool, kept: int | None = None) -> Bo
     )
 
 
+PROMPTS = {
+    "pads": st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    "tokens": st.integers(1, 40),
+}
+
+
 class Handles(RuleBasedStateMachine):
-    """Any number of generations, beams, crops and accidents."""
+    """Any number of generations, beams, crops and accidents.
+
+    ``steps_run`` counts rules, over all machines.
+    """
+
+    steps_run = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +149,11 @@ class Handles(RuleBasedStateMachine):
 
     # a cache begins, grows and ends
 
-    @rule(pads=st.lists(st.integers(0, 12), min_size=1, max_size=3), tokens=st.integers(1, 40))
+    @initialize(**PROMPTS)
+    def begin(self, pads: list[int], tokens: int) -> None:
+        self.store(pads, tokens)
+
+    @rule(**PROMPTS)
     def store(self, pads: list[int], tokens: int) -> None:
         x, valid = self.numbers(len(pads), HEADS, tokens, HEAD_DIM), left_padding(pads, tokens)
         handle = QuantizedKV.from_dense(x, FMT, "key", valid if any(pads) else None)
@@ -276,6 +300,12 @@ class Handles(RuleBasedStateMachine):
 
     @precondition(lambda self: self.living)
     @rule(which=pick)
+    def keep_in_a_file(self, which: int) -> None:
+        old = self.chosen(which)
+        self.keep(old.after(pickle.loads(pickle.dumps(old.handle)), Tensor.clone))
+
+    @precondition(lambda self: self.living)
+    @rule(which=pick)
     def share(self, which: int) -> None:
         """Two handles over the same tokens, as ``detach`` gives."""
         old = self.chosen(which)
@@ -298,6 +328,10 @@ class Handles(RuleBasedStateMachine):
         torch.testing.assert_close(out, expected)
 
     @invariant()
+    def another_rule_ran(self) -> None:
+        Handles.steps_run += 1
+
+    @invariant()
     def every_living_handle_reads_its_own_tokens(self) -> None:
         for living in self.living:
             assert living.handle.shape == living.expected.shape
@@ -313,5 +347,29 @@ class Handles(RuleBasedStateMachine):
             assert storage.dropped <= lease.first <= lease.length <= storage.length
 
 
-TestHandles = Handles.TestCase
-TestHandles.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+def settings_of(examples: int) -> settings:
+    """So many machines of at most 40 rules each."""
+    return settings(max_examples=examples, stateful_step_count=40, deadline=None)
+
+
+class TestHandles(Handles.TestCase):
+    """``--hypothesis-show-statistics`` says what ran."""
+
+    settings = settings_of(75)
+
+    def setUp(self) -> None:
+        self.before = Handles.steps_run
+
+    def tearDown(self) -> None:
+        assert Handles.steps_run - self.before >= 2000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(8))
+def test_handles_in_the_long_run(part: int) -> None:
+    """200,000 rules, in parts that may run side by side."""
+    before = Handles.steps_run
+    run_state_machine_as_test(Handles, settings=settings_of(850))
+    steps = Handles.steps_run - before
+    print(f"{steps} rules in part {part}")
+    assert steps >= 25_000

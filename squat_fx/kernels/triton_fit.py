@@ -84,7 +84,7 @@ def kept(valid, stride, token, first, last):
 @triton.jit
 def bounded(x):
     """Zeros for NaN and what fp16 cannot hold."""
-    return tl.where(tl.abs(x) <= LARGEST_HALF, x, tl.zeros_like(x))
+    return tl.where(tl.abs(x.to(tl.float32)) <= LARGEST_HALF, x, tl.zeros_like(x))
 
 
 @triton.jit

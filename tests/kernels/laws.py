@@ -505,8 +505,9 @@ def assert_rounded_rightly(
 ) -> None:  # fmt: skip
     """Every stored number is what float64 arithmetic would round, given those stored before it.
 
-    A parameter is within one fp16 ulp; a code is the nearest level of the *stored* parameters,
-    where the true number is not within a thousandth of a step of the middle between two. With
+    A parameter is within one fp16 ulp; a code is the nearest level of the *stored* parameters (of
+    the size of its token in ``planes/token``, whose scale comes after the codes), where the true
+    number is not within a thousandth of a step of the middle between two. With
     feedback, the errors that reach a plane group are those of the stored codes before it, so that
     one code that fell to the other side of a middle is no excuse for the next.
     """
@@ -527,9 +528,14 @@ def assert_rounded_rightly(
         y = y @ reference.basis_pair(fixed["basis"], head_dim, x.device)[0].double()
         least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
-        scale = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
+        size = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
         sign = alternating_signs(x.shape[2], 0, x.device).double()
-        assert_nearest_halves(packed[1] * sign, scale[..., None], 1e-6 * largest_number)
+        size = size[..., None] * sign
+        bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
+        levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
+        scale = y.norm(dim=-1, keepdim=True) / levels.norm(dim=-1, keepdim=True)
+        scale = scale.clamp(2.0**-24, 65504.0)
+        assert_nearest_halves(packed[1] * sign, scale, 1e-6 * largest_number)
     else:
         group = fmt.token_group
         assert fmt.channel_group == 1
@@ -538,7 +544,7 @@ def assert_rounded_rightly(
         block = slice(plane * LANES, min((plane + 1) * LANES, head_dim))
         number, code, largest = y[..., block], codes[..., block], 2**bits - 1
         if fmt.layout == "planes/token":
-            unit = packed[1].double() * STEP[bits]
+            unit = size * STEP[bits]
             origin = -unit * largest / 2
         else:
             slack = 1e-6 * largest_number.amax()
@@ -837,3 +843,21 @@ def make_mask(case: Case, kv_len: int) -> Tensor | None:
         return visible
     bias = torch.randn(1, heads, 1, kv_len, generator=generator)
     return bias.masked_fill(~visible, -torch.inf).to(case.dtype)
+
+
+def learning_leaves_out(bad: float, case: Case, device: str) -> None:
+    """A key that fp16 cannot hold counts as zeros, such a number of a query as zero: the kernels
+    learn what the reference learns, and it is finite.
+    """
+    fmt = case.format("key")
+    x = case.randn(2, NUM_KV_HEADS, 70, fmt.head_dim).to(device)
+    query = case.randn(2, 2 * NUM_KV_HEADS, 70, fmt.head_dim, seed=2).to(device)
+    x[0, 0, 50, 3], query[0, 0, 40, 5] = bad, bad
+    arenas = [reference.empty_arenas(x, 0, fmt, None) for _ in range(2)]
+    found = fitting.learn(arenas[0], x, None, query, fmt, "key")
+    expected = reference.learn(arenas[1], x, None, query, fmt, "key")
+    assert found.feedback is not None
+    assert expected.feedback is not None
+    assert bool(found.feedback.isfinite().all())
+    torch.testing.assert_close(arenas[0].affine, arenas[1].affine, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.feedback, expected.feedback, rtol=1e-3, atol=1e-3)
