@@ -70,6 +70,7 @@ class FindCacheEdges(GraphPass):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
+        _place_windows(rewriting)
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
@@ -275,3 +276,12 @@ def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
             if _source_reason(user, returned, rewriting) is None and parts_of(user)[0] is carrier:
                 role = value_of(carrier).role
                 rewriting.lone_edges.append(_edge(role, user, fmt, returned, rewriting))
+
+
+def _place_windows(rewriting: Rewriting) -> None:
+    """A row for where each window begins, behind those of its carriers."""
+    for site in rewriting.sites:
+        number = rewriting.window_of(site)
+        if number is not None and number not in rewriting.rows:
+            last = max(rewriting.row_of(carrier) for carrier in number.carriers)
+            rewriting.rows.insert(last + 1, number)

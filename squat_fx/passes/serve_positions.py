@@ -65,8 +65,8 @@ class _Rows:
         windows = rewriting.windows()
         self._lengths: dict[Any, int] = {}
         self._known: set[Any] = set()
-        for row, carrier in enumerate(rewriting.handles):
-            shape = shape_of(carrier)
+        for carrier in rewriting.handles:
+            shape, row = shape_of(carrier), rewriting.row_of(carrier)
             if shape is not None and not isinstance(shape[2], int):
                 self._known.add(shape[2])
                 if carrier not in windows:  # a window is shorter than what was appended
