@@ -148,7 +148,7 @@ class Boundary:
             if not isinstance(x, QuantizedKV) and carrier.edge is not None:
                 edge = carrier.edge
                 out[carrier.index] = QuantizedKV.from_dense(
-                    x, edge.fmt, edge.role, basis=edge.basis
+                    x, edge.fmt, edge.role, given=edge.constant
                 )
         return tuple(out)
 
@@ -246,7 +246,7 @@ class Boundary:
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._stored_tokens[position](args)
                     handle = QuantizedKV.from_arenas(
-                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.constant
                     )
                     stored[made.first] = self._report.track(handle)
                     del arenas

@@ -82,7 +82,7 @@ class QuantizedKV(Tensor):
         role: Role,
         valid: Tensor | None = None,
         query: Tensor | None = None,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> QuantizedKV:
         """Pack ``x`` ``[batch, heads, tokens, head_dim]``.
 
@@ -91,8 +91,9 @@ class QuantizedKV(Tensor):
             valid: bool ``[batch, tokens]``, False for padding.
             query: ``[batch, num_heads, tokens, head_dim]``, for codecs that look at the queries of
                 a prompt.
-            basis: fp32 ``[2, heads, head_dim, head_dim]`` if ``fmt.latent``: the calibrated basis
-                and its inverse.
+            given: what the layout is given. If ``fmt.latent``: the calibrated basis and its
+                inverse, fp32 ``[2, heads, head_dim, head_dim]``. In ``latent/rope``: the angle by
+                which each pair of channels turns from token to token, in radians.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
@@ -100,9 +101,9 @@ class QuantizedKV(Tensor):
             )
         with torch.inference_mode(False), torch.no_grad():
             arenas = ops.overload("store", fmt.layout)(
-                x, valid, query, basis, role, fmt.codec, fmt.to_ints()
+                x, valid, query, given, role, fmt.codec, fmt.to_ints()
             )
-            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, basis)
+            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, given)
 
     @classmethod
     def from_arenas(
@@ -111,13 +112,13 @@ class QuantizedKV(Tensor):
         length: int,
         fmt: Format,
         role: Role,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens."""
         made = dict(zip(fmt.stored_names, arenas, strict=True))
         layout = fmt.stored_layout
         for name in layout.shared:
-            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
+            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if given is None else given
         extent = Extent(0, 0).after(length, fmt)
         capacity = grown_capacity(length, 0)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))

@@ -12,7 +12,7 @@ from torch import Tensor
 from squat_fx.layouts import LAYOUTS, Format
 
 Role = Literal["key", "value"]
-Tap = Literal["query"]
+Tap = Literal["query", "rotary"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class Codec:
         raise NotImplementedError
 
     def taps(self, role: Role) -> frozenset[Tap]:
-        """What the codec wants to see of the prompt besides the tensor that it stores."""
+        """What the codec wants to see of the prompt besides the tensor that it stores: its queries,
+        or the angles by which its keys were turned, without which a layer is left alone.
+        """
         return frozenset()
 
     def affine(self, role: Role) -> bool:

@@ -136,20 +136,25 @@ def quantize(
     fmt: Format,
     fixed: Fixed = NOTHING,
     feedback: Tensor | None = None,
-    first_slot: int = 0,
+    first_slot: int | Tensor = 0,
 ) -> tuple[Tensor, ...]:
     """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``,
-    for the slots from ``first_slot`` on; valid ``[batch, tokens]``.
+    for the slots from ``first_slot`` on, a number or int64 ``[batch, 1]``; valid ``[batch,
+    tokens]``.
     """
     codec = codec_from_spec(fmt.codec)
     return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, first_slot)
 
 
 def dequantize_groups(
-    packed: tuple[Tensor, ...], fmt: Format, out: Tensor, fixed: Fixed = NOTHING
+    packed: tuple[Tensor, ...],
+    fmt: Format,
+    out: Tensor,
+    fixed: Fixed = NOTHING,
+    first_slot: int = 0,
 ) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
-    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out)
+    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out, first_slot)
 
 
 # reading and writing arenas -----------------------------------------------------------------------
@@ -190,13 +195,16 @@ def learn(
     if type(codec).fit is Codec.fit and type(codec).fit_format is Codec.fit_format:
         return NO_FIT
     token = torch.arange(new.shape[2], device=new.device)[None]
-    if valid is None:
-        keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
-    else:
+    start = 0
+    if valid is not None:
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
-        keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
+        start = valid.int().argmax(1)[:, None]
+    first = start + fmt.sink_length  # of the tokens that may be packed
+    keep = (token >= first).expand(new.shape[0], -1)
+    keep = keep if valid is None else keep & valid
     basis = arenas.basis if fmt.latent else None
-    fit = codec.fit_format(role, fmt, new, query, keep, basis)
+    x = fmt.stored_layout.to_frame(new, fmt, arenas.fixed, -first)
+    fit = codec.fit_format(role, fmt, x, query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
@@ -301,15 +309,15 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
         out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
         fixed = arenas.fixed_of(slice(row, row + 1), fmt)
-        numbers = dequantize_groups(group, fmt, out, fixed)[0, :, :left]
+        numbers = dequantize_groups(group, fmt, out, fixed, kept)[0, :, :left]
         arenas.dense[row].index_copy_(
             1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
         )
 
 
-def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None = None) -> Arenas:
+def empty_arenas(like: Tensor, capacity: int, fmt: Format, given: Tensor | None = None) -> Arenas:
     """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like``
-    ``[batch, heads, _, head_dim]``.
+    ``[batch, heads, _, head_dim]``; ``given`` is what the layout makes one of the fixed ones of.
     """
     batch, heads = like.shape[:2]
     packed = tuple(
@@ -324,8 +332,8 @@ def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None 
     layout = fmt.stored_layout
     fixed = {
         name: layout.empty_fixed(fmt, name, like)
-        if basis is None or name not in layout.shared
-        else basis
+        if given is None or name != layout.given
+        else layout.place_given(fmt, given, like)
         for name in layout.fixed
     }
     return Arenas(packed, dense, start, fixed)

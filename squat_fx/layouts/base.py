@@ -13,8 +13,18 @@ from squat_fx.layouts.planes import PlaneLayout, spread_widths
 if TYPE_CHECKING:
     from squat_fx.codecs.base import Codec
     from squat_fx.layouts.format import Format
+    from squat_fx.layouts.rotary import Rotation
 
 Fixed = Mapping[str, Tensor]
+
+
+def slots_from(first_slot: int | Tensor, tokens: int, device: torch.device) -> Tensor:
+    """The slots of ``tokens`` neighbours: int64 ``[tokens]``, or ``[batch, 1, tokens]`` where rows
+    begin at different ones, ``[batch, 1]``.
+    """
+    if isinstance(first_slot, Tensor):
+        first_slot = first_slot[:, None]
+    return first_slot + torch.arange(tokens, device=device)
 
 
 class StoredLayout:
@@ -29,7 +39,8 @@ class StoredLayout:
             ``qdata``.
         fixed: the arenas that are made once, at the store, and only read from then on,
             ``[batch, heads, ...]``.
-        shared: those among ``fixed`` that all sequences share, and that the store is given.
+        given: the one among ``fixed`` that the store is given, if there is one.
+        shared: ``(given,)`` where all sequences share it; else the store copies it to each.
         values: the layout of values beside keys of this one; its own name or another's.
         whole_bits: whether all channels have the same width.
     """
@@ -37,6 +48,7 @@ class StoredLayout:
     name: ClassVar[str]
     packed: ClassVar[tuple[str, ...]]
     fixed: ClassVar[tuple[str, ...]] = ()
+    given: ClassVar[str | None] = None
     shared: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[str]
     whole_bits: ClassVar[bool] = False
@@ -76,6 +88,24 @@ class StoredLayout:
         shape = self.fixed_shape(fmt, name, *like.shape[:2])
         return like.new_zeros(shape, dtype=self.dtype(fmt, name, like.dtype))
 
+    def place_given(self, fmt: Format, given: Tensor, like: Tensor) -> Tensor:
+        """The fixed arena that is made of what the store is given, for tensors like ``like``."""
+        return given
+
+    def with_rotation(self, fmt: Format, rotation: Rotation) -> Format:
+        """``fmt`` for keys that went through a rotary embedding; layouts that do not turn them back
+        have no other.
+        """
+        return fmt
+
+    def to_frame(
+        self, x: Tensor, fmt: Format, fixed: Fixed, first_slot: int | Tensor = 0
+    ) -> Tensor:
+        """``x`` ``[batch, heads, tokens, head_dim]`` as codecs learn from it; ``first_slot`` as in
+        :meth:`quantize`, and less than 0 for tokens before the packed ones.
+        """
+        return x
+
     def constant(
         self, head_dim: int, widths: tuple[int, ...], device: torch.device
     ) -> Tensor | None:
@@ -108,7 +138,7 @@ class StoredLayout:
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int = 0,
+        first_slot: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """The packed arenas of ``x``, for the slots from ``first_slot`` on.
 
@@ -121,16 +151,23 @@ class StoredLayout:
             codec: whose format it is, for layouts that leave the rounding to codecs.
             fixed: the fixed arenas.
             feedback: see :class:`squat_fx.codecs.Fit`.
-            first_slot: where the first token is stored.
+            first_slot: where the first token is stored; int64 ``[batch, 1]`` where rows differ.
         """
         raise NotImplementedError
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+    ) -> Tensor:
         """Undo :meth:`quantize`: fp32 ``[batch, heads, tokens, head_dim]``."""
         raise NotImplementedError
 
     def dequantize_into(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        out: Tensor,
+        first_slot: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_slot))

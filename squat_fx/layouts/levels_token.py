@@ -60,7 +60,7 @@ class LevelsPerToken(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int = 0,
+        first_slot: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded in the rotated frame; padding is zeros. A codec with ``norm_correction=False``
         stores the scale without it.
@@ -73,7 +73,9 @@ class LevelsPerToken(StoredLayout):
         codes, scale = quantize_tokens(x @ there, fmt.widths, correct)
         return pack(codes, fmt.widths), scale
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)
         back = rotation_pair(fmt.head_dim, codes.device)[1]

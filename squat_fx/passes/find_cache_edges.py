@@ -120,7 +120,7 @@ def _site(
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
-    key_edge = replace(key_edge, basis=basis)
+    key_edge = replace(key_edge, given=basis)
     return AttentionSite(attention, key_edge, value_edge, queries, layer)
 
 

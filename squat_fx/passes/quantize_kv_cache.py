@@ -154,19 +154,20 @@ class QuantizeKVCache(GraphPass):
     ) -> list[fx.Node]:
         graph = rewriting.graph
         valid = self._valid_tokens(mask, edge.stored, readers)
-        basis = (
-            None if edge.basis is None else _constant(edge.basis, f"{edge.stored}_basis", rewriting)
-        )
+        given = edge.given
+        if isinstance(given, Tensor):
+            name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
+            given = _constant(given, name, rewriting)
         arguments = (
             edge.stored,
             valid,
             query,
-            basis,
+            given,
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
         )
-        place = _latest(edge.stored, valid, query)
+        place = _latest(edge.stored, valid, query, given)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
-from squat_fx.codecs.rotary import Rotation
+from squat_fx.layouts.rotary import Rotation
 
 if TYPE_CHECKING:
     from squat_fx.config import Config
@@ -42,8 +42,8 @@ class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
 
     ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and
-    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet. ``basis`` is given where
-    ``fmt`` is latent.
+    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet. ``given`` is what the
+    layout of ``fmt`` is given: numbers, or where they come from in this graph.
     """
 
     role: Role
@@ -52,7 +52,12 @@ class CacheEdge:
     new: fx.Node
     past: fx.Node | None
     fmt: Format
-    basis: Tensor | None = field(default=None, compare=False, repr=False)
+    given: Tensor | fx.Node | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What the layout is given, if that are numbers."""
+        return self.given if isinstance(self.given, Tensor) else None
 
     @property
     def carrier(self) -> fx.Node:
@@ -97,7 +102,7 @@ class Angles:
 class Rotary:
     """The rotary embedding between a key and the cache.
 
-    With each node's tensor in its place, and ``rearranged`` of ``codecs.rotary``::
+    With each node's tensor in its place, and ``rearranged`` of ``layouts.rotary``::
 
         rotated = rotation.apply(
             rearranged(key, key_dims), rearranged(cos, cos_dims), rearranged(sin, cos_dims)
