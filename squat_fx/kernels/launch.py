@@ -655,6 +655,10 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
     qdata, *parameters = arenas.packed
+    named: dict[str, Tensor] = {}
+    if not constant.per_token:
+        named = {name: t for name, t in arenas.fixed.items() if name in Stored._fields}
+        parameters += [named.pop(name) for name in ("scale", "zero_point") if name in named]
     scale, zero_point, extra = (*parameters, None, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
@@ -663,11 +667,11 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         )
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
-        fixed = next(iter(arenas.fixed.values()), None)
-        if fixed is None:
+        fixed = next((t for n, t in arenas.fixed.items() if n not in Stored._fields), None)
+        if fixed is None and not arenas.fixed:
             made_for = constant.head_dim, constant.widths, qdata.device
             fixed = LAYOUTS[constant.layout].constant(*made_for)
-        return Stored(*layout, extra=extra, fixed=fixed)
+        return Stored(*layout, extra=extra, fixed=fixed, **named)
     affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():
         return Stored(*layout, affine=affine)

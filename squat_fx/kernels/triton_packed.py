@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_dual import dual_planes
+from squat_fx.kernels.triton_latent import latent_planes
 from squat_fx.kernels.triton_levels import levels_planes
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
 from squat_fx.kernels.triton_polar import polar_planes
@@ -32,6 +33,8 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
         loaded = levels_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "signs/token":
         loaded = signs_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "latent/rope":
+        loaded = latent_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/token":
         loaded = polar_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/pairs":

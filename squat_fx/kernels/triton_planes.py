@@ -36,6 +36,7 @@ class Stored(NamedTuple):
 
     ``basis`` is fp32 ``[2, heads, head_dim, head_dim]``: ``basis_stride`` elements lie between two
     heads, ``inverse`` ones before the inverse. None: the fixed rotation (``triton_hadamard.py``).
+    Fixed arenas of other layouts are in the field of their name, or else ``fixed``.
     """
 
     qdata: Tensor
@@ -50,6 +51,8 @@ class Stored(NamedTuple):
     inverse: int = 0
     extra: Tensor | None = None
     fixed: Tensor | None = None
+    mean: Tensor | None = None
+    frequency: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class StoredFormat:
     sink_length: int
     ring_length: int
     residual_length: int
+    details: tuple[int, ...]
 
     @property
     def dense_length(self) -> int:
@@ -163,6 +167,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         sink_length=fmt.sink_length,
         ring_length=fmt.ring_length,
         residual_length=fmt.residual_length,
+        details=fmt.details,
     )
 
 

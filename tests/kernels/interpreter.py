@@ -20,6 +20,7 @@ from squat_fx.codecs import (
     Role,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
     codec_spec,
@@ -31,6 +32,7 @@ from squat_fx.kernels.triton_append import load_rows, store_rows
 from squat_fx.kernels.triton_hadamard import rotate, rotate_back, rotate_rows, rotate_rows_back
 from squat_fx.kernels.triton_planes import stored_format
 from squat_fx.layouts.hadamard import rotation
+from squat_fx.layouts.rotary import Rotation
 from tests.kernels import laws
 
 # The interpreter multiplies bfloat16 as integers, so bfloat16 waits for a GPU.
@@ -67,6 +69,11 @@ OTHER_LAYOUTS = (
     of_other_layouts(Qjl(64, 3, 32), 24),
     of_other_layouts(Qjl(48, 0), 40, pads=(0, 0)),
     of_other_layouts(Qjl(96, 8, 144), 80, dtype=torch.float16),
+    of_other_layouts(Svdq(), 16, rotation=Rotation(16, "halves")),
+    of_other_layouts(Svdq(schedule=(5, 3, 0)), 40, rotation=Rotation(20, "halves")),
+    of_other_layouts(Svdq(), 64, rotation=Rotation(64, "halves"), dtype=torch.float16),
+    of_other_layouts(Svdq(schedule=(4, 2)), 24, rotation=Rotation(24, "interleaved")),
+    of_other_layouts(Svdq(pre_rope=False), 80, pads=(0, 0)),
 )
 IDS = [f"{case.codec.name}-{case.key_dim}-{case.bits}" for case in OTHER_LAYOUTS]
 
