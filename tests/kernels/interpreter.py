@@ -69,11 +69,6 @@ OTHER_LAYOUTS = (
     of_other_layouts(Qjl(64, 3, 32), 24),
     of_other_layouts(Qjl(48, 0), 40, pads=(0, 0)),
     of_other_layouts(Qjl(96, 8, 144), 80, dtype=torch.float16),
-    of_other_layouts(Svdq(), 16, rotation=Rotation(16, "halves")),
-    of_other_layouts(Svdq(schedule=(5, 3, 0)), 40, rotation=Rotation(20, "halves")),
-    of_other_layouts(Svdq(), 64, rotation=Rotation(64, "halves"), dtype=torch.float16),
-    of_other_layouts(Svdq(schedule=(4, 2)), 24, rotation=Rotation(24, "interleaved")),
-    of_other_layouts(Svdq(pre_rope=False), 80, pads=(0, 0)),
 )
 IDS = [f"{case.codec.name}-{case.key_dim}-{case.bits}" for case in OTHER_LAYOUTS]
 
@@ -102,6 +97,26 @@ def test_writing_and_dequantizing_in_other_layouts_agree_with_the_reference(
 @pytest.mark.parametrize("case", OTHER_LAYOUTS, ids=IDS)
 def test_writing_both_in_other_layouts_agrees_with_writing_each(case: laws.Case) -> None:
     laws.writing_both_agrees_with_writing_each(case, "cpu")
+
+
+LATENT = (
+    of_other_layouts(Svdq(schedule=(5, 3, 0)), 40, rotation=Rotation(20, "halves")),
+    of_other_layouts(Svdq(schedule=(4, 2)), 24, rotation=Rotation(24, "interleaved")),
+    of_other_layouts(Svdq(), 64, rotation=Rotation(64, "halves"), dtype=torch.float16),
+    of_other_layouts(Svdq(pre_rope=False), 16, pads=(0, 0)),
+)
+
+
+@pytest.mark.parametrize("case", LATENT, ids=lambda c: f"{c.key_dim}-{c.codec}")
+def test_latent_keys_are_read_and_written_as_in_the_reference(
+    case: laws.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(2, monkeypatch)
+    case = replace(case, chunks=(50, 1, 7), value_dim=16, q_len=3, new_len=3)
+    laws.attending_agrees_with_float64(case, "cpu")
+    laws.dequantizing_agrees_with_the_reference(case, "key", "cpu")
+    laws.writing_agrees_with_the_reference(case, "key", "cpu")
+    laws.quantizing_agrees_with_the_reference(case, "key", "cpu")
 
 
 def split_into(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
