@@ -146,7 +146,7 @@ class Svdq(Kivi):
             return Fit()
         mean, directions, low, high = singular_frame(x, keep, num_latent(fmt))
         scale = (high - low) / largest_codes(fmt, x.device)
-        learned = {"basis": directions, "scale": scale, "zero_point": low, "mean": mean}
+        learned = {"basis": directions, "scale": scale, "zero_point": low, "center": mean}
         return Fit({name: numbers.float() for name, numbers in learned.items()})
 
 

@@ -513,7 +513,8 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback, before)
+    first = before + fmt.sink_length + start
+    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback, first_position=first)
     for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
         # Wrapped around, slots that are not there stay distinct, so that each is written once.

@@ -136,14 +136,16 @@ def quantize(
     fmt: Format,
     fixed: Fixed = NOTHING,
     feedback: Tensor | None = None,
-    first_slot: int | Tensor = 0,
+    first_slot: int = 0,
+    first_position: int | Tensor = 0,
 ) -> tuple[Tensor, ...]:
     """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``,
-    for the slots from ``first_slot`` on, a number or int64 ``[batch, 1]``; valid ``[batch,
-    tokens]``.
+    for the slots from ``first_slot`` on; valid ``[batch, tokens]``. ``first_position`` is that of
+    the first token, a number or int64 ``[batch, 1]``.
     """
     codec = codec_from_spec(fmt.codec)
-    return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, first_slot)
+    place = first_slot, first_position
+    return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, *place)
 
 
 def dequantize_groups(
@@ -151,10 +153,10 @@ def dequantize_groups(
     fmt: Format,
     out: Tensor,
     fixed: Fixed = NOTHING,
-    first_slot: int = 0,
+    first_position: int = 0,
 ) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
-    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out, first_slot)
+    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out, first_position)
 
 
 # reading and writing arenas -----------------------------------------------------------------------
@@ -178,7 +180,8 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
             target = row_tokens[:, :, sinks : sinks + count]
-            dequantize_groups(packed, fmt, target, arenas.fixed_of(rows, fmt))
+            fixed = arenas.fixed_of(rows, fmt)
+            dequantize_groups(packed, fmt, target, fixed, start + fmt.sink_length)
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
     return out
@@ -195,15 +198,13 @@ def learn(
     if type(codec).fit is Codec.fit and type(codec).fit_format is Codec.fit_format:
         return NO_FIT
     token = torch.arange(new.shape[2], device=new.device)[None]
-    start = 0
-    if valid is not None:
+    if valid is None:
+        keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
+    else:
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
-        start = valid.int().argmax(1)[:, None]
-    first = start + fmt.sink_length  # of the tokens that may be packed
-    keep = (token >= first).expand(new.shape[0], -1)
-    keep = keep if valid is None else keep & valid
+        keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    x = fmt.stored_layout.to_frame(new, fmt, arenas.fixed, -first)
+    x = fmt.stored_layout.to_frame(new, fmt, arenas.fixed)
     fit = codec.fit_format(role, fmt, x, query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
@@ -275,7 +276,8 @@ def _pack_leaving(
         known = valid.new_ones((valid.shape[0], in_ring - first))
         valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
     slots = _packed_slots(arenas, rows, first, end, fmt)
-    packed = quantize(leaving, valid, fmt, arenas.fixed_of(rows, fmt), feedback, first)
+    place = first, start + fmt.sink_length + first
+    packed = quantize(leaving, valid, fmt, arenas.fixed_of(rows, fmt), feedback, *place)
     for slot, numbers in zip(slots, packed, strict=True):
         slot.copy_(numbers)
 
@@ -309,7 +311,8 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
         out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
         fixed = arenas.fixed_of(slice(row, row + 1), fmt)
-        numbers = dequantize_groups(group, fmt, out, fixed, kept)[0, :, :left]
+        first = start + fmt.sink_length + kept
+        numbers = dequantize_groups(group, fmt, out, fixed, first)[0, :, :left]
         arenas.dense[row].index_copy_(
             1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
         )

@@ -1,8 +1,8 @@
 """Packed tokens of the layout ``latent/rope`` inside a kernel.
 
     latent = code * scale + zero_point
-    x      = latent @ basis + mean
-    x'     = x * cos(angle) + partner * sin(angle)        angle = slot * frequency of the pair
+    x      = latent @ basis + center
+    x'     = x * cos(angle) + partner * sin(angle)        angle = position * frequency of the pair
 
 A tile is multiplied by the basis 16 latent channels at a time; the basis is fp16, so two products
 of tensor cores are as good as fp32. ``partner`` is the other channel of a pair, negative for the
@@ -61,8 +61,8 @@ def partner_plane(fmt, plane):
 @triton.jit
 def from_latent(stored, head, latent, channel, inside, fmt: tl.constexpr):
     """The numbers of ``channel`` ``[1, 16]``, of latent plane groups; fp32 ``[N, 16]``."""
-    mean = tl.load(stored.mean + head * fmt.head_dim + channel, mask=inside, other=0.0)
-    x = tl.zeros([latent[0].shape[0], 16], tl.float32) + mean
+    center = tl.load(stored.center + head * fmt.head_dim + channel, mask=inside, other=0.0)
+    x = tl.zeros([latent[0].shape[0], 16], tl.float32) + center
     for i in tl.static_range(num_latent_planes(fmt)):
         index = 16 * i + tl.arange(0, 16)[:, None]  # [16 latent, 1]
         rows = stored.basis + (head * num_latent(fmt) + index) * fmt.head_dim
@@ -72,9 +72,9 @@ def from_latent(stored, head, latent, channel, inside, fmt: tl.constexpr):
 
 
 @triton.jit
-def latent_planes(stored, head, slot, keep, lane, fmt: tl.constexpr):
-    """Packed tokens at slot ``[N, 1]``, ``N`` at least 16, as numbers: a tuple of fp32 ``[N, 16]``,
-    one for each plane group; finite where not ``keep``.
+def latent_planes(stored, head, slot, position, keep, lane, fmt: tl.constexpr):
+    """Packed tokens at slot ``[N, 1]``, ``N`` at least 16, and ``position``, as numbers: a tuple of
+    fp32 ``[N, 16]``, one for each plane group; finite where not ``keep``.
     """
     words = load_words(stored, head, slot, keep, lane, fmt)
     latent = ()
@@ -90,13 +90,13 @@ def latent_planes(stored, head, slot, keep, lane, fmt: tl.constexpr):
         channel = 16 * j + lane
         planes += (from_latent(stored, head, latent, channel, channel < fmt.head_dim, fmt),)
     if rotary_dim(fmt) > 0:
-        planes = turn(stored, head, slot, latent, planes, lane, fmt)
+        planes = turn(stored, head, position, latent, planes, lane, fmt)
     return planes
 
 
 @triton.jit
-def turn(stored, head, slot, latent, planes, lane, fmt: tl.constexpr):
-    """``planes`` turned by the angles of their slots."""
+def turn(stored, head, position, latent, planes, lane, fmt: tl.constexpr):
+    """``planes`` turned by the angles of their positions."""
     HALF: tl.constexpr = rotary_dim(fmt) // 2
     turned = ()
     for j in tl.static_range(num_planes(fmt)):
@@ -117,7 +117,8 @@ def turn(stored, head, slot, latent, planes, lane, fmt: tl.constexpr):
             else:
                 other = from_latent(stored, head, latent, partner, turns, fmt)
             pointers = stored.frequency + head * HALF + pair
-            angle = slot.to(tl.float32) * tl.load(pointers, mask=turns, other=0.0)
+            frequency = tl.load(pointers, mask=turns, other=0.0) * (1 / TURN)
+            angle = position.to(tl.float32) * frequency
             angle = (angle - tl.floor(angle + 0.5)) * TURN
             cosine, sine = cosine_and_sine(angle)
             y = x * cosine + tl.where(is_second, other, -other) * sine

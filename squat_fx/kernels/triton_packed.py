@@ -21,9 +21,9 @@ from squat_fx.kernels.triton_signs import signs_planes
 
 
 @triton.jit
-def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
-    """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in: a tuple
-    of words of codes, or of numbers, each ``[N, 16]``.
+def load_packed(stored, head, slot, position, keep, lane, fmt: tl.constexpr):
+    """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in, which
+    holds the token at ``position``: a tuple of words of codes, or of numbers, each ``[N, 16]``.
     """
     if fmt.layout == "planes/dual":
         loaded = dual_planes(stored, head, slot, keep, lane, fmt)
@@ -34,7 +34,7 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
     elif fmt.layout == "signs/token":
         loaded = signs_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "latent/rope":
-        loaded = latent_planes(stored, head, slot, keep, lane, fmt)
+        loaded = latent_planes(stored, head, slot, position, keep, lane, fmt)
     elif fmt.layout == "polar/token":
         loaded = polar_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/pairs":

@@ -51,7 +51,7 @@ class Stored(NamedTuple):
     inverse: int = 0
     extra: Tensor | None = None
     fixed: Tensor | None = None
-    mean: Tensor | None = None
+    center: Tensor | None = None
     frequency: Tensor | None = None
 
 

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 Fixed = Mapping[str, Tensor]
 
 
-def slots_from(first_slot: int | Tensor, tokens: int, device: torch.device) -> Tensor:
-    """The slots of ``tokens`` neighbours: int64 ``[tokens]``, or ``[batch, 1, tokens]`` where rows
-    begin at different ones, ``[batch, 1]``.
+def positions_from(first: int | Tensor, tokens: int, device: torch.device) -> Tensor:
+    """The positions of ``tokens`` neighbours: int64 ``[tokens]``, or ``[batch, 1, tokens]`` where
+    rows begin at different ones, ``[batch, 1]``.
     """
-    if isinstance(first_slot, Tensor):
-        first_slot = first_slot[:, None]
-    return first_slot + torch.arange(tokens, device=device)
+    if isinstance(first, Tensor):
+        first = first[:, None]
+    return first + torch.arange(tokens, device=device)
 
 
 class StoredLayout:
@@ -98,12 +98,8 @@ class StoredLayout:
         """
         return fmt
 
-    def to_frame(
-        self, x: Tensor, fmt: Format, fixed: Fixed, first_slot: int | Tensor = 0
-    ) -> Tensor:
-        """``x`` ``[batch, heads, tokens, head_dim]`` as codecs learn from it; ``first_slot`` as in
-        :meth:`quantize`, and less than 0 for tokens before the packed ones.
-        """
+    def to_frame(self, x: Tensor, fmt: Format, fixed: Fixed) -> Tensor:
+        """A prompt ``[batch, heads, tokens, head_dim]`` as codecs learn from it."""
         return x
 
     def constant(
@@ -138,7 +134,8 @@ class StoredLayout:
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """The packed arenas of ``x``, for the slots from ``first_slot`` on.
 
@@ -151,12 +148,18 @@ class StoredLayout:
             codec: whose format it is, for layouts that leave the rounding to codecs.
             fixed: the fixed arenas.
             feedback: see :class:`squat_fx.codecs.Fit`.
-            first_slot: where the first token is stored; int64 ``[batch, 1]`` where rows differ.
+            first_slot: where the first token is stored.
+            first_position: the position of the first token, as :mod:`squat_fx.kernels.reference`
+                counts them; int64 ``[batch, 1]`` where rows differ. It stays when slots move.
         """
         raise NotImplementedError
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """Undo :meth:`quantize`: fp32 ``[batch, heads, tokens, head_dim]``."""
         raise NotImplementedError
@@ -167,7 +170,7 @@ class StoredLayout:
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_slot: int = 0,
+        first_position: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed, first_slot))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_position))

@@ -46,13 +46,18 @@ class Dense(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """``x`` as it is."""
         return (x.contiguous(),)
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """The numbers as they are."""
         return packed[0]

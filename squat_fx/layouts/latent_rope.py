@@ -1,30 +1,30 @@
 """Latent codes of keys before their rotary embedding: ``latent/rope``.
 
-    x = turned back by the angle of its slot
-    latent = (x - mean) @ basis.T                           as many numbers as the basis has rows
+    x = turned back by the angle of its position
+    latent = (x - center) @ basis.T                           as many numbers as the basis has rows
     code = round((latent - zero_point) / scale)             0 .. 2**bits - 1, bits by plane group
-    x' = (code * scale + zero_point) @ basis + mean         turned by the angle of its slot
+    x' = (code * scale + zero_point) @ basis + center       turned by the angle of its position
 
 ``Format.widths`` are the bits of each plane group of 16 latent channels, never more than those of
 the group before; the groups without bits are not stored, and the basis has no rows for them.
 
-A key is turned back and forth by ``slot * frequency``, its place among the packed tokens of its
-row, and not by the position that the model gave it. Turning is undone exactly by turning back, so
-whatever the angles are, what is read is the key after the model's embedding. Where positions count
-up along a row, as they do in prompts, behind left padding and in generation, the two angles differ
-by one fixed rotation of the row, which changes no singular value and which mean and basis take in:
-codes are those of the key before its embedding. So no position is stored, a decode graph need not
-be read for its rotation, and keys that positions jump between are rounded worse but come back
-right. ``Format.details`` are how many channels turn (0: none, and keys stay as the model cached
-them) and whether pairs are neighbours.
+A key is turned back and forth by ``position * frequency``, where position counts from the first
+token that was fed, padding included, and need not be the one that the model counts. Turning is
+undone exactly by turning back, so whatever the angles are, what is read is the key after the
+model's embedding. Where the model's positions go up by one along a row, as they do in prompts,
+behind left padding and in generation, both angles differ by one fixed rotation of the row, which
+changes no singular value and which center and basis take in: codes are those of the key before its
+embedding. So no position is stored, a decode graph need not be read for its rotation, and keys
+between which positions jump are rounded worse but come back right. ``Format.details`` are how many
+channels turn (0: none, and keys stay as the model cached them) and whether pairs are neighbours.
 
 | arena | |
 |---|---|
 | ``qdata`` | uint8 ``[batch, heads, tokens, row_bytes]``, planes of the latent channels |
 | ``basis`` | fp16 ``[batch, heads, latent, head_dim]``, orthonormal rows |
 | ``scale``, ``zero_point`` | fp32 ``[batch, heads, 1, latent]`` |
-| ``mean`` | fp32 ``[batch, heads, 1, head_dim]`` |
-| ``frequency`` | fp32 ``[batch, heads, 1, pairs]``: turns from slot to slot |
+| ``center`` | fp32 ``[batch, heads, 1, head_dim]`` |
+| ``frequency`` | fp32 ``[batch, heads, 1, pairs]``: radians from token to token |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from squat_fx.layouts.base import Fixed, StoredLayout, slots_from
+from squat_fx.layouts.base import Fixed, StoredLayout, positions_from
 from squat_fx.layouts.planes import LANES, PlaneLayout, pack, plane_layout, unpack
 from squat_fx.layouts.rotary import Rotation
 
@@ -52,7 +52,7 @@ class LatentRope(StoredLayout):
 
     name: ClassVar[str] = "latent/rope"
     packed: ClassVar[tuple[str, ...]] = ("qdata",)
-    fixed: ClassVar[tuple[str, ...]] = ("basis", "scale", "zero_point", "mean", "frequency")
+    fixed: ClassVar[tuple[str, ...]] = ("basis", "scale", "zero_point", "center", "frequency")
     given: ClassVar[str | None] = "frequency"
     values: ClassVar[str] = "planes/channel"
 
@@ -74,15 +74,15 @@ class LatentRope(StoredLayout):
         """See the module."""
         sizes = {
             "basis": (num_latent(fmt), fmt.head_dim),
-            "mean": (1, fmt.head_dim),
+            "center": (1, fmt.head_dim),
             "frequency": (1, rotary_dim(fmt) // 2),
         }
         return (batch, heads, *sizes.get(name, (1, num_latent(fmt))))
 
     def place_given(self, fmt: Format, given: Tensor, like: Tensor) -> Tensor:
-        """Of the angle of each pair from token to token, ``pairs`` numbers of any shape."""
+        """Of the angle of each pair from token to token: ``pairs`` numbers, or as many times them."""
         arena = self.empty_fixed(fmt, "frequency", like)
-        return arena.copy_(given.reshape(-1).double() / (2 * math.pi))
+        return arena.copy_(given.reshape(-1)[: arena.shape[-1]])
 
     def with_rotation(self, fmt: Format, rotation: Rotation) -> Format:
         """Keys are turned back as ``rotation`` says; its sign is that of the angles given."""
@@ -94,11 +94,9 @@ class LatentRope(StoredLayout):
         before = " before rotary embedding" if rotary_dim(fmt) else ""
         return f"latent channel, {num_latent(fmt)} of {fmt.head_dim}{before}"
 
-    def to_frame(
-        self, x: Tensor, fmt: Format, fixed: Fixed, first_slot: int | Tensor = 0
-    ) -> Tensor:
+    def to_frame(self, x: Tensor, fmt: Format, fixed: Fixed) -> Tensor:
         """Keys turned back, fp32."""
-        return self._turned(x, fmt, fixed, first_slot, -1)
+        return turned(x, fmt, fixed, 0, back=True)
 
     def quantize(
         self,
@@ -108,10 +106,11 @@ class LatentRope(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Ranges are fixed: no token depends on another, padding or not."""
-        x = self.to_frame(x, fmt, fixed, first_slot) - fixed["mean"]
+        x = turned(x, fmt, fixed, first_position, back=True) - fixed["center"]
         latent = x @ fixed["basis"].float().transpose(-1, -2)
         scale = fixed["scale"].clamp_min(SMALLEST_SCALE)
         codes = ((latent - fixed["zero_point"]) / scale).round_().nan_to_num_(0.0).clamp_(min=0.0)
@@ -119,26 +118,35 @@ class LatentRope(StoredLayout):
         return (pack(codes, latent_widths(fmt)),)
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], num_latent(fmt), latent_widths(fmt)).float()
         latent = codes * fixed["scale"] + fixed["zero_point"]
-        x = latent @ fixed["basis"].float() + fixed["mean"]
-        return self._turned(x, fmt, fixed, first_slot, 1)
+        x = latent @ fixed["basis"].float() + fixed["center"]
+        return turned(x, fmt, fixed, first_position)
 
-    def _turned(
-        self, x: Tensor, fmt: Format, fixed: Fixed, first_slot: int | Tensor, sign: int
-    ) -> Tensor:
-        """``x`` turned by the angles of its slots, or by minus those, fp32."""
-        x = x.float()
-        if not rotary_dim(fmt):
-            return x
-        slot = slots_from(first_slot, x.shape[2], x.device).float()[..., None]
-        turns = slot * fixed["frequency"]
-        angle = (turns - (turns + 0.5).floor()) * (2 * math.pi)
-        pairing = "interleaved" if is_interleaved(fmt) else "halves"
-        return Rotation(rotary_dim(fmt), pairing, sign).apply(x, angle.cos(), angle.sin())
+
+def turned(
+    x: Tensor, fmt: Format, fixed: Fixed, first_position: int | Tensor, back: bool = False
+) -> Tensor:
+    """``x`` turned by the angles of its positions, or by minus those, fp32.
+
+    Of an angle fp32 keeps what is left of whole turns, so that kernels find the same.
+    """
+    x = x.float()
+    if not rotary_dim(fmt):
+        return x
+    position = positions_from(first_position, x.shape[2], x.device).float()[..., None]
+    turns = position * (fixed["frequency"] * (0.5 / math.pi))
+    angle = (turns - (turns + 0.5).floor()) * (2 * math.pi)
+    pairing = "interleaved" if is_interleaved(fmt) else "halves"
+    rotation = Rotation(rotary_dim(fmt), pairing, -1 if back else 1)
+    return rotation.apply(x, angle.cos(), angle.sin())
 
 
 def rotary_dim(fmt: Format) -> int:

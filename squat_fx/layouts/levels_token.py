@@ -60,7 +60,8 @@ class LevelsPerToken(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded in the rotated frame; padding is zeros. A codec with ``norm_correction=False``
         stores the scale without it.
@@ -74,7 +75,11 @@ class LevelsPerToken(StoredLayout):
         return pack(codes, fmt.widths), scale
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)

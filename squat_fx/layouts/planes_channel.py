@@ -64,7 +64,8 @@ class PlanesPerChannel(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded by the codec, group by group."""
         if valid is not None:
@@ -79,7 +80,11 @@ class PlanesPerChannel(StoredLayout):
         return pack(codes, fmt.widths), *parameters
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
@@ -93,11 +98,11 @@ class PlanesPerChannel(StoredLayout):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_slot: int = 0,
+        first_position: int = 0,
     ) -> Tensor:
         """Without memory beside ``out`` where its numbers are fp32 in whole groups."""
         if out.dtype != torch.float32 or fmt.head_dim % fmt.channel_group:
-            return super().dequantize_into(packed, fmt, fixed, out, first_slot)
+            return super().dequantize_into(packed, fmt, fixed, out, first_position)
         qdata, scale, zero_point = packed
         codes = unpack(qdata, fmt.head_dim, fmt.widths, out)
         _times_and_plus(grouped(codes, fmt), scale, zero_point)

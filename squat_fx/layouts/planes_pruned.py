@@ -68,7 +68,8 @@ class PlanesPruned(PlanesPerChannel):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """The kept channels, rounded by the codec."""
         channels = fixed["channels"].long().expand(-1, -1, x.shape[2], -1)
@@ -80,7 +81,11 @@ class PlanesPruned(PlanesPerChannel):
         return pack(codes.squeeze(5).flatten(2, 3), fmt.widths), *parameters
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
@@ -97,10 +102,10 @@ class PlanesPruned(PlanesPerChannel):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_slot: int = 0,
+        first_position: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed, first_slot))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_position))
 
 
 def kept_channels(fmt: Format) -> int:

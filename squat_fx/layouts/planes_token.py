@@ -69,7 +69,8 @@ class PlanesPerToken(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded in the latent frame; no token depends on another, padding or not."""
         latent = to_latent(x, fixed.get("affine"), fixed.get("basis"))
@@ -77,7 +78,11 @@ class PlanesPerToken(StoredLayout):
         return pack(codes, fmt.widths), scale
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)

@@ -79,7 +79,8 @@ class PolarPairs(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`."""
         pairs = x.float().unflatten(2, (-1, fmt.token_group)).unflatten(-1, (2, -1))
@@ -99,7 +100,11 @@ class PolarPairs(StoredLayout):
         return qdata, torch.cat(scales, -1), torch.cat(zero_points, -1)
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed

@@ -86,7 +86,8 @@ class PolarPerToken(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`; no token depends on another, padding or not."""
         cosines, sines = fixed["codebook"].float().unbind(2)
@@ -94,7 +95,11 @@ class PolarPerToken(StoredLayout):
         return polar_tree.quantize_blocks(latent, cosines, sines, fmt.widths)
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, radius = packed

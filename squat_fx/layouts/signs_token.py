@@ -84,7 +84,8 @@ class SignsPerToken(StoredLayout):
         codec: Codec,
         fixed: Fixed,
         feedback: Tensor | None = None,
-        first_slot: int | Tensor = 0,
+        first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Padding is zeros: it is nobody's outlier."""
         sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)
@@ -101,7 +102,11 @@ class SignsPerToken(StoredLayout):
         return torch.cat(signs, -1), torch.cat([norm_of(x), norm_of(outside)], -1), channels
 
     def dequantize(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, first_slot: int = 0
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)

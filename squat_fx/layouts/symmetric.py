@@ -24,7 +24,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squat_fx.layouts.base import slots_from
 from squat_fx.layouts.planes import LANES
 
 # 0 bits have one level, zero, so that any step but 0 does.
@@ -56,18 +55,14 @@ def token_scale(y: Tensor, widths: tuple[int, ...]) -> Tensor:
     return scale.clamp(SMALLEST_SCALE, LARGEST_HALF).half()
 
 
-def alternating_signs(tokens: int, first_slot: int | Tensor, device: torch.device) -> Tensor:
-    """The signs of the scales of ``tokens`` slots, fp16 ``[..., tokens, 1]``: positive in even
-    ones.
-    """
-    return (1 - 2 * (slots_from(first_slot, tokens, device) % 2)).half()[..., None]
+def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
+    """The signs of the scales of ``tokens`` slots, fp16 ``[tokens, 1]``: positive in even ones."""
+    slot = torch.arange(first_slot, first_slot + tokens, device=device)
+    return (1 - 2 * (slot % 2)).half()[:, None]
 
 
 def quantize_tokens(
-    y: Tensor,
-    widths: tuple[int, ...],
-    feedback: Tensor | None = None,
-    first_slot: int | Tensor = 0,
+    y: Tensor, widths: tuple[int, ...], feedback: Tensor | None = None, first_slot: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``y``) and scales (fp16 ``[..., tokens, 1]``).
 

@@ -76,7 +76,7 @@ def _arriving_arena(value: Any) -> str | None:
     """``*past_key`` for the placeholders of a carrier's arenas."""
     if not isinstance(value, fx.Node) or value.op != "placeholder":
         return None
-    arenas = "qdata|scale|zero_point|affine|basis|mean|frequency|dense|start"
+    arenas = "qdata|scale|zero_point|affine|basis|center|frequency|dense|start"
     match = re.fullmatch(rf"(\w+)_({arenas})", value.name)
     if match is None:
         return None

@@ -392,7 +392,7 @@ def assert_same_storage(
                 arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
                 for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
             ]
-            assert_rounded_rightly(packed, numbers, None, fmt, fixed, row_feedback)
+            assert_rounded_rightly(packed, numbers, None, fmt, fixed, row_feedback, first)
             for part in packed:
                 part.zero_()  # so that the rest is compared
     assert_same(tensors_of(actual), tensors_of(expected))
@@ -511,7 +511,7 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
 
 def assert_rounded_rightly(
     packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fixed: Fixed,
-    feedback: Tensor | None,
+    feedback: Tensor | None, first_position: int = 0,
 ) -> None:  # fmt: skip
     """Every stored number is what float64 arithmetic would round, given those stored before it.
 
@@ -524,7 +524,7 @@ def assert_rounded_rightly(
         assert_in_their_cells(packed, x, fmt, fixed)
         return
     if fmt.layout == "latent/rope":
-        assert_at_nearest_latents(packed, x, fmt, fixed)
+        assert_at_nearest_latents(packed, x, fmt, fixed, first_position)
         return
     if fmt.layout in OTHER_CHECKS:
         hidden = torch.tensor(False) if valid is None else ~valid[:, None, :, None]
@@ -649,17 +649,20 @@ def assert_signs_of_projections(packed: list[Tensor], x: Tensor, fmt: Format) ->
         assert_nearest_halves(norm[..., i : i + 1], length.clamp(max=65504.0), 1e-6 * length)
 
 
-def assert_at_nearest_latents(packed: list[Tensor], x: Tensor, fmt: Format, fixed: Fixed) -> None:
-    """Codes are the nearest levels of the latent channels of keys that are turned back, from slot 0
-    on; the angle of a slot is what fp32 makes of it.
+def assert_at_nearest_latents(
+    packed: list[Tensor], x: Tensor, fmt: Format, fixed: Fixed, first_position: int
+) -> None:
+    """Codes are the nearest levels of the latent channels of keys that are turned back; turns are
+    what fp32 makes of them.
     """
     x, largest_number = x.double(), x.double().abs().amax(-1, keepdim=True)
-    slot = torch.arange(x.shape[2]).float()[:, None]
-    angle = (slot * fixed["frequency"]).double() * (2 * math.pi)
+    position = first_position + torch.arange(x.shape[2]).float()[:, None]
+    turns = position * (fixed["frequency"] * (0.5 / math.pi))
+    angle = turns.double() * (2 * math.pi)
     if turning := rotary_dim(fmt):
         pairing = "interleaved" if fmt.details[1] else "halves"
         x = Rotation(turning, pairing, -1).apply(x, angle.cos(), angle.sin())
-    latent = (x - fixed["mean"].double()) @ fixed["basis"].double().mT
+    latent = (x - fixed["center"].double()) @ fixed["basis"].double().mT
     scale = fixed["scale"].double()
     level = (latent - fixed["zero_point"].double()) / scale
     level = level.clamp(min=0).minimum(largest_codes(fmt, x.device).double())

@@ -149,7 +149,7 @@ def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
         arenas.affine[:, :, 1:] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=2, largest=1).exp2()
     if fmt.layout == "latent/rope":
         arenas.fixed["basis"].copy_(torch.eye(fmt.head_dim)[: num_latent(fmt)])
-        arenas.fixed["mean"].copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=1))
+        arenas.fixed["center"].copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=1))
         arenas.fixed["scale"].fill_(0.125)
         arenas.fixed["zero_point"].fill_(-3.0)
         arenas.fixed["frequency"].fill_(0.03)
