@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from squat_fx.passes.spelling import (
@@ -76,7 +77,9 @@ def _no_view(node: fx.Node) -> str | None:
     step = kind(node)
     if step == "cast":
         before, after = _dtype(operand(node)), _dtype(node)
-        return None if before == after else f"is cast from {before} to {after} before the attention"
+        if before == after or torch.promote_types(before, after) == after:
+            return None  # attention computes in fp32 anyway
+        return f"is cast from {before} to {after} before the attention"
     if step not in VIEWS:
         return (
             f"comes from {describe(node)}, not from a past + new concatenation on dim -2 "

@@ -31,6 +31,7 @@ from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
+from squat_fx.passes.one_mask import one_mask, terms_of
 from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
 from squat_fx.passes.spelling import (
     describe,
@@ -40,7 +41,9 @@ from squat_fx.passes.spelling import (
     reads_size,
     shape_of,
     sizes_of,
+    source_of,
     value_of,
+    writers,
     written_by,
 )
 
@@ -53,6 +56,7 @@ class QuantizeKVCache(GraphPass):
     def run(self, rewriting: Rewriting) -> int:
         """See the module's docstring."""
         edges = rewriting.edges()
+        self._masks: dict[tuple[Any, ...], fx.Node | None] = {}
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
@@ -66,14 +70,11 @@ class QuantizeKVCache(GraphPass):
             readers[site.value.stored].append(reader)
         stored: dict[fx.Node, list[fx.Node]] = {}
         for edge in edges.values():
-            mask = _mask_of(edge, rewriting)
             if edge.kind == "decode":
-                self._append(edge, mask, readers[edge.stored], rewriting)
+                self._append(edge, readers[edge.stored], rewriting)
             else:
                 query = self._query_of(edge, rewriting)
-                stored[edge.stored] = self._store(
-                    edge, mask, query, readers[edge.stored], rewriting
-                )
+                stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored)
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
@@ -112,7 +113,7 @@ class QuantizeKVCache(GraphPass):
                     rewriting.positions(),
                     rewriting.handles.index(site.key.carrier),
                     rewriting.handles.index(site.value.carrier),
-                    _four_dims(attention.mask, graph),
+                    self._mask(site, graph),
                     attention.sinks,
                     attention.scale,
                     attention.causal,
@@ -122,20 +123,21 @@ class QuantizeKVCache(GraphPass):
                 ),
             )
             attend.meta["squat_layer"] = site.layer
-            replacement = graph.call_method("flatten", (attend, 0, 1)) if merged else attend
+            result = attend
+            if value_of(site.key.new).dtype != value_of(output).dtype:
+                result = graph.call_method("to", (attend, value_of(output).dtype))
+            replacement = graph.call_method("flatten", (result, 0, 1)) if merged else result
             if not merged and _is_token_major(output):
-                replacement = _token_major(attend, graph)
+                replacement = _token_major(result, graph)
         replacement.meta.update(output.meta)
         output.replace_all_uses_with(replacement)
         graph.erase_node(output)
         return attend
 
-    def _append(
-        self, edge: CacheEdge, mask: fx.Node | None, readers: list[fx.Node], rewriting: Rewriting
-    ) -> None:
+    def _append(self, edge: CacheEdge, readers: list[fx.Node], rewriting: Rewriting) -> None:
         graph = rewriting.graph
         arenas = self._carrier_arenas(edge, rewriting)
-        valid = self._valid_tokens(mask, edge.new, readers)
+        valid = self._valid_tokens(_site_of(edge, rewriting), edge.new, readers)
         row = rewriting.handles.index(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
         place = _latest(*readers, edge.new, valid)
@@ -147,13 +149,12 @@ class QuantizeKVCache(GraphPass):
     def _store(
         self,
         edge: CacheEdge,
-        mask: fx.Node | None,
         query: fx.Node | None,
         readers: list[fx.Node],
         rewriting: Rewriting,
     ) -> list[fx.Node]:
         graph = rewriting.graph
-        valid = self._valid_tokens(mask, edge.stored, readers)
+        valid = self._valid_tokens(_site_of(edge, rewriting), edge.stored, readers)
         given = edge.given
         if isinstance(given, Tensor):
             name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
@@ -187,33 +188,50 @@ class QuantizeKVCache(GraphPass):
                     return four_dim_query(site, rewriting.graph)[0]
         return None
 
+    def _mask(self, site: AttentionSite, graph: fx.Graph, as_written: bool = True) -> Any:
+        """One node for all that is added to a site's scores, shared by sites that add the same."""
+        terms = terms_of(site.attention, as_written)
+        heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
+        key = (heads, *terms)
+        if key not in self._masks or any(writers(term.node) for term in terms):
+            self._masks[key] = one_mask(terms, heads, graph)
+        return self._masks[key]
+
     def _valid_tokens(
-        self, mask: fx.Node | None, new: fx.Node, readers: list[fx.Node]
+        self, site: AttentionSite | None, new: fx.Node, readers: list[fx.Node]
     ) -> fx.Node | None:
         """Which of the new tokens are no padding: one node per mask and number of tokens.
 
         It stands where the first attention reads the mask, which may be filled in place until then.
         """
-        if mask is None:
+        if site is None or not terms_of(site.attention):
             return None
-        key = (mask, sizes_of(new)[2])
-        if key not in self._valid:
-            graph = new.graph
-            with graph.inserting_before(min(readers)):
-                full = _four_dims(mask, graph)
+        graph = new.graph
+        with graph.inserting_before(min(readers)):
+            mask = self._mask(site, graph, as_written=False)
+            key = (mask, sizes_of(new)[2])
+            if key not in self._valid:
                 self._valid[key] = graph.call_function(
-                    torch.ops.squat_fx.valid_tokens.default, (full, new)
+                    torch.ops.squat_fx.valid_tokens.default, (mask, new)
                 )
         return self._valid[key]
 
 
 def four_dim_query(site: AttentionSite, graph: fx.Graph) -> tuple[fx.Node, bool]:
     """The query as [batch, heads, tokens, channels], and whether batch and heads were merged."""
-    query = site.attention.query
-    if len(shape_of(query) or ()) != 3:
+    query = _in_dtype_of(site.attention.query, site.key.new, graph)
+    if len(shape_of(site.attention.query) or ()) != 3:
         return query, False
     heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
     return graph.call_method("unflatten", (query, 0, (-1, heads))), True
+
+
+def _in_dtype_of(query: fx.Node, like: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The query in the dtype of the cache: before a cast if it was cast from that, else cast."""
+    dtype = value_of(like).dtype
+    while kind(query) == "cast" and value_of(query).dtype != dtype:
+        query = source_of(query)
+    return query if value_of(query).dtype == dtype else graph.call_method("to", (query, dtype))
 
 
 def _constant(tensor: Tensor, name: str, rewriting: Rewriting) -> fx.Node:
@@ -289,18 +307,11 @@ def _latest(*nodes: fx.Node | None) -> fx.Node:
     return max(node for node in nodes if node is not None)
 
 
-def _four_dims(mask: fx.Node | None, graph: fx.Graph) -> fx.Node | None:
-    """``mask`` with leading dims added up to four."""
-    for _ in range(4 - len(shape_of(mask) or ()) if mask is not None else 0):
-        mask = graph.call_method("unsqueeze", (mask, 0))
-    return mask
-
-
-def _mask_of(edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
-    """The mask of the attention over an edge; all over one cache see the same padding."""
+def _site_of(edge: CacheEdge, rewriting: Rewriting) -> AttentionSite | None:
+    """The first attention over an edge; all over one cache see the same padding."""
     for site in rewriting.sites:
         if edge.stored in (site.key.stored, site.value.stored):
-            return site.attention.mask
+            return site
     return None
 
 

@@ -16,11 +16,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Term:
+    """What else than the product of queries and keys decides about the scores.
+
+    Attributes:
+        node: broadcastable to ``[batch, heads, queries, keys]``; leading dims may be missing.
+        means: ``"add"`` (``factor * node`` is added), ``"attend"`` or ``"hide"`` (bool: True where
+            a query attends, or does not).
+        merged: whether its leading dim of three is batch and heads in one.
+    """
+
+    node: fx.Node
+    means: Literal["add", "attend", "hide"] = "add"
+    factor: float = 1.0
+    merged: bool = False
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention, whichever way the model wrote it.
 
-    ``output = softmax(softcap(scale * query @ key.T) + mask) @ value`` per query head, with logits
-    ``sinks`` in the normalisation. ``causal`` is one of ``reference.NO_CAUSALITY``, ``TOP_LEFT``
+    ``output = softmax(softcap(scale * query @ key.T) + mask + terms) @ value`` per query head, with
+    logits ``sinks`` in the normalisation. ``mask`` is the term next to the softmax if that is added
+    as it is or says where to attend. ``causal`` is one of ``reference.NO_CAUSALITY``, ``TOP_LEFT``
     (torch's ``is_causal``), ``BOTTOM_RIGHT``. ``key`` and ``value`` are the nodes the attention
     reads, head repeats and transposes included.
     """
@@ -35,6 +53,7 @@ class Attention:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     spelling: str = "sdpa"
+    terms: tuple[Term, ...] = ()
 
 
 @dataclass(frozen=True)

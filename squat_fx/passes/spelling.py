@@ -40,6 +40,22 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm",
         aten.matmul.default, aten.bmm.default,
     ),
+    "baddbmm": (torch.baddbmm, "baddbmm", aten.baddbmm.default),
+    "where": (torch.where, "where", aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+    "masked_fill": (
+        torch.masked_fill, "masked_fill", "masked_fill_",
+        aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    ),
+    "constant": (
+        torch.tensor, torch.scalar_tensor, torch.full,
+        aten.scalar_tensor.default, aten.full.default,
+    ),
+    "zeros": (
+        torch.zeros, torch.zeros_like, "new_zeros",
+        aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default,
+    ),
+    "logsumexp": (torch.logsumexp, "logsumexp", aten.logsumexp.default),
+    "sigmoid": (torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default),
     "tanh": (torch.tanh, F.tanh, "tanh", aten.tanh.default),
     "softmax": (F.softmax, torch.softmax, "softmax", aten.softmax.int, aten._softmax.default),
     "dropout": (F.dropout, torch.dropout, aten.dropout.default),
@@ -157,6 +173,22 @@ def operand(node: fx.Node, index: int = 0) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return next((node.kwargs[k] for k in _KEYWORDS[index] if k in node.kwargs), None)
+
+
+def number_of(x: Any) -> float | None:
+    """The number that ``x`` is, written out or as a constant tensor; None if it is none."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    if kind(x) in ("same", "cast"):
+        return number_of(operand(x))
+    if isinstance(x, fx.Node) and x.op == "get_attr":
+        tensor = getattr(x.graph.owning_module, str(x.target), None)
+        is_number = isinstance(tensor, torch.Tensor) and tensor.dim() == 0
+        return float(tensor) if is_number else None
+    if kind(x) != "constant":
+        return None
+    index, name = (1, "fill_value") if describe(x) == "full" else (0, "data")
+    return number_of(argument(x, index, name))
 
 
 def source_of(node: fx.Node) -> fx.Node:

@@ -135,6 +135,95 @@ def in_place(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return scores.softmax(-1) @ interleaved(value)
 
 
+def falcon(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """``/=``, and heads that are there once (MQA) broadcast."""
+    scores = query @ interleaved(key).transpose(-1, -2)
+    scores /= 2.0
+    return F.softmax(scores + mask, dim=-1) @ interleaved(value)
+
+
+def bloom(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """A bias per head that is added by ``baddbmm``, batch and heads being merged; then the mask."""
+    batch, bias = query.size(0), distances(query, key).repeat(query.size(0), 1, 1)
+    query, key, value = (x.flatten(0, 1) for x in (query, interleaved(key), interleaved(value)))
+    scores = bias.baddbmm(batch1=query, batch2=key.transpose(-1, -2), beta=0.5, alpha=0.25)
+    probs = F.softmax(scores.view(batch, HEADS, scores.size(1), -1) + mask, -1)
+    return torch.bmm(probs.flatten(0, 1), value).unflatten(0, (-1, HEADS))
+
+
+def distances(query: Any, key: Any) -> Any:
+    """A slope per head times how far away a key is, ``[heads, queries, keys]``."""
+    ahead = key.size(2) - query.size(2)
+    apart = torch.arange(query.size(2))[:, None] + ahead - torch.arange(key.size(2))
+    return torch.arange(1, HEADS + 1)[:, None, None] * -0.1 * apart
+
+
+def gpt_neox_japanese(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """``baddbmm`` that adds zeros."""
+    batch, length = query.size(0), key.size(2)
+    query, key, value = (x.flatten(0, 1) for x in (query, interleaved(key), interleaved(value)))
+    zeros = query.new_zeros(query.size(0), query.size(1), length)
+    scores = torch.baddbmm(zeros, query, key.transpose(1, 2), beta=1.0, alpha=0.3)
+    probs = F.softmax(scores.unflatten(0, (batch, HEADS)) + mask, -1).flatten(0, 1)
+    return torch.bmm(probs, value).unflatten(0, (-1, HEADS))
+
+
+def mvp(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """The mask is added between two views."""
+    batch, queries = query.size(0), query.size(2)
+    query, key, value = (x.flatten(0, 1) for x in (query, interleaved(key), interleaved(value)))
+    scores = torch.bmm(query * 0.3, key.transpose(1, 2))
+    scores = scores.view(batch, HEADS, queries, -1) + mask
+    probs = F.softmax(scores.flatten(0, 1), -1)
+    return torch.bmm(probs, value).unflatten(0, (-1, HEADS))
+
+
+def mpt(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """A position bias per head, then hidden scores are filled in."""
+    scores = torch.matmul(query, interleaved(key).transpose(-1, -2)) * 0.4
+    scores = scores + distances(query, key)
+    scores = scores.masked_fill(mask < -1, torch.finfo(torch.float32).min)
+    return torch.matmul(F.softmax(scores.float(), -1).to(value.dtype), interleaved(value))
+
+
+def gpt_neo(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """In fp32, a window by ``where``, the mask beside it."""
+    scores = torch.matmul(query.float(), interleaved(key).float().transpose(-1, -2))
+    window = distances(query, key)[:1] > -0.5
+    lowest = torch.tensor(torch.finfo(torch.float32).min, dtype=torch.float32)
+    scores = torch.where(window, scores, lowest) + mask
+    return torch.matmul(F.softmax(scores, -1).to(value.dtype), interleaved(value))
+
+
+def where_hidden(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """``where`` with the scores last."""
+    scores = torch.where(mask < -1, -1e9, query @ interleaved(key).mT)
+    return scores.softmax(-1) @ interleaved(value)
+
+
+def codegen(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """The mask is scaled with the scores."""
+    scores = torch.matmul(query, interleaved(key).transpose(-1, -2)) + mask
+    return torch.matmul(torch.nn.functional.softmax(scores / 4.0, -1), interleaved(value))
+
+
+def granite_swa(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Sinks as a scale of the output."""
+    scores = torch.matmul(query, repeat_kv(key).transpose(2, 3)) * 0.25 + mask
+    total = torch.logsumexp(scores, dim=-1)
+    scale = (total - module.sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
+    probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(probs, repeat_kv(value)) * scale.unsqueeze(-1).to(query.dtype)
+
+
+def flint(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Sinks in fp32, from which no maximum is subtracted."""
+    scores = torch.matmul(query.float(), repeat_kv(key).float().transpose(2, 3)) * 0.25 + mask
+    sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.size(0), -1, query.size(2), 1)
+    probs = F.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1].to(value.dtype)
+    return torch.matmul(probs, repeat_kv(value))
+
+
 PLAIN: dict[str, Attend] = {
     "sdpa": sdpa,
     "sdpa, repeat_kv": sdpa_repeat_kv,
@@ -158,4 +247,14 @@ MASKED: dict[str, Attend] = {
     "gemma2": gemma2,
     "gpt_oss": gpt_oss,
     "in place": in_place,
+    "falcon": falcon,
+    "bloom": bloom,
+    "gpt_neox_japanese": gpt_neox_japanese,
+    "mvp": mvp,
+    "mpt": mpt,
+    "gpt_neo": gpt_neo,
+    "where, hidden": where_hidden,
+    "codegen": codegen,
+    "granite_swa": granite_swa,
+    "flint": flint,
 }
