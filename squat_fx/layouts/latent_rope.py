@@ -80,7 +80,7 @@ class LatentRope(StoredLayout):
         return (batch, heads, *sizes.get(name, (1, num_latent(fmt))))
 
     def place_given(self, fmt: Format, given: Tensor, like: Tensor) -> Tensor:
-        """Of the angle of each pair from token to token: ``pairs`` numbers, or as many times them."""
+        """Of radians from token to token: a number for each pair, or such an arena."""
         arena = self.empty_fixed(fmt, "frequency", like)
         return arena.copy_(given.reshape(-1)[: arena.shape[-1]])
 

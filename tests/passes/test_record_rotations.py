@@ -14,6 +14,7 @@ from squat_fx.codecs import Codec, Kivi, Svdq
 from squat_fx.layouts.latent_rope import is_interleaved, rotary_dim
 from squat_fx.passes import Canonicalize, FindCacheEdges, RecordRotations, Rewriting
 from squat_fx.standalone import _carriers, _propagate_shapes
+from tests.codecs.round_trip import relative_error
 from tests.passes.capture import HEAD_DIM, Cached, past, sdpa, tokens
 
 NOT_PRODUCTS = (
@@ -36,13 +37,13 @@ class Rotated(Cached):
 
     def turned(self, key: Any, positions: Any) -> Any:
         angles = self.angles(positions)
-        cos, sin = angles.cos(), self.sign * angles.sin()
-        if self.interleaved:
-            first, second = key[..., ::2], key[..., 1::2]
+        cos, sin = angles.cos(), angles.sin()
+        first, second = (key[..., ::2], key[..., 1::2]) if self.interleaved else key.chunk(2, -1)
+        if self.sign > 0:
             both = (first * cos - second * sin, second * cos + first * sin)
-            return torch.stack(both, -1).flatten(-2)
-        first, second = key.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+        else:
+            both = (first * cos + second * sin, second * cos - first * sin)
+        return torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Any, past_key: Any, past_value: Any, positions: Any
@@ -75,7 +76,7 @@ class MadeAnew(Rotated):
     """The frequencies are made in every call."""
 
     def angles(self, positions: Any) -> Any:
-        return positions.unsqueeze(-1) * (self.inv_freq * 2).exp()
+        return positions.unsqueeze(-1) * (self.inv_freq + 0 * positions.sum()).exp()
 
 
 def recorded(module: nn.Module, inputs: tuple[Any, ...], codec: Codec) -> Rewriting:
@@ -164,8 +165,10 @@ def test_a_rewritten_prompt_and_step_share_a_cache() -> None:
     assert isinstance(key, QuantizedKV)
     assert rotary_dim(key.format) == HEAD_DIM
     expected, dense, _ = prompt(x, positions(0, 60))
-    torch.testing.assert_close(key.dequantize(), dense, rtol=0, atol=0.1)
-    torch.testing.assert_close(out, expected[:, :, -1:], rtol=0, atol=0.05)
+    # Later tokens may lie outside the ranges of the prompt.
+    assert relative_error(key.dequantize()[:, :, :40], dense[:, :, :40]) < 1e-4
+    assert relative_error(key.dequantize(), dense) < 0.02
+    assert relative_error(out, expected[:, :, -1:]) < 0.02
 
 
 def test_a_dense_past_that_meets_a_rewritten_step_is_packed_with_its_rotation() -> None:
