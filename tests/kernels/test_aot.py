@@ -132,9 +132,7 @@ def test_what_is_decoded_all_at_once_spills_little(codec: Codec, capability: int
     assert not resources["dequantize_kernel"].spills
 
 
-@pytest.mark.parametrize(
-    ("pairing", "most"), [("halves", 31), *full(("interleaved", 34))], ids=str
-)
+@pytest.mark.parametrize(("pairing", "most"), [("halves", 31), *full(("interleaved", 34))], ids=str)
 def test_latent_keys_are_read_in_this_many_instructions(pairing: Pairing, most: int) -> None:
     shape = Shape(64, 2, codec=Svdq(schedule="1.25"), rotation=Rotation(64, pairing))
     attend, _ = aot.attend_launches(shape)

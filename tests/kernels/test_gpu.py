@@ -96,7 +96,8 @@ def test_attending_works_for_every_head_dim(
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
-    ("codec", "role"), [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key"), (Svdq(), "key")]
+    ("codec", "role"),
+    [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key"), (Svdq(), "key")],
 )
 def test_what_is_decoded_apart_is_as_in_the_reference(
     codec: Codec, role: Role, head_dim: int
