@@ -142,7 +142,8 @@ def strongest(keys: list[Tensor], inv_freq: Tensor, turn_back: bool) -> float:
     for x in keys:
         fmt = formats(Svdq(), 2, x.shape[3])
         fixed = {"frequency": inv_freq[None, None, None]}
-        x = turned(x, fmt if turn_back else replace(fmt, details=()), fixed, 0, back=True)
+        fmt = fmt if turn_back else replace(fmt, details=())
+        x = turned(x, fmt, fixed, torch.arange(x.shape[2]), back=True)
         squares = torch.linalg.svdvals(x - x.mean(2, keepdim=True)).square()
         shares.append(squares[..., : x.shape[3] // 4].sum(-1) / squares.sum(-1))
     return float(torch.cat([s.flatten() for s in shares]).mean())

@@ -104,6 +104,10 @@ class Codec:
         """
         return frozenset()
 
+    def details(self, role: Role) -> tuple[int, ...]:
+        """``Format.details``: numbers of which only the layout knows what they mean."""
+        return ()
+
     def affine(self, role: Role) -> bool:
         """Whether :meth:`fit` gives offsets and factors, for the layout ``planes/token``."""
         return False
@@ -207,4 +211,5 @@ def make_format(
         sink_length=sink_length,
         affine=layout == "planes/token" and codec.affine(role),
         latent=latent,
+        details=codec.details(role),
     )

@@ -22,6 +22,11 @@ The basis costs 16 bits for each channel of each latent channel, once for a sequ
 prompt must have more tokens than there are latent channels for it to mean anything, and with fewer
 than ``SMALLEST_PROMPT`` nothing is learned: then the channels are those of the fixed rotation, with
 a range of ``UNLEARNED_RANGE`` times the size of what is known. Values are rounded as in ``kivi``.
+
+With a ``budget`` a single query attends to few of the packed keys, as in the paper's experiments
+with ShadowKV: of 64K tokens to 2048, and at 1.25 bits 16 / 1.25 * 32 = 409.6 times fewer bytes of
+keys are read than in fp16. All keys stay stored. The landmarks come on top, 2 bits a number, and
+every one of them is read.
 """
 
 from __future__ import annotations
@@ -39,13 +44,14 @@ from squat_fx.codecs.kivi import Kivi
 from squat_fx.layouts import Format
 from squat_fx.layouts.hadamard import rotation_pair
 from squat_fx.layouts.latent_rope import largest_codes, num_latent
+from squat_fx.layouts.latent_sparse import CHUNK, LatentSparse
 from squat_fx.layouts.planes import num_planes
 
 SMALLEST_PROMPT = 32  # tokens
 UNLEARNED_RANGE = 4.0
 GROUPS = 8
 ALL_CHANNELS = 2**30
-CHUNK = 2048  # tokens that are held in fp64 at a time
+IN_FP64 = 2048  # tokens at a time
 
 SCHEDULES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "1": ((4, 2, 2, 0, 0, 0, 0, 0), (2, 2, 0, 0)),
@@ -73,6 +79,10 @@ class Svdq(Kivi):
         schedule: a name of ``SCHEDULES``, or the bits of latent channels, a width for each of
             equal groups in the order of singular values; None takes the name that is the number of
             bits.
+        budget: how many packed tokens a query of its own attends to, chosen by landmarks (see
+            :mod:`squat_fx.layouts.latent_sparse`), a multiple of 8; None attends to all. The paper
+            takes 2048 of 64K.
+        outlier_chunks: with a budget, the chunks of 8 tokens whose keys are kept exactly.
         pre_rope: whether keys are turned back to what they were before their rotary embedding;
             False rounds them as they are cached, which is worse, and needs no such embedding.
     """
@@ -84,6 +94,8 @@ class Svdq(Kivi):
 
     schedule: str | tuple[int, ...] | None = None
     pre_rope: bool = True
+    budget: int | None = None
+    outlier_chunks: int = 48
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +111,15 @@ class Svdq(Kivi):
             _check_widths(self.schedule)
         if not isinstance(self.pre_rope, bool):
             raise ValueError(f"pre_rope must be True or False, got {self.pre_rope!r}")
+        if self.budget is not None and not _is_count(self.budget, CHUNK, CHUNK):
+            raise ValueError(
+                f"budget must be a number of tokens, a multiple of {CHUNK}, got {self.budget!r}; "
+                "choose 2048, or None for all"
+            )
+        if not _is_count(self.outlier_chunks, 0, 1):
+            raise ValueError(
+                f"outlier_chunks must be a number of chunks, 0 or more, got {self.outlier_chunks!r}"
+            )
 
     def check_bits(self, bits: float) -> None:
         """Keys take what has a schedule, values whole bits, which all have one."""
@@ -124,9 +145,21 @@ class Svdq(Kivi):
             schedule = quarters if planes % GROUPS and planes % len(quarters) == 0 else eighths
         return spread(schedule, planes)
 
+    def layout_of(self, role: Role) -> str:
+        """With a budget, the one with landmarks."""
+        return LatentSparse.name if role == "key" and self.budget else super().layout_of(role)
+
+    def details(self, role: Role) -> tuple[int, ...]:
+        """Budget and outliers, behind the rotation that is to be found."""
+        return (0, 0, self.budget, self.outlier_chunks) if role == "key" and self.budget else ()
+
     def granularity(self, role: Role) -> PerToken:
-        """The ranges of keys are fixed; values share a scale along channels."""
-        return PerToken(ALL_CHANNELS if role == "key" else self.group_size)
+        """The ranges of keys are fixed, landmarks are of a chunk; values share a scale along
+        channels.
+        """
+        if role == "value":
+            return PerToken(self.group_size)
+        return PerToken(ALL_CHANNELS, CHUNK if self.budget else 1)
 
     def taps(self, role: Role) -> frozenset[Tap]:
         """The rotary embedding, for keys."""
@@ -159,7 +192,7 @@ def singular_frame(x: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor,
     tokens = keep.sum(1)[:, None, None, None]
     enough = tokens >= SMALLEST_PROMPT
     rows = keep[:, None, :, None]
-    parts = [slice(first, first + CHUNK) for first in range(0, x.shape[2], CHUNK)]
+    parts = [slice(first, first + IN_FP64) for first in range(0, x.shape[2], IN_FP64)]
 
     def kept(part: slice) -> Tensor:
         return x[:, :, part].double().masked_fill(~rows[:, :, part], 0.0)
@@ -213,3 +246,7 @@ def _check_widths(schedule: Sequence[int]) -> None:
             "a schedule is bits from 0 to 8 in falling order, of which the first are not 0, got "
             f"{tuple(schedule)}; singular values fall, too"
         )
+
+
+def _is_count(number: object, least: int, step: int) -> bool:
+    return type(number) is int and number >= least and number % step == 0

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Kivi, Qjl, codec_from_spec
 from squat_fx.kernels import (
+    chosen,
     gluon_attend_channel,
     gluon_attend_token,
     reference,
@@ -65,7 +66,16 @@ def attend(
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two or three launches."""
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches, but torch operations
+    where a query chooses its keys.
+    """
+    if key[2].stored_layout.chooses and query.shape[2] == 1:
+        sides = (
+            chosen.Side(arenas, *positions[row].unbind(), fmt, new)
+            for (arenas, (positions, row), fmt), new in ((key, new_key), (value, new_value))
+        )
+        options = {"mask": mask, "sinks": sinks, "scale": scale, "causal": causal}
+        return chosen.attend_chosen(query, *sides, **options, softcap=softcap)
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -659,7 +669,8 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
     named: dict[str, Tensor] = {}
     if not constant.per_token:
         named = {name: t for name, t in arenas.fixed.items() if name in Stored._fields}
-        parameters += [named.pop(name) for name in ("scale", "zero_point") if name in named]
+        learned = [named.pop(name) for name in ("scale", "zero_point") if name in named]
+        parameters = learned + parameters
     scale, zero_point, extra = (*parameters, None, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:

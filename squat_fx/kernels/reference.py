@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
+from squat_fx.kernels import chosen
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
@@ -197,16 +198,21 @@ def learn(
     codec = codec_from_spec(fmt.codec)
     if type(codec).fit is Codec.fit and type(codec).fit_format is Codec.fit_format:
         return NO_FIT
-    token = torch.arange(new.shape[2], device=new.device)[None]
-    if valid is None:
-        keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
-    else:
+    token = torch.arange(new.shape[2], device=new.device)
+    first = token.new_full((new.shape[0],), fmt.sink_length)  # of the tokens that may be packed
+    if valid is not None:
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
-        keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
+        first += valid.int().argmax(1)
+    keep = token >= first[:, None]
+    keep = keep if valid is None else keep & valid
     basis = arenas.basis if fmt.latent else None
     x = fmt.stored_layout.to_frame(new, fmt, arenas.fixed)
     fit = codec.fit_format(role, fmt, x, query, keep, basis)
-    for name, learned in fit.fixed.items():
+    after = Extent(0, 0).after(new.shape[2], fmt)
+    packed = (after.watermark - first).clamp(min=0) // fmt.token_group * fmt.token_group
+    packed = packed if valid is None else packed * valid.any(1)
+    of_layout = fmt.stored_layout.learned(new, first, packed, fmt)
+    for name, learned in (*fit.fixed.items(), *of_layout.items()):
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
     return fit
@@ -316,6 +322,8 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         arenas.dense[row].index_copy_(
             1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
         )
+    ends = [start + fmt.sink_length + after.packed(start, fmt) for start in starts]
+    fmt.stored_layout.forget(arenas.fixed, arenas.start.new_tensor(ends))
 
 
 def empty_arenas(like: Tensor, capacity: int, fmt: Format, given: Tensor | None = None) -> Arenas:
@@ -446,6 +454,13 @@ def attend(
     softcap: float,
 ) -> Tensor:
     """Attention over the stored tokens and, beside them, the exact new ones."""
+    if key[2].stored_layout.chooses and query.shape[2] == 1:
+        sides = (
+            chosen.Side(arenas, extent.length, extent.watermark, fmt, new)
+            for (arenas, extent, fmt), new in ((key, new_key), (value, new_value))
+        )
+        options = {"mask": mask, "sinks": sinks, "scale": scale, "causal": causal}
+        return chosen.attend_chosen(query, *sides, **options, softcap=softcap)
     if key[2].layout == value[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
         return _attend_latent(
             query,

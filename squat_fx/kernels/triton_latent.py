@@ -1,4 +1,4 @@
-"""Packed tokens of the layout ``latent/rope`` inside a kernel.
+"""Packed tokens of the layouts ``latent/rope`` and ``latent/sparse`` inside a kernel.
 
     latent = code * scale + zero_point
     x      = latent @ basis + center
@@ -8,7 +8,8 @@ A tile is multiplied by the basis 16 latent channels at a time; the basis is fp1
 of tensor cores are as good as fp32. ``partner`` is the other channel of a pair, negative for the
 first one: a plane group of its own where half of the rotated channels are whole plane groups, and
 elsewhere a second product, with the columns of the basis in the order of the partners. All programs
-of a head read the same basis.
+of a head read the same basis. The exact keys of outliers (``layouts/latent_sparse.py``) take the
+place of what was decoded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from squat_fx.kernels.triton_planes import load_words, num_planes, unpack_plane
 from squat_fx.kernels.triton_polar_pairs import cosine_and_sine
 
 TURN = tl.constexpr(2 * math.pi)
+CHUNK = tl.constexpr(8)  # tokens of an outlier
 
 
 @triton.constexpr_function
@@ -47,6 +49,12 @@ def rotary_dim(fmt):
 def is_interleaved(fmt):
     """Whether pairs are neighbours."""
     return bool(fmt.details and fmt.details[1])
+
+
+@triton.constexpr_function
+def num_outliers(fmt):
+    """Chunks of tokens that are kept exactly."""
+    return fmt.details[3] if len(fmt.details) > 3 else 0
 
 
 @triton.constexpr_function
@@ -91,7 +99,27 @@ def latent_planes(stored, head, slot, position, keep, lane, fmt: tl.constexpr):
         planes += (from_latent(stored, head, latent, channel, channel < fmt.head_dim, fmt),)
     if rotary_dim(fmt) > 0:
         planes = turn(stored, head, position, latent, planes, lane, fmt)
+    if num_outliers(fmt) > 0:
+        planes = with_outliers(stored, head, position, keep, planes, lane, fmt)
     return planes
+
+
+@triton.jit
+def with_outliers(stored, head, position, keep, planes, lane, fmt: tl.constexpr):
+    """``planes`` with the exact keys where ``position`` ``[N, 1]`` is in a chunk of outliers."""
+    place = tl.full(position.shape, -1, tl.int32)
+    for i in range(num_outliers(fmt)):
+        first = tl.load(stored.outlier + head * num_outliers(fmt) + i)
+        inside = (first >= 0) & (position >= first) & (position < first + CHUNK)
+        place = tl.where(inside, CHUNK * i + position - first, place)
+    is_outlier = keep & (place >= 0)
+    rows = stored.outlier_key + (head * num_outliers(fmt) * CHUNK + place) * fmt.head_dim
+    found = ()
+    for j in tl.static_range(num_planes(fmt)):
+        channel = 16 * j + lane
+        x = tl.load(rows + channel, mask=is_outlier & (channel < fmt.head_dim), other=0.0)
+        found += (tl.where(is_outlier, x.to(tl.float32), planes[j]),)
+    return found
 
 
 @triton.jit

@@ -33,7 +33,7 @@ def load_packed(stored, head, slot, position, keep, lane, fmt: tl.constexpr):
         loaded = levels_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "signs/token":
         loaded = signs_planes(stored, head, slot, keep, lane, fmt)
-    elif fmt.layout == "latent/rope":
+    elif fmt.layout == "latent/rope" or fmt.layout == "latent/sparse":
         loaded = latent_planes(stored, head, slot, position, keep, lane, fmt)
     elif fmt.layout == "polar/token":
         loaded = polar_planes(stored, head, slot, keep, lane, fmt)

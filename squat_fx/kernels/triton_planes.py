@@ -53,6 +53,8 @@ class Stored(NamedTuple):
     fixed: Tensor | None = None
     center: Tensor | None = None
     frequency: Tensor | None = None
+    outlier: Tensor | None = None
+    outlier_key: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class StoredLayout:
         shared: ``(given,)`` where all sequences share it; else the store copies it to each.
         values: the layout of values beside keys of this one; its own name or another's.
         whole_bits: whether all channels have the same width.
+        chooses: whether a single query attends to packed keys that :mod:`squat_fx.kernels.chosen`
+            chooses, and not to all.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class StoredLayout:
     shared: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[str]
     whole_bits: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
         """``Format.widths`` for ``bits`` on average; here the width of each plane group.
@@ -101,6 +104,18 @@ class StoredLayout:
     def to_frame(self, x: Tensor, fmt: Format, fixed: Fixed) -> Tensor:
         """A prompt ``[batch, heads, tokens, head_dim]`` as codecs learn from it."""
         return x
+
+    def learned(self, x: Tensor, first: Tensor, packed: Tensor, fmt: Format) -> Fixed:
+        """What the layout itself keeps of a prompt ``[batch, heads, tokens, head_dim]``: fixed
+        arenas by name. Of each row the tokens from ``first`` on are packed, ``packed`` of them,
+        int64 ``[batch]``.
+        """
+        return {}
+
+    def forget(self, fixed: Fixed, end: Tensor) -> None:
+        """Drop what :meth:`learned` kept of positions from ``end`` ``[batch]`` on, in place: other
+        tokens come there.
+        """
 
     def constant(
         self, head_dim: int, widths: tuple[int, ...], device: torch.device

@@ -96,7 +96,7 @@ class LatentRope(StoredLayout):
 
     def to_frame(self, x: Tensor, fmt: Format, fixed: Fixed) -> Tensor:
         """Keys turned back, fp32."""
-        return turned(x, fmt, fixed, 0, back=True)
+        return turned(x, fmt, fixed, positions_from(0, x.shape[2], x.device), back=True)
 
     def quantize(
         self,
@@ -110,7 +110,8 @@ class LatentRope(StoredLayout):
         first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Ranges are fixed: no token depends on another, padding or not."""
-        x = turned(x, fmt, fixed, first_position, back=True) - fixed["center"]
+        position = positions_from(first_position, x.shape[2], x.device)
+        x = turned(x, fmt, fixed, position, back=True) - fixed["center"]
         latent = x @ fixed["basis"].float().transpose(-1, -2)
         scale = fixed["scale"].clamp_min(SMALLEST_SCALE)
         codes = ((latent - fixed["zero_point"]) / scale).round_().nan_to_num_(0.0).clamp_(min=0.0)
@@ -125,24 +126,29 @@ class LatentRope(StoredLayout):
         first_position: int = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
-        codes = unpack(packed[0], num_latent(fmt), latent_widths(fmt)).float()
-        latent = codes * fixed["scale"] + fixed["zero_point"]
-        x = latent @ fixed["basis"].float() + fixed["center"]
-        return turned(x, fmt, fixed, first_position)
+        qdata = packed[0]
+        position = positions_from(first_position, qdata.shape[2], qdata.device)
+        return from_codes(qdata, fmt, fixed, position)
 
 
-def turned(
-    x: Tensor, fmt: Format, fixed: Fixed, first_position: int | Tensor, back: bool = False
-) -> Tensor:
-    """``x`` turned by the angles of its positions, or by minus those, fp32.
+def from_codes(qdata: Tensor, fmt: Format, fixed: Fixed, position: Tensor) -> Tensor:
+    """Keys of stored tokens ``[batch, heads, tokens, row_bytes]`` at ``position``, fp32."""
+    codes = unpack(qdata, num_latent(fmt), latent_widths(fmt)).float()
+    latent = codes * fixed["scale"] + fixed["zero_point"]
+    x = latent @ fixed["basis"].float() + fixed["center"]
+    return turned(x, fmt, fixed, position)
+
+
+def turned(x: Tensor, fmt: Format, fixed: Fixed, position: Tensor, back: bool = False) -> Tensor:
+    """``x`` turned by the angles of ``position``, which broadcasts to ``[batch, heads, tokens]``, or
+    by minus those, fp32.
 
     Of an angle fp32 keeps what is left of whole turns, so that kernels find the same.
     """
     x = x.float()
     if not rotary_dim(fmt):
         return x
-    position = positions_from(first_position, x.shape[2], x.device).float()[..., None]
-    turns = position * (fixed["frequency"] * (0.5 / math.pi))
+    turns = position.float()[..., None] * (fixed["frequency"] * (0.5 / math.pi))
     angle = (turns - (turns + 0.5).floor()) * (2 * math.pi)
     pairing = "interleaved" if is_interleaved(fmt) else "halves"
     rotation = Rotation(rotary_dim(fmt), pairing, -1 if back else 1)

@@ -48,7 +48,8 @@ from squat_fx.layouts.sketch import directions, signs_of
 from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
 
 NUM_KV_HEADS = 2
-LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token", "polar/token", "latent/rope")
+LATENT = ("latent/rope", "latent/sparse")
+LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token", "polar/token", *LATENT)
 """Layouts that round after a sum of products, whose order is free."""
 
 Side = tuple[Arenas, Extent, Format]
@@ -106,7 +107,7 @@ class Case:
 
     def given(self, role: Role) -> Tensor | None:
         """What the layout is given: a basis, or frequencies from 1 down."""
-        if self.format(role).layout != "latent/rope":
+        if self.format(role).layout not in LATENT:
             return self.basis(role)
         pairs = rotary_dim(self.format(role)) // 2
         return 1e-3 ** (torch.arange(pairs) / max(pairs, 1))
@@ -234,9 +235,9 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     like = torch.zeros(len(case.pads), NUM_KV_HEADS, 1, fmt.head_dim, dtype=case.dtype)
     slots = capacity // fmt.token_group * fmt.token_group
     arenas = reference.empty_arenas(like, slots, fmt, case.given(role))
-    if fmt.layout == "latent/rope":
-        x = case.randn(len(case.pads), NUM_KV_HEADS, 100, fmt.head_dim, seed=7)
-        reference.learn(arenas, x, None, None, fmt, role)
+    if fmt.layout in LATENT:
+        x = case.randn(len(case.pads), NUM_KV_HEADS, sum(case.chunks), fmt.head_dim, seed=7)
+        reference.learn(arenas, x, case.valid, None, fmt, role)
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
     if "channels" in arenas.fixed:
@@ -523,8 +524,8 @@ def assert_rounded_rightly(
     if fmt.layout == "polar/token":
         assert_in_their_cells(packed, x, fmt, fixed)
         return
-    if fmt.layout == "latent/rope":
-        assert_at_nearest_latents(packed, x, fmt, fixed, first_position)
+    if fmt.layout in LATENT:
+        assert_at_nearest_latents(packed, x, valid, fmt, fixed, first_position)
         return
     if fmt.layout in OTHER_CHECKS:
         hidden = torch.tensor(False) if valid is None else ~valid[:, None, :, None]
@@ -650,12 +651,14 @@ def assert_signs_of_projections(packed: list[Tensor], x: Tensor, fmt: Format) ->
 
 
 def assert_at_nearest_latents(
-    packed: list[Tensor], x: Tensor, fmt: Format, fixed: Fixed, first_position: int
-) -> None:
+    packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fixed: Fixed,
+    first_position: int,
+) -> None:  # fmt: skip
     """Codes are the nearest levels of the latent channels of keys that are turned back; turns are
     what fp32 makes of them.
     """
-    x, largest_number = x.double(), x.double().abs().amax(-1, keepdim=True)
+    cached = x = x.double()
+    largest_number = x.abs().amax(-1, keepdim=True)
     position = first_position + torch.arange(x.shape[2]).float()[:, None]
     turns = position * (fixed["frequency"] * (0.5 / math.pi))
     angle = turns.double() * (2 * math.pi)
@@ -666,6 +669,10 @@ def assert_at_nearest_latents(
     scale = fixed["scale"].double()
     level = (latent - fixed["zero_point"].double()) / scale
     level = level.clamp(min=0).minimum(largest_codes(fmt, x.device).double())
+    for mean in packed[1:]:  # landmarks, of keys as they are cached
+        shown = cached if valid is None else cached * valid[:, None, :, None]
+        true = shown.unflatten(2, (-1, 8)).mean(3)
+        assert_nearest_halves(mean, true, 1e-6 * largest_number.amax())
     codes = unpack(packed[0], num_latent(fmt), latent_widths(fmt)).double()
     middle = 0.5 + 1e-3 + 1e-5 * largest_number / scale
     assert ((level - codes).abs() <= middle).all(), (level - codes).abs().max()

@@ -48,6 +48,7 @@ LATENT = tuple(
         of_other_layouts(Svdq(schedule=(4, 2)), 24, rotation=Rotation(24, "interleaved")),
         of_other_layouts(Svdq(), 64, rotation=Rotation(64, "halves"), dtype=torch.float16),
         of_other_layouts(Svdq(pre_rope=False), 16, pads=(0, 0)),
+        of_other_layouts(Svdq(budget=16, outlier_chunks=2), 40, rotation=Rotation(40, "halves")),
     )
 )
 
