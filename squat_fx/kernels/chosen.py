@@ -147,7 +147,9 @@ def exact(side: Side) -> list[tuple[Tensor, Tensor, Tensor]]:
     tokens = (side.length - side.start).clamp(min=0)  # of each row
     recent = tokens - fmt.sink_length  # the newest of those that leave the ring is recent - 1
     ring = slot - fmt.sink_length
-    newest = ring + (recent - 1 - ring).div(fmt.ring_length, rounding_mode="floor") * fmt.ring_length
+    newest = (
+        ring + (recent - 1 - ring).div(fmt.ring_length, rounding_mode="floor") * fmt.ring_length
+    )
     is_sink = slot < fmt.sink_length
     token = torch.where(is_sink, slot, fmt.sink_length + newest)
     there = torch.where(is_sink, slot < tokens, (newest >= side.count) & (recent > 0))
@@ -160,7 +162,7 @@ def exact(side: Side) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def values_at(value: Side, position: Tensor, there: Tensor) -> Tensor:
-    """The values of tokens at ``position`` ``[batch, heads, n]``, fp32; zero where not ``there``."""
+    """Values of tokens at ``position`` ``[batch, heads, n]``, fp32; zero where not ``there``."""
     fmt, arenas = value.fmt, value.arenas
     batch, heads, count = position.shape
     assert fmt.token_group == 1, "values are packed token by token"

@@ -140,8 +140,8 @@ def from_codes(qdata: Tensor, fmt: Format, fixed: Fixed, position: Tensor) -> Te
 
 
 def turned(x: Tensor, fmt: Format, fixed: Fixed, position: Tensor, back: bool = False) -> Tensor:
-    """``x`` turned by the angles of ``position``, which broadcasts to ``[batch, heads, tokens]``, or
-    by minus those, fp32.
+    """``x`` turned by the angles of ``position``, which broadcasts to ``[batch, heads, tokens]``,
+    or by minus those, fp32.
 
     Of an angle fp32 keeps what is left of whole turns, so that kernels find the same.
     """

@@ -69,7 +69,7 @@ class LatentSparse(LatentRope):
 
     def learned(self, x: Tensor, first: Tensor, packed: Tensor, fmt: Format) -> Fixed:
         """The outliers among the chunks that are packed, by position; as many as there are."""
-        batch, heads, tokens, head_dim = x.shape
+        _, heads, tokens, head_dim = x.shape
         chunks, outliers = tokens // CHUNK, num_outliers(fmt)
         if not outliers:
             return {}
@@ -80,7 +80,9 @@ class LatentSparse(LatentRope):
         landmark = landmarks(keys.flatten(2, 3)).float()[:, :, :, None]
         cosine = F.cosine_similarity(keys.float(), landmark, dim=-1).amin(-1).nan_to_num(1.0)
         there = slot[::CHUNK] < packed[:, None]  # [batch, chunks]
-        cosine = F.pad(cosine.masked_fill(~there[:, None], torch.inf), (0, outliers), value=torch.inf)
+        cosine = F.pad(
+            cosine.masked_fill(~there[:, None], torch.inf), (0, outliers), value=torch.inf
+        )
         lowest, chunk = cosine.topk(outliers, -1, largest=False)  # [batch, heads, outliers]
         exists = lowest < torch.inf
         chunk = chunk.clamp(max=max(chunks - 1, 0))
@@ -141,7 +143,7 @@ def landmarks(x: Tensor) -> Tensor:
 
 
 def outlier_positions(fixed: Fixed) -> Tensor:
-    """Of each kept key, int64 ``[batch, heads, outliers * CHUNK]``; negative where there is none."""
+    """Of each kept key, int64 ``[batch, heads, outliers * CHUNK]``; -1 where there is none."""
     first = fixed["outlier"][:, :, 0].long()[..., None]
     offset = torch.arange(CHUNK, device=first.device)
     return torch.where(first < 0, -1, first + offset).flatten(2)

@@ -79,7 +79,17 @@ def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "codec",
-    [Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0), Svdq()],
+    [
+        Squat(),
+        Kivi(32),
+        Kvarn(32),
+        Think(32),
+        TurboQuant(),
+        Qjl(),
+        Qjl(outliers=0),
+        Svdq(),
+        Svdq(budget=4096, outlier_chunks=2),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -97,7 +107,13 @@ def test_attending_works_for_every_head_dim(
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
     ("codec", "role"),
-    [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key"), (Svdq(), "key")],
+    [
+        (Kvarn(32), "key"),
+        (Kvarn(32), "value"),
+        (Think(32), "key"),
+        (Svdq(), "key"),
+        (Svdq(budget=16, outlier_chunks=2), "key"),
+    ],
 )
 def test_what_is_decoded_apart_is_as_in_the_reference(
     codec: Codec, role: Role, head_dim: int

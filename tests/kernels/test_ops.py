@@ -43,6 +43,7 @@ CODECS: dict[str, Codec] = {
     "levels/token": TurboQuant(),
     "signs/token": Qjl(sketch_dim=64, outliers=3, outlier_sketch_dim=32),
     "latent/rope": Svdq(),
+    "latent/sparse": Svdq(budget=1024, outlier_chunks=2),
     "dense": Lossless(),
 }
 LAYOUTS = tuple(CODECS)

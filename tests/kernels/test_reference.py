@@ -82,7 +82,8 @@ def formats(draw: st.DrawFn, kind: str | None = None, role: Role | None = None) 
         )
     if kind == "svdq":
         schedule = tuple(sorted(draw(st.lists(st.integers(1, 8), min_size=1)), reverse=True))
-        fmt = stored_format(Svdq(schedule=schedule), role, **sizes)
+        codec = Svdq(schedule=schedule, budget=draw(st.sampled_from([None, 1024])))
+        fmt = stored_format(codec, role, **sizes)
         pairing, pairs = draw(st.sampled_from(get_args(Pairing))), draw(st.integers(0, 8))
         turned = role == "key" and pairs
         return fmt.stored_layout.with_rotation(fmt, Rotation(2 * pairs, pairing)) if turned else fmt
@@ -147,7 +148,7 @@ def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     if fmt.affine and arenas.affine is not None:
         arenas.affine[:, :, :1] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9)
         arenas.affine[:, :, 1:] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=2, largest=1).exp2()
-    if fmt.layout == "latent/rope":
+    if fmt.layout in ("latent/rope", "latent/sparse"):
         arenas.fixed["basis"].copy_(torch.eye(fmt.head_dim)[: num_latent(fmt)])
         arenas.fixed["center"].copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=1))
         arenas.fixed["scale"].fill_(0.125)
