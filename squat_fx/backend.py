@@ -21,9 +21,11 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
+from squat_fx.regions import compile_by_region
 from squat_fx.replay import Moving, is_number
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
@@ -73,8 +75,9 @@ def compile_graph(
         run = graph_module.forward
 
     def counted(*args: Any) -> Any:
-        report.runs += 1
-        return run(*args)
+        report.count_run()
+        with strictly() if config.strict else contextlib.nullcontext():
+            return run(*args)
 
     return counted
 
@@ -91,7 +94,7 @@ def _compile_rewritten(
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
-            return graph_module.forward
+            return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config, examples)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
@@ -110,15 +113,47 @@ def _compile_rewritten(
     inner_name = _available_inner(config, inner_examples)
     compiler = _inner_compiler(config, inner_examples)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
-    inner = compiler(rewriting.module, inner_examples)
+    inner = _compile_inner(rewriting, inner_examples, fakes, config, compiler)
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
         inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
         _moving_inputs(rewriting, examples, report)
         if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
         else None,
+        [
+            (number.size, tuple(placeholders.index(node) for node in number.carriers))
+            for number in rewriting.numbers
+        ],
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
+
+
+def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with numbers for what is packed: autograd cannot save a handle."""
+
+    def run(*args: Any) -> Any:
+        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+
+    return run
+
+
+def _compile_inner(
+    rewriting: Rewriting,
+    examples: list[Any],
+    fakes: Sequence[Any],
+    config: Config,
+    compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Compile the rewritten graph, layers that are alike once."""
+    if not config.share_layers or compiler is _run_as_it_is:
+        return compiler(rewriting.module, examples)
+    like = [
+        fakes[fed.index] if fed.kind == "argument" else example
+        for fed, example in zip(rewriting.inputs, examples, strict=True)
+    ]
+    kinds = [fed.kind for fed in rewriting.inputs]
+    positions = kinds.index("positions") if "positions" in kinds else None
+    return compile_by_region(rewriting.module, examples, like, positions, compiler)
 
 
 def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
@@ -249,7 +284,8 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return None
     like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+        rows = len(handles) + len(rewriting.numbers)
+        return torch.zeros((rows, 2), dtype=torch.int64, device=like.device)
 
 
 def _fake_mode(fakes: Sequence[Any]) -> Any:
@@ -331,12 +367,16 @@ def _available_inner(config: Config, examples: Sequence[Any]) -> str:
     return "eager"
 
 
+def _run_as_it_is(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    return module.forward
+
+
 def _inner_compiler(
     config: Config, examples: Sequence[Any]
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     name = _available_inner(config, examples)
     if name == "eager":
-        return lambda module, _: module.forward
+        return _run_as_it_is
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 

@@ -18,6 +18,7 @@ from squat_fx.boundary import Boundary
 from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting
+from squat_fx.passes.find_cache_edges import part_returned
 from squat_fx.passes.spelling import (
     argument,
     kind,
@@ -105,9 +106,14 @@ def rewrite_module(
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
+    numbers = [
+        (number.size, tuple(placeholders.index(node) for node in number.carriers))
+        for number in rewriting.numbers
+    ]
     boundary = Boundary(
-        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report
-    )
+        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
+        numbers=numbers,
+    )  # fmt: skip
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
 
@@ -170,12 +176,14 @@ def _appends_to(past: fx.Node, node: fx.Node) -> bool:
 
 
 def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
-    """Inputs that are a past: concatenated to on dim -2, and the result is returned."""
+    """Inputs that are a past: concatenated to on dim -2, and the result is returned, or the newest
+    tokens of it.
+    """
     pasts = graph.find_nodes(op="placeholder")
     returned = returned_nodes(graph)
     return {
         past: None
         for past in pasts
         if len(shape_of(past) or ()) == 4
-        and any(_appends_to(past, user) and user in returned for user in past.users)
+        and any(_appends_to(past, user) and part_returned(user, returned) for user in past.users)
     }

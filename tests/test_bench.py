@@ -22,6 +22,7 @@ from squat_fx.bench import generate, kernel, plot, record, tune
 from squat_fx.codecs import Codec
 from squat_fx.kernels import tuning
 from squat_fx.kernels.triton_planes import stored_format
+from tests.choose import full
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the bench extra is not installed"
@@ -95,7 +96,11 @@ def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @needs_matplotlib
-def test_whole_models_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["none", *full("g++")])
+def test_whole_models_are_measured_in_processes_of_their_own(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)  # without one, graphs run eagerly
     out, picture = tmp_path / "new" / "generate.json", tmp_path / "generate.png"
     done = squat(
         "generate", "--case", "tiny:2:16:6", "--cache", "eager", "--cache", "squat",

@@ -54,11 +54,12 @@ class Side:
 
 
 def attend_chosen(
-    query: Tensor, key: Side, value: Side, *, mask: Tensor | None, sinks: Tensor | None,
-    scale: float, causal: int, softcap: float,
+    query: Tensor, key: Side, value: Side, *, first: Number, mask: Tensor | None,
+    sinks: Tensor | None, scale: float, causal: int, softcap: float,
 ) -> Tensor:  # fmt: skip
     """See the module; ``query`` is ``[batch, num_heads, 1, head_dim]``, ``mask`` boolean or
-    additive, ``[batch | 1, num_heads | 1, 1, kv_len]``.
+    additive, ``[batch | 1, num_heads | 1, 1, kv_len]``, from position ``first`` on, before which
+    nothing is seen.
     """
     from squat_fx.kernels import reference
 
@@ -71,6 +72,7 @@ def attend_chosen(
         """Which of the tokens at ``position`` ``[batch, heads, n]`` each query sees, and what is
         added to their scores.
         """
+        position = position - first
         there = there & (position >= 0)
         if causal == reference.TOP_LEFT:
             there = there & (position <= 0)
