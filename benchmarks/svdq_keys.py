@@ -116,7 +116,7 @@ def measure(
     errors, learned = [], 0
     for x in keys:
         handle = QuantizedKV.from_dense(x[:, :, :prompt], fmt, "key", given=given)
-        learned += sum(getattr(handle, n).nbytes for n in fmt.stored_layout.fixed)
+        learned += sum(handle._storage[n].nbytes for n in fmt.stored_layout.fixed)
         longer: Any = torch.cat([handle, x[:, :, prompt:]], 2)
         storage = longer.writable_storage()
         packed = storage.extent.packed(0, fmt) + SINKS

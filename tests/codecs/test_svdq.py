@@ -118,12 +118,12 @@ def test_keys_between_which_positions_jump_come_back_right_if_worse() -> None:
 def test_the_first_latent_channels_are_the_strongest() -> None:
     x = low_rank(1, 2, 500, 64)
     handle = stored(x, Svdq(pre_rope=False), bits=8)
-    assert handle.basis.shape == (1, 2, 64, 64)
+    assert handle._storage["basis"].shape == (1, 2, 64, 64)
     centred = x[:, :, 2:] - x[:, :, 2:].mean(2, keepdim=True)
-    sizes = (centred @ handle.basis.float().mT).square().sum(2)
+    sizes = (centred @ handle._storage["basis"].float().mT).square().sum(2)
     singular = torch.linalg.svdvals(centred).square()
     torch.testing.assert_close(sizes, singular, rtol=1e-2, atol=1e-3 * singular.max().item())
-    identity = handle.basis.float() @ handle.basis.float().mT
+    identity = handle._storage["basis"].float() @ handle._storage["basis"].float().mT
     torch.testing.assert_close(identity, torch.eye(64).expand_as(identity), atol=2e-3, rtol=0)
 
 
@@ -148,7 +148,7 @@ def test_later_tokens_are_rounded_with_what_the_prompt_taught(
         append(handle, x[:, :, prompt:].split(n, 2)) for n in (120, 1 + seed % 7)
     )
     for name in handle.format.stored_layout.fixed:
-        assert torch.equal(getattr(at_once, name), getattr(handle, name)), name
+        assert torch.equal(at_once._storage[name], handle._storage[name]), name
     assert torch.equal(at_once.dequantize(), one_by_one.dequantize())
 
 
@@ -221,7 +221,7 @@ def test_padding_among_the_tokens_teaches_nothing(seed: int) -> None:
     shown = x.masked_fill(~valid[:, None, :, None], 1e4)
     expected, actual = (stored(k, Svdq(pre_rope=False), valid=valid) for k in (x, shown))
     for name in expected.format.stored_layout.fixed:
-        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+        assert torch.equal(actual._storage[name], expected._storage[name]), name
 
 
 # little to learn from -----------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_from_too_few_tokens_nothing_is_learned(tokens: int) -> None:
     x = 5 * randn(1, 2, 400, 64)
     codec = Svdq(schedule="4", pre_rope=False)
     handle = stored(x[:, :, :tokens], codec)
-    assert not handle.center.any()
+    assert not handle._storage["center"].any()
     numbers = append(handle, (x[:, :, tokens:],)).dequantize()
     assert relative_error(numbers, x) < (1.0 if tokens == 1 else 0.2)
 
@@ -241,7 +241,7 @@ def test_from_too_few_tokens_nothing_is_learned(tokens: int) -> None:
 def test_constant_and_huge_numbers_stay_finite(value: float) -> None:
     for x in (torch.full((1, 1, 64, 32), value), value * randn(1, 1, 64, 32).exp()):
         handle = stored(x, Svdq(), Rotation(32, "halves"))
-        assert not handle.basis.isnan().any()
+        assert not handle._storage["basis"].isnan().any()
         if value != torch.inf:
             assert handle.dequantize().isfinite().all()
 
@@ -299,9 +299,9 @@ def test_the_published_width_is_stored_in_as_many_bytes(
     rotation = Rotation(head_dim, "halves")
     handle = stored(randn(2, 3, tokens, head_dim), Svdq(schedule="1.25"), rotation)
     packed = tokens - handle.format.sink_length
-    row = handle.qdata[0, 0, :packed]
+    row = handle._storage["qdata"][0, 0, :packed]
     assert 8 * row.nbytes / (packed * head_dim) == 1.25
-    fixed = {name: getattr(handle, name).nbytes for name in handle.format.stored_layout.fixed}
+    fixed = {name: handle._storage[name].nbytes for name in handle.format.stored_layout.fixed}
     per_head = 16 * latent * head_dim + 32 * (2 * latent + head_dim + head_dim // 2)
     assert 8 * sum(fixed.values()) == 2 * 3 * per_head
 

@@ -199,7 +199,7 @@ def test_nothing_else_is_read() -> None:
     before, slots = attention(query, packed, packed_value), chosen_slots(query, packed)
     assert slots.shape == (2, HEADS, 64)
     assert (slots >= 0).all()
-    qdata = packed.qdata
+    qdata = packed._storage["qdata"]
     unread = torch.ones(qdata.shape[:3], dtype=torch.bool).scatter_(2, slots, False)
     qdata[unread] = 255
     assert torch.equal(attention(query, packed, packed_value), before)
@@ -254,7 +254,7 @@ def test_chunks_that_lie_least_along_their_landmark_are_exact() -> None:
     strange = SINKS + 72
     key[:, 1, strange : strange + CHUNK] = 3 * randn(1, CHUNK, HEAD_DIM, seed=8)
     packed, _ = caches(key, value, 32, 1)
-    assert packed.outlier[0, 1].item() == strange
+    assert packed._storage["outlier"][0, 1].item() == strange
     numbers = packed.dequantize()
     part = slice(strange, strange + CHUNK)
     assert torch.equal(numbers[:, 1, part], key[:, 1, part])
@@ -265,20 +265,20 @@ def test_prompts_with_few_chunks_have_few_outliers() -> None:
     key, value = keys_and_values(2, 40)
     packed, _ = caches(key, value, 32, 5, left_padding([0, 20], 40))
     # 30 and 10 tokens may be packed, in chunks of 8
-    assert (packed.outlier >= 0).sum(-1).flatten().tolist() == [3, 3, 1, 1]
+    assert (packed._storage["outlier"] >= 0).sum(-1).flatten().tolist() == [3, 3, 1, 1]
     packed, packed_value = caches(key[:, :, :3], value[:, :, :3], 32, 5)
-    assert (packed.outlier == -1).all()
+    assert (packed._storage["outlier"] == -1).all()
     assert attention(randn(2, 4, 1, HEAD_DIM), packed, packed_value).isfinite().all()
 
 
 def test_a_crop_forgets_the_outliers_behind_it() -> None:
     key, value = keys_and_values(1, 200)
     packed, packed_value = caches(key, value, 1024, 20)
-    assert (outlier_positions({"outlier": packed.outlier}) >= 100).any()
+    assert (outlier_positions({"outlier": packed._storage["outlier"]}) >= 100).any()
     other_key, other_value = keys_and_values(1, 200, seed=5)
     packed = append(packed[:, :, :100], (other_key[:, :, 100:],))
     packed_value = append(packed_value[:, :, :100], (other_value[:, :, 100:],))
-    kept = outlier_positions({"outlier": packed.outlier})
+    kept = outlier_positions({"outlier": packed._storage["outlier"]})
     assert (kept >= 0).any()
     assert (kept < 100).all()
     whole = torch.cat([key[:, :, :100], other_key[:, :, 100:]], 2)
