@@ -174,9 +174,7 @@ class Boundary:
             x, edge = out[carrier.index], carrier.edge
             if not isinstance(x, QuantizedKV):
                 if edge is not None:
-                    packed = QuantizedKV.from_dense(
-                        x, edge.fmt, edge.role, given=edge.constant
-                    )
+                    packed = QuantizedKV.from_dense(x, edge.fmt, edge.role, given=edge.constant)
                     out[carrier.index] = packed
             elif x.first and carrier.index not in self._windows:
                 out[carrier.index] = x.from_its_first()

@@ -23,9 +23,7 @@ GREW = (
 )
 
 
-def let_static_caches_grow(
-    args: tuple[Any, ...], kwargs: dict[str, Any], report: Report
-) -> None:
+def let_static_caches_grow(args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> None:
     """Exchange the static layers of every cache among the arguments."""
     for layers in _layers_of_caches(args, kwargs):
         for index, layer in enumerate(layers):

@@ -63,8 +63,8 @@ class CacheEdge:
     ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
     nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
-    from elsewhere than the query does not grow afterwards. ``given`` is what the layout of ``fmt`` is
-    given: numbers, or where they come from in this graph.
+    from elsewhere than the query does not grow afterwards. ``given`` is what the layout of ``fmt``
+    is given: numbers, or where they come from in this graph.
     """
 
     role: Role

@@ -114,6 +114,7 @@ def test_attending_works_for_every_head_dim(
         (Svdq(), "key"),
         (Svdq(budget=16, outlier_chunks=2), "key"),
     ],
+    ids=str,
 )
 def test_what_is_decoded_apart_is_as_in_the_reference(
     codec: Codec, role: Role, head_dim: int
