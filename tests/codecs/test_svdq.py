@@ -13,6 +13,7 @@ from torch import Tensor
 from squat_fx import QuantizedKV
 from squat_fx.codecs import Kivi, PerToken, Svdq
 from squat_fx.codecs.svdq import SCHEDULES, SMALLEST_PROMPT, spread
+from squat_fx.kernels import reference
 from squat_fx.layouts import Format
 from squat_fx.layouts.rotary import Pairing, Rotation
 from tests.codecs.round_trip import relative_error, round_trip
@@ -181,6 +182,17 @@ def test_what_is_left_of_a_crop_is_packed_again_where_it_was() -> None:
     whole = handle.dequantize()
     cropped = append(handle[:, :, :60], (x[:, :, 60:],))
     torch.testing.assert_close(cropped.dequantize(), whole, rtol=0, atol=1e-5)
+
+
+def test_keys_stay_what_they_are_when_slots_move() -> None:
+    rotation = Rotation(32, "halves")
+    x = turned(low_rank(2, 2, 200, 32), rotation, torch.arange(200))
+    window = stored(x, Svdq(), rotation)[:, :, 101:]
+    assert isinstance(window, QuantizedKV)
+    before = window.dequantize()
+    reference.drop_front(window._storage.arenas, window.first, window.format)
+    assert window._storage["start"].tolist() == [98, 98]
+    assert torch.equal(window.dequantize(), before)
 
 
 def test_copies_carry_what_was_learned() -> None:

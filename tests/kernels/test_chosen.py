@@ -156,6 +156,21 @@ def test_a_row_chooses_as_it_would_alone(pads: list[int], seed: int) -> None:
         torch.testing.assert_close(together[part], expected, rtol=0.05, atol=0.05)
 
 
+def test_what_left_a_window_is_not_chosen_also_when_slots_have_moved() -> None:
+    key, value = keys_and_values(2, 300)
+    query = 3 * key[:, :, 50:51].repeat_interleave(2, 1)
+    packed, packed_value = (x[:, :, 150:] for x in caches(key, value, 1024, 2))
+    assert isinstance(packed, QuantizedKV)
+    assert isinstance(packed_value, QuantizedKV)
+    found = attention(query, packed, packed_value)
+    expected = attention(query, packed.dequantize(), packed_value.dequantize())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for handle in (packed, packed_value):
+        reference.drop_front(handle._storage.arenas, handle.first, handle.format)
+        assert (handle._storage["start"] > 100).all()
+    torch.testing.assert_close(attention(query, packed, packed_value), found)
+
+
 def test_several_queries_attend_to_all() -> None:
     key, value = keys_and_values(1, 200)
     packed, packed_value = caches(key, value, 16)
