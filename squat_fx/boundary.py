@@ -22,7 +22,8 @@ from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import TOKENS, Storage
+from squat_fx.storage import Storage
+from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
 
@@ -174,7 +175,8 @@ class Boundary:
             x, edge = out[carrier.index], carrier.edge
             if not isinstance(x, QuantizedKV):
                 if edge is not None:
-                    packed = QuantizedKV.from_dense(x, edge.fmt, edge.role, given=edge.constant)
+                    kind = handle_type(edge.token_dim)
+                    packed = kind.from_dense(x, edge.fmt, edge.role, given=edge.constant)
                     out[carrier.index] = packed
             elif x.first and carrier.index not in self._windows:
                 out[carrier.index] = x.from_its_first()
@@ -245,7 +247,7 @@ class Boundary:
             rows.append(
                 (storage.length, storage.watermark)
                 if storage
-                else (args[carrier.index].shape[TOKENS], 0)
+                else (args[carrier.index].shape[args[carrier.index].token_dim], 0)
             )
         for row in self._rows:
             number = row.size(args)
@@ -277,7 +279,8 @@ class Boundary:
                 first = args[carrier.index].first
                 if carrier.kept is not None:
                     first = storage.length - carrier.kept(args)
-                handle = QuantizedKV(storage, storage.length, first=first)
+                kind = type(args[carrier.index])
+                handle = kind(storage, storage.length, first=first)
                 appended[carrier.index] = self._report.track(handle)
         stored: dict[int, QuantizedKV] = {}
         out: list[Any] = []
@@ -296,7 +299,7 @@ class Boundary:
                     arenas = results[made.first : made.first + made.count]
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._sizes[position](args)
-                    handle = QuantizedKV.from_arenas(
+                    handle = handle_type(made.edge.token_dim).from_arenas(
                         arenas, length, made.edge.fmt, made.edge.role, made.edge.constant,
                         made.edge.grows,
                     )  # fmt: skip

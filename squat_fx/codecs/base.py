@@ -211,5 +211,6 @@ def make_format(
         sink_length=sink_length,
         affine=layout == "planes/token" and codec.affine(role),
         latent=latent,
+        unbiased=layout == "planes/token" and role == "value",
         details=codec.details(role),
     )

@@ -265,6 +265,7 @@ def attend_launches(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     gpu: str = "",
+    softcap: float = 0.0,
     window: bool = False,
 ) -> list[Launch]:
     """Attention of ``q_len`` queries over a past and as many new tokens.
@@ -275,6 +276,7 @@ def attend_launches(
         sinks: logits of the heads.
         gpu: ``""`` has Triton's kernels alone, ``"ampere"`` Gluon's too where they apply,
             ``"hopper"`` also launches that begin early.
+        softcap: of scores.
         window: whether the older tokens are not seen.
     """
     key, value = (
@@ -284,7 +286,7 @@ def attend_launches(
     with recorded() as launches, _capable(gpu):
         launch.attend(
             query, new, new, key, value, first=1 if window else -1,
-            mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0,
+            mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=softcap,
         )  # fmt: skip
     return launches
 

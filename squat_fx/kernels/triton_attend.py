@@ -97,6 +97,13 @@ def places_of_rows(row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV: tl.
 
 
 @triton.jit
+def rows_of_mask(batch, query_head, query_token, mask_strides):
+    """Where the rows of a mask begin."""
+    heads = batch * mask_strides[0] + query_head * mask_strides[1]
+    return heads + query_token.to(tl.int64) * mask_strides[2]
+
+
+@triton.jit
 def rows_of_block(
     block, batch, kv_head, num_kv_heads, q_len, mask_strides,
     QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -106,8 +113,7 @@ def rows_of_block(
     query_token, query_head, keep, out = places_of_rows(
         row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
     )
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    mask_row = rows_of_mask(batch, query_head, query_token, mask_strides)[:, None]
     return row, query_token, query_head, keep, mask_row, out
 
 

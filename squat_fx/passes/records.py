@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
 from squat_fx.layouts.rotary import Rotation
+from squat_fx.passes.spelling import sizes_of
 
 if TYPE_CHECKING:
     from squat_fx.config import Config
@@ -56,6 +57,12 @@ class Attention:
     terms: tuple[Term, ...] = ()
 
 
+def usual_order(sizes: tuple[Any, ...], token_dim: int) -> tuple[Any, Any, Any, Any]:
+    """Sizes of a cache, whose tokens are dim 1 or 2, as batch, heads, tokens and channels."""
+    batch, first, second, channels = sizes
+    return (batch, first, second, channels) if token_dim == 2 else (batch, second, first, channels)
+
+
 @dataclass(frozen=True)
 class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
@@ -64,7 +71,8 @@ class CacheEdge:
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
     nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
     from elsewhere than the query does not grow afterwards. ``given`` is what the layout of ``fmt``
-    is given: numbers, or where they come from in this graph.
+    is given: numbers, or where they come from in this graph. ``token_dim`` is the dim of tokens in
+    all these nodes: 2, or 1 where heads come after them.
     """
 
     role: Role
@@ -76,6 +84,11 @@ class CacheEdge:
     given: Tensor | fx.Node | None = field(default=None, compare=False, repr=False)
     grown: fx.Node | None = None
     grows: bool = True
+    token_dim: int = 2
+
+    def sizes(self, node: fx.Node) -> tuple[Any, Any, Any, Any]:
+        """Batch, heads, tokens and channels of ``stored``, ``new`` or another such node."""
+        return usual_order(sizes_of(node), self.token_dim)
 
     @property
     def constant(self) -> Tensor | None:
@@ -99,6 +112,8 @@ class AttentionSite:
     """One attention over past and new keys and values that will be rewritten.
 
     ``seen`` are the keys that it reads, if those are not all of ``cat(past, new)`` but the newest.
+    Query heads of one KV head follow each other, unless they are ``tiled``: then query head ``i``
+    reads KV head ``i % num_kv_heads``.
     """
 
     attention: Attention
@@ -107,6 +122,7 @@ class AttentionSite:
     num_queries_per_kv: int
     layer: int
     seen: fx.Node | None = None
+    tiled: bool = False
 
     @property
     def kind(self) -> str:

@@ -90,6 +90,8 @@ class Scores:
             return source_of(node)
         if step == "tanh":
             return NO_SOFTCAP
+        if step == "sub" and _is_row_maximum(operand(node, 1), operand(node)):
+            return source_of(node)  # which changes nothing in a softmax
         if step in ("where", "masked_fill"):
             return self._filled(node)
         if step not in ("add", "mul", "div") or not is_plain(node):
@@ -200,7 +202,7 @@ def comes_from_matmul(node: Any, like: tuple[Any, ...], steps: int = 12) -> bool
         return comes_from_matmul(node, shape_of(node) or (), steps - 1)
     if not same_size(shape[-1], like[-1]):
         return False
-    if kind(node) in ("matmul", "baddbmm") or describe(node) == "einsum":
+    if kind(node) in ("matmul", "baddbmm", "einsum"):
         return True
     return any(comes_from_matmul(n, like, steps - 1) for n in node.all_input_nodes)
 
@@ -246,8 +248,8 @@ def _added_reason(term: Any, scores: tuple[Any, ...]) -> str | None:
         return reason
     if value_of(term).dtype == torch.bool:
         return "a bool mask is added to the scores"
-    is_of_keys = same_size(sizes_of(term)[-1], scores[-1])
-    return None if is_of_keys else "what is added to the scores is the same for all keys"
+    is_broadcast = sizes_of(term)[-1] == 1 != scores[-1]
+    return "what is added to the scores is the same for all keys" if is_broadcast else None
 
 
 def _is_merged(scores: fx.Node, term: fx.Node) -> bool:
