@@ -174,7 +174,8 @@ def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
         if not positions:
             first = rewriting.placeholders[0]
             with graph.inserting_before(first):
-                node = graph.placeholder("positions")
+                taken = any(node.target == "positions" for node in rewriting.placeholders)
+                node = graph.placeholder("squat_fx_positions" if taken else "positions")
             node._dynamo_source = _source("squat_fx_positions")  # pyright: ignore[reportAttributeAccessIssue]
             positions.append(node)
         if row < 0:

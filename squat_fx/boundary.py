@@ -179,7 +179,7 @@ class Boundary:
             if not isinstance(x, QuantizedKV):
                 if edge is not None:
                     kind = handle_type(edge.token_dim)
-                    packed = kind.from_dense(x, edge.fmt, edge.role, basis=edge.basis)
+                    packed = kind.from_dense(x, edge.fmt, edge.role, given=edge.constant)
                     out[carrier.index] = packed
             elif x.first and carrier.index not in self._windows:
                 out[carrier.index] = x.from_its_first()
@@ -305,7 +305,7 @@ class Boundary:
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._sizes[position](args)
                     handle = handle_type(made.edge.token_dim).from_arenas(
-                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis,
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.constant,
                         made.edge.grows,
                     )  # fmt: skip
                     stored[made.first] = self._report.track(handle)

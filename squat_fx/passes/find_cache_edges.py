@@ -160,7 +160,7 @@ def _site(
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
-    key_edge = replace(key_edge, basis=basis)
+    key_edge = replace(key_edge, given=basis)
     seen = None if key.source is key_edge.grown else key.source
     is_tiled = _is_tiled(key)
     return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)

@@ -172,19 +172,20 @@ class QuantizeKVCache(GraphPass):
         graph = rewriting.graph
         stored = self._usual(edge, edge.stored)
         valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
-        basis = (
-            None if edge.basis is None else _constant(edge.basis, f"{edge.stored}_basis", rewriting)
-        )
+        given = edge.given
+        if isinstance(given, Tensor):
+            name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
+            given = _constant(given, name, rewriting)
         arguments = (
             stored,
             valid,
             query,
-            basis,
+            given,
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
         )
-        place = _latest(stored, valid, query)
+        place = _latest(stored, valid, query, given)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
-from squat_fx.codecs.rotary import Rotation
+from squat_fx.layouts.rotary import Rotation
 from squat_fx.passes.spelling import sizes_of
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class CacheEdge:
     ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
     nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
-    from elsewhere than the query does not grow afterwards. ``basis`` is given where ``fmt`` is
-    latent. ``token_dim`` is the dim of tokens in all these nodes: 2, or 1 where heads come after
-    them.
+    from elsewhere than the query does not grow afterwards. ``given`` is what the layout of ``fmt``
+    is given: numbers, or where they come from in this graph. ``token_dim`` is the dim of tokens in
+    all these nodes: 2, or 1 where heads come after them.
     """
 
     role: Role
@@ -81,7 +81,7 @@ class CacheEdge:
     new: fx.Node
     past: fx.Node | None
     fmt: Format
-    basis: Tensor | None = field(default=None, compare=False, repr=False)
+    given: Tensor | fx.Node | None = field(default=None, compare=False, repr=False)
     grown: fx.Node | None = None
     grows: bool = True
     token_dim: int = 2
@@ -89,6 +89,11 @@ class CacheEdge:
     def sizes(self, node: fx.Node) -> tuple[Any, Any, Any, Any]:
         """Batch, heads, tokens and channels of ``stored``, ``new`` or another such node."""
         return usual_order(sizes_of(node), self.token_dim)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What the layout is given, if that are numbers."""
+        return self.given if isinstance(self.given, Tensor) else None
 
     @property
     def is_window(self) -> bool:
@@ -145,7 +150,7 @@ class Angles:
 class Rotary:
     """The rotary embedding between a key and the cache.
 
-    With each node's tensor in its place, and ``rearranged`` of ``codecs.rotary``::
+    With each node's tensor in its place, and ``rearranged`` of ``layouts.rotary``::
 
         rotated = rotation.apply(
             rearranged(key, key_dims), rearranged(cos, cos_dims), rearranged(sin, cos_dims)
