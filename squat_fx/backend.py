@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.kernels import ahead
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
@@ -108,7 +109,9 @@ def _compile_rewritten(
     static = is_static(fakes, rewriting.inputs)
     inner_name = _available_inner(config)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
+    compiled_ahead = ahead.start(_prompts(rewriting))
     inner = _compile_inner(rewriting, examples, fakes, config)
+    compiled_ahead()
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
         inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
@@ -117,6 +120,36 @@ def _compile_rewritten(
         else None,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
+
+
+def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
+    """What a graph stores on such devices, for each attention; only there kernels are compiled."""
+    found: list[ahead.Prompt] = []
+    for site in rewriting.sites:
+        attention, key = site.attention, value_of(site.key.stored)
+        if site.kind == "prefill" and isinstance(key, Tensor) and key.device.type == device:
+            batch, kv_heads, tokens, _ = map(_hint, key.shape)
+            sizes = batch, kv_heads * site.num_queries_per_kv, kv_heads, tokens
+            found.append(
+                ahead.Prompt(
+                    site.key.fmt,
+                    site.value.fmt,
+                    sizes,
+                    key.dtype,
+                    key.device,
+                    attention.mask is not None,
+                    attention.scale,
+                    attention.softcap,
+                    attention.sinks is not None,
+                    (site.key.basis, site.value.basis),
+                )  # fmt: skip
+            )
+    return found
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size as it is in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _compile_inner(
