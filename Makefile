@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -19,6 +19,7 @@ from squat_fx.fallback import pack_dense_caches
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
+from squat_fx.static_caches import let_static_caches_grow
 
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
@@ -43,17 +44,20 @@ class Compiled:
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
 
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        # Graphs are kept by code, so that models of one class would count against one limit.
+        own: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
         known = inspect.signature(torch.compile).parameters
         self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
-            target, backend=backend, **(limit if self._takes_limit else {})
+            target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.report.runs
+        before = self.report.runs_here
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
+        if not torch.compiler.is_compiling():
+            let_static_caches_grow(args, kwargs, self.report)
         graphs = len(self.report.graphs)
         with without_collecting() if self._compiles else nullcontext():
             if self._takes_limit:
@@ -63,7 +67,7 @@ class Compiled:
                     result = self._compiled(*args, **kwargs)
         # A prompt that was compiled is followed by a step that will be.
         self._compiles = len(self.report.graphs) > graphs
-        if self.report.runs == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before and not torch.compiler.is_compiling():
             packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
             self.report.eager_calls += packed
         return result
@@ -163,6 +167,12 @@ def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any
         setattr(call, name, getattr(function, name, None))
     setattr(call, _ATTRIBUTE, _Mark(compiled))
     return call
+
+
+def compiled_of(model: Any) -> Compiled | None:
+    """What :func:`compile` made of ``model``; None if it did not, or if this is a copy."""
+    mark = getattr(model, _ATTRIBUTE, None)
+    return None if mark is None else mark.compiled
 
 
 def report(model: Any) -> Report:

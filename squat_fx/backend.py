@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.kernels import ahead
+from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
@@ -75,8 +76,9 @@ def compile_graph(
         run = graph_module.forward
 
     def counted(*args: Any) -> Any:
-        report.runs += 1
-        return run(*args)
+        report.count_run()
+        with strictly() if config.strict else contextlib.nullcontext():
+            return run(*args)
 
     return counted
 
@@ -93,7 +95,7 @@ def _compile_rewritten(
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
-            return graph_module.forward
+            return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
@@ -118,6 +120,10 @@ def _compile_rewritten(
         _moving_inputs(rewriting, examples, report)
         if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
         else None,
+        [
+            (number.size, tuple(placeholders.index(node) for node in number.carriers))
+            for number in rewriting.numbers
+        ],
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
@@ -142,7 +148,7 @@ def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
                     attention.softcap,
                     attention.sinks is not None,
                     (site.key.basis, site.value.basis),
-                )  # fmt: skip
+                )
             )
     return found
 
@@ -150,6 +156,15 @@ def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
 def _hint(size: int | torch.SymInt) -> int:
     """A size as it is in the example."""
     return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with numbers for what is packed: autograd cannot save a handle."""
+
+    def run(*args: Any) -> Any:
+        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+
+    return run
 
 
 def _compile_inner(
@@ -293,7 +308,8 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return None
     like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+        rows = len(handles) + len(rewriting.numbers)
+        return torch.zeros((rows, 2), dtype=torch.int64, device=like.device)
 
 
 def _fake_mode(fakes: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Shared by the tests of numbers and of state: seeded tensors, formats, a Hypothesis profile."""
+"""Shared by the tests of numbers and of state: seeded tensors, formats, Hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from squat_fx.codecs import Codec, Format, Lossless, Role, codec_spec, make_format
 from squat_fx.pool import POOL
 
-settings.register_profile("squat_fx", deadline=None, max_examples=25, print_blob=True)
-settings.load_profile("squat_fx")
+settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True)
+settings.register_profile("full", settings.get_profile("ci"), max_examples=1000)
+settings.load_profile("ci")  # unless pytest is given --hypothesis-profile=full
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,7 @@ def gpt2(attention: str) -> PreTrainedModel:
 def gemma2(attention: str) -> PreTrainedModel:
     """Softcap (eager only), a scale of its own, sliding windows in every other layer."""
     config = transformers.Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=24,
         sliding_window=24, max_position_embeddings=4096, attn_implementation=attention,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from squat_fx.bench import generate, kernel, plot, record, tune
 from squat_fx.codecs import Codec
 from squat_fx.kernels import tuning
 from squat_fx.kernels.triton_planes import stored_format
+from tests.choose import full
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the bench extra is not installed"
@@ -74,7 +75,8 @@ def test_tuning_keeps_the_fastest_tiles_of_each_class(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(kernel, "attend", attend)
     lines: list[str] = []
-    found = tune.measure(lines.append)
+    names = [name for name, *_ in kernel.CODECS]
+    found = tune.measure(lines.append, names)
     assert [(c.layout, c.row_bytes, c.head_dim) for c in found] == [
         ("planes/channel", 32, 128), ("planes/token", 32, 128), ("planes/token", 48, 128),
         ("planes/token", 64, 128),
@@ -83,6 +85,13 @@ def test_tuning_keeps_the_fastest_tiles_of_each_class(monkeypatch: pytest.Monkey
     assert [c.tiles for c in found] == [2, 2, 3, 4]
     assert any("does not run: out of resource" in line for line in lines)
     assert tuning.choice("planes/token", 32, 128) == tuning.TABLE[0]
+    assert [c.row_bytes for c in tune.measure(lines.append, ["squat 4 bits"])] == [64]
+
+
+def test_tuning_knows_the_caches_of_the_benchmark() -> None:
+    assert "--cache must be one of squat 2 bits, squat" in refused(
+        squat("tune", "--cache", "squat 5 bits")
+    )
 
 
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -95,7 +104,11 @@ def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @needs_matplotlib
-def test_whole_models_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiler", ["none", *full("g++")])
+def test_whole_models_are_measured_in_processes_of_their_own(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)  # without one, graphs run eagerly
     out, picture = tmp_path / "new" / "generate.json", tmp_path / "generate.png"
     done = squat(
         "generate", "--case", "tiny:2:16:6", "--cache", "eager", "--cache", "squat",

@@ -47,7 +47,7 @@ def test_it_sees_the_keys_that_are_cached_and_the_queries_that_read_them(
     with torch.no_grad():
         layers = model(ids, use_cache=True).past_key_values.layers
     found = calibrate(model, ids[0])
-    numbers = [0, 1] if family == "llama" else [1, 3]
+    numbers = [0, 1] if family == "llama" else [1]
     assert sorted(found.layers) == numbers
     assert found.tokens == 20
     for number, (key, query) in zip(numbers, collected, strict=True):
@@ -74,11 +74,12 @@ def test_the_statistics_are_averages_over_texts_and_tokens(
     torch.testing.assert_close(product @ product.mT, torch.eye(16).expand(2, -1, -1))
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_texts_of_any_number_of_lengths_are_all_seen(
     collected: list[tuple[Tensor, Tensor]],
 ) -> None:
     """One graph a length, more than torch compiles by itself, and again for the next model."""
-    lengths = list(range(5, 14))
+    lengths = [5, 6, 7]
     for model_lengths in (lengths, [20]):
         texts = [prompt(1, length)[0] for length in model_lengths]
         collected.clear()

@@ -205,4 +205,5 @@ def make_format(
         sink_length=sink_length,
         affine=layout == "planes/token" and codec.affine(role),
         latent=latent,
+        unbiased=layout == "planes/token" and role == "value",
     )

@@ -25,6 +25,7 @@ from squat_fx.codecs import Kivi, Qjl, codec_from_spec
 from squat_fx.kernels import (
     gluon_attend_channel,
     gluon_attend_token,
+    gluon_tiles,
     reference,
     triton_append,
     triton_attend,
@@ -59,13 +60,17 @@ def attend(
     key: Side,
     value: Side,
     *,
+    first: int = -1,
     mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two or three launches."""
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches.
+
+    ``first`` is the row of positions that says where a window begins, -1 if all tokens are seen.
+    """
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -81,6 +86,7 @@ def attend(
         value=stored(value_arenas, value_constant),
         formats=(key_constant, value_constant),
         positions=positions,
+        first_row=first,
         new=(new_key, new_value),
         new_len=new_len,
         output=query.new_empty((batch, num_heads, q_len, head_dim)),
@@ -111,6 +117,7 @@ class _Attention:
     value: Stored
     formats: tuple[StoredFormat, StoredFormat]
     positions: Tensor
+    first_row: int
     new: tuple[Tensor | None, Tensor | None]
     new_len: int
     output: Tensor
@@ -126,6 +133,11 @@ class _Attention:
     def heads(self) -> int:
         """KV heads of all sequences."""
         return self.query.shape[0] * self.num_kv_heads
+
+    @property
+    def is_window(self) -> bool:
+        """Whether older tokens than those that are seen may be there."""
+        return self.first_row >= 0
 
     @property
     def queries_per_kv(self) -> int:
@@ -167,7 +179,14 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
     swapped = None
     per_channel = all(fmt.layout == "planes/channel" for fmt in work.formats)
-    if per_channel and _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
+    plain = work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0
+    few = (
+        plain
+        and not work.is_window
+        and work.rows <= gluon_attend_channel.BLOCK_M
+        and _tokens_take_rows(work)
+    )
+    if per_channel and few and gluon_attend_channel.takes(*work.formats):
         swapped = _choice("planes/channel", work).for_group(work.formats[0].token_group)
         shares = 1
         lefts = _chosen_shares(swapped, work) + shares
@@ -175,18 +194,19 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
         shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
     left = work.partial(lefts)
     triton_attend.attend_kernel[(work.heads, blocks, shares)](
-        work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
-        *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
+        work.query, *work.new, work.key, work.value, work.positions, key_row, value_row,
+        work.first_row, work.mask, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+        lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        REST=swapped is not None, TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
+        REST=swapped is not None, WINDOW=work.is_window, TILES=TILES_PER_SHARE,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
     if swapped is not None:
         gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
             *work.formats, work.queries_per_kv, TILES=swapped.tiles,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
+            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             num_warps=1, **_early(device),
         )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D
@@ -202,11 +222,14 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
     swapped = None
-    if _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats)):
-        swapped = _choice("planes/token", work)
+    if _tokens_take_rows(work) and all(map(gluon_tiles.takes, work.formats)):
+        block_m, swapped = gluon_attend_token.tile(
+            work.rows, *work.formats, _choice("planes/token", work)
+        )
+        blocks = triton.cdiv(work.rows, block_m)
     block_n = triton_attend_token.BLOCK_N
     if swapped is not None:
-        shares = _chosen_shares(swapped, work)
+        shares = _chosen_shares(swapped, work, blocks)
     else:
         shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
@@ -216,21 +239,23 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     if swapped is None or work.key.basis is not None:
         latent_query = _prepare(work, row, left, shares, with_exact=swapped is None)
     if swapped is not None:
-        gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
+        gluon_attend_token.swapped_attend_kernel[(work.heads, blocks, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
-            *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
-            *work.strides()[:3], *work.formats, work.queries_per_kv, TILES=swapped.tiles,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
+            work.first_row, work.mask, *latent_query, *left,
+            work.num_kv_heads, q_len, work.new_len, work.scale,
+            *work.strides(), *work.formats, work.queries_per_kv, work.causal, work.softcap,
+            WINDOW=work.is_window, TILES=swapped.tiles, BLOCK_M=block_m,
+            BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             num_warps=1, **_early(device),
         )  # fmt: skip
     else:
         half = work.query.dtype != torch.float32
         triton_attend_token.attend_kernel[(work.heads, blocks, shares)](
-            work.key, work.value, work.positions, row, work.mask, *latent_query,
+            work.key, work.value, work.positions, row, work.first_row, work.mask, *latent_query,
             *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
             *work.formats, work.queries_per_kv, work.causal, work.softcap,
-            HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
+            WINDOW=work.is_window, HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
             TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
         )  # fmt: skip
@@ -264,10 +289,10 @@ def _prepare(
     exact_n = triton_attend_token.exact_block_n(work.widest, work.query.element_size())
     exact = work.heads * triton.cdiv(work.rows, block_m) if with_exact else 0
     triton_attend_token.prepare_kernel[(rotations + exact,)](
-        work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
+        work.query, *work.new, work.key, work.value, work.positions, row, work.first_row, work.mask,
         *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
         shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
-        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        *work.formats, work.queries_per_kv, work.causal, work.softcap, WINDOW=work.is_window,
         BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
         BLOCK_R=rotated_rows, BLOCK_D=block_d,
         num_warps=triton_attend_token.PREPARE_WARPS,
@@ -284,8 +309,7 @@ def _tokens_take_rows(work: _Attention) -> bool:
     """Whether the Gluon kernels take this attention, if they take its formats."""
     return (
         work.query.dtype in (torch.float16, torch.bfloat16)
-        and (work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0)
-        and work.rows <= gluon_attend_token.BLOCK_M
+        and work.rows <= gluon_attend_token.LARGEST_BLOCK_M
         and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and work.value.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and runs_gluon(work.query.device)
@@ -395,27 +419,30 @@ def _early(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": early, **({"launch_pdl": True} if early else {})}
 
 
-def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
+def dense_past(arenas: Arenas, extent: Extent, fmt: Format, first: int = 0) -> Tensor:
     """See :func:`squat_fx.kernels.reference.dense_past`; one launch."""
     batch, heads = arenas.dense.shape[:2]
-    output = arenas.dense.new_empty((batch, heads, extent.length, fmt.head_dim))
+    length = extent.length - first
+    output = arenas.dense.new_empty((batch, heads, length, fmt.head_dim))
     if not output.numel():
         return output
     constant = stored_format(fmt)
-    numbers = (stored(arenas, constant), output, extent.watermark, heads, extent.length, constant)
+    numbers = (
+        stored(arenas, constant), output, extent.watermark, heads, first, extent.length, constant
+    )  # fmt: skip
     with _on(output.device):
         if constant.per_token:
             block_t, block_d = triton_dequantize.TOKEN_BLOCK_T, padded(fmt.head_dim)
             if numbers[0].basis is not None:
                 block_t = triton_dequantize.MATRIX_BLOCK_T
                 block_d = min(block_d, triton_dequantize.MATRIX_CHANNELS)
-            blocks = triton.cdiv(extent.length, block_t), triton.cdiv(fmt.head_dim, block_d)
+            blocks = triton.cdiv(length, block_t), triton.cdiv(fmt.head_dim, block_d)
             triton_dequantize.dequantize_token_kernel[(batch * heads, *blocks)](
                 *numbers, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=block_t // 16
             )
         else:
             block_t = triton_dequantize.BLOCK_T
-            grid = (batch * heads, triton.cdiv(extent.length, block_t))
+            grid = (batch * heads, triton.cdiv(length, block_t))
             triton_dequantize.dequantize_kernel[grid](*numbers, BLOCK_T=block_t)
     return output
 
@@ -552,10 +579,10 @@ def _choice(layout: str, work: _Attention) -> tuning.Choice:
     return tuning.choice(layout, max(fmt.row_size for fmt in work.formats), work.widest)
 
 
-def _chosen_shares(chosen: tuning.Choice, work: _Attention) -> int:
-    """Shares of its launch."""
+def _chosen_shares(chosen: tuning.Choice, work: _Attention, blocks: int = 1) -> int:
+    """Shares of its launch, which has so many blocks of query rows."""
     return num_shares(
-        work.heads, work.key.capacity, chosen.block_n, work.query.device,
+        work.heads * blocks, work.key.capacity, chosen.block_n, work.query.device,
         chosen.tiles, chosen.programs,
     )  # fmt: skip
 

@@ -23,8 +23,8 @@ class Format:
 
     What ``widths`` are the layout says; in bit planes a width for each plane group of 16 channels.
     In the layout ``planes/token``, ``affine`` says that the channels of packed tokens are shifted
-    and scaled, and ``latent`` that packed tokens are in a basis of their head instead of the fixed
-    rotation.
+    and scaled, ``latent`` that packed tokens are in a basis of their head instead of the fixed
+    rotation, and ``unbiased`` what their scales keep, see :mod:`squat_fx.layouts.symmetric`.
     """
 
     layout: str
@@ -37,6 +37,7 @@ class Format:
     sink_length: int
     affine: bool = False
     latent: bool = False
+    unbiased: bool = False
 
     def __deepcopy__(self, memo: object) -> Format:
         # Nothing of it changes, and the same object is compared faster: Dynamo keeps a copy of it,
@@ -118,6 +119,7 @@ class Format:
             self.sink_length,
             int(self.affine),
             int(self.latent),
+            int(self.unbiased),
             *self.widths,
         ]
 
@@ -125,7 +127,7 @@ class Format:
     def from_ints(cls, layout: str, codec: str, ints: list[int]) -> Format:
         """Undo :meth:`to_ints`."""
         head_dim, token_group, channel_group, residual_length, sink_length, *rest = ints
-        affine, latent, *widths = rest
+        affine, latent, unbiased, *widths = rest
         return cls(
             layout,
             codec,
@@ -137,6 +139,7 @@ class Format:
             sink_length,
             bool(affine),
             bool(latent),
+            bool(unbiased),
         )
 
 

@@ -72,7 +72,7 @@ class PlanesPerToken(StoredLayout):
     ) -> tuple[Tensor, ...]:
         """Rounded in the latent frame; no token depends on another, padding or not."""
         latent = to_latent(x, fixed.get("affine"), fixed.get("basis"))
-        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot)
+        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot, fmt.unbiased)
         return pack(codes, fmt.widths), scale
 
     def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:

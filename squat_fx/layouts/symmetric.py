@@ -1,17 +1,24 @@
 """Symmetric levels with one scale per token: the rounding of the layout ``planes/token``.
 
     size  = max(sqrt(mean(y**2)), max(|y| * reach / (step * zero)))
-    scale = size, or -size in every other slot                              fp16, one per token
     zero  = (2**bits - 1) / 2
-    code  = clamp(round(y / (scale * step) + zero), 0, 2**bits - 1)
-    y'    = scale * step * (code - zero)
+    code  = clamp(round(y / (size * step) + zero), 0, 2**bits - 1)
+    y'    = scale * step * (code - zero)             scale: fp16, negative in every other slot
 
 ``step`` is the distance of ``2**bits`` evenly spaced levels about zero that rounds a standard
 Gaussian with the least mean squared error; it depends on the width of the plane group alone, so
 nothing but the scale is stored. After a rotation that mixes all channels the numbers of a token do
-look like a Gaussian; where they do not, clipping costs more in attention than a wider step, since
-it shortens the same few keys every time. So the levels reach at least ``reach`` of the largest
-number of a token: all of it from 3 bits on, 3/4 of it at 2 bits.
+look like a Gaussian. From 3 bits on the levels reach the largest number of a token wherever it is.
+
+Rounding to the nearest of few levels shortens a token, most where its numbers look least like a
+Gaussian, and the same tokens are then attended too little by every query. The scale gives it back
+what it lost. Keys come back as long as they were, ``|y'| = |y|``; values, of which attention takes
+means, come back ``unbiased``, ``y' @ y = y @ y``. The scale of least error, ``y' @ y = y' @ y'``,
+shortens all tokens and is worse than none mended.
+
+Where plane groups have different widths the narrow ones lose more, and to make up for it in the
+wide ones would be an error: there the scale is the size, and at 2 bits levels reach three quarters
+of the largest number.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -28,7 +35,8 @@ from squat_fx.layouts.planes import LANES
 
 # 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-REACH = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+REACH = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+REACH_OF_MIXED = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it
 LARGEST_HALF = 65504.0
 
@@ -41,18 +49,25 @@ def step_and_zero(
     return torch.tensor(STEP, device=device)[bits], (2.0**bits - 1) / 2
 
 
-def least_scale(bits: int) -> float:
-    """What the scale of a token is at least, for each unit of a number in a plane of ``bits``."""
-    return REACH[bits] / (STEP[bits] * (2**bits - 1) / 2) if bits else 0.0
+def are_mixed(widths: tuple[int, ...]) -> bool:
+    """Whether plane groups have different widths."""
+    return len(set(widths)) > 1
 
 
-def token_scale(y: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The size of the scale of each token, fp16 ``[..., tokens, 1]``."""
-    factor = torch.tensor([least_scale(bits) for bits in widths], device=y.device)
+def least_scales(widths: tuple[int, ...]) -> tuple[float, ...]:
+    """What the size of a token is at least, for each unit of a number, by plane group."""
+    reach = REACH_OF_MIXED if are_mixed(widths) else REACH
+    return tuple(reach[b] / (STEP[b] * (2**b - 1) / 2) if b else 0.0 for b in widths)
+
+
+def token_size(y: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """What the numbers of each token are measured with, fp32 ``[..., tokens, 1]``."""
+    factor = torch.tensor(least_scales(widths), device=y.device)
     factor = factor.repeat_interleave(LANES)[: y.shape[-1]]
-    scale = y.square().mean(-1, keepdim=True).sqrt()
-    scale = torch.maximum(scale, (y.abs() * factor).amax(-1, keepdim=True))
-    return scale.clamp(SMALLEST_SCALE, LARGEST_HALF).half()
+    size = y.square().mean(-1, keepdim=True).sqrt()
+    size = torch.maximum(size, (y.abs() * factor).amax(-1, keepdim=True))
+    size = size.clamp(SMALLEST_SCALE, LARGEST_HALF)
+    return size.half().float() if are_mixed(widths) else size
 
 
 def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
@@ -62,33 +77,48 @@ def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Ten
 
 
 def quantize_tokens(
-    y: Tensor, widths: tuple[int, ...], feedback: Tensor | None = None, first_slot: int = 0
+    y: Tensor,
+    widths: tuple[int, ...],
+    feedback: Tensor | None = None,
+    first_slot: int = 0,
+    unbiased: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``y``) and scales (fp16 ``[..., tokens, 1]``).
 
     Args:
         y: fp32 ``[batch, heads, tokens, head_dim]``.
         widths: bits of each plane group of 16 channels.
-        feedback: see :class:`squat_fx.codecs.base.Fit`; the scale is that of ``y`` before it.
+        feedback: see :class:`squat_fx.codecs.base.Fit`; size and length are those before it.
         first_slot: where the first token is stored.
+        unbiased: see the module.
     """
     head_dim = y.shape[-1]
-    scale = token_scale(y, widths) * alternating_signs(y.shape[-2], first_slot, y.device)
+    sign = alternating_signs(y.shape[-2], first_slot, y.device)
     step, zero = step_and_zero(widths, head_dim, y.device)
-    unit = scale.float() * step
-    largest = 2 * zero
-    if feedback is None:
-        codes = (y / unit).add_(zero).round_().clamp_(min=0.0).minimum(largest)
-        return codes.to(torch.uint8), scale
-    y = y.clone()
+    size = token_size(y, widths)
+    unit = size * sign * step
     codes = torch.empty_like(y)
-    for first in range(0, head_dim, LANES):
-        block, later = slice(first, first + LANES), slice(first + LANES, head_dim)
-        rounded = (y[..., block] / unit[..., block]).add_(zero[block]).round_().clamp_(min=0.0)
-        codes[..., block] = rounded = rounded.minimum(largest[block])
-        error = (rounded - zero[block]) * unit[..., block] - y[..., block]
-        y[..., later] += error @ feedback[..., block, later]
+    rest = y if feedback is None else y.clone()
+    for first in range(0, head_dim, LANES if feedback is not None else head_dim):
+        block = slice(first, None if feedback is None else first + LANES)
+        rounded = (rest[..., block] / unit[..., block]).add_(zero[block]).round_().clamp_(min=0.0)
+        codes[..., block] = rounded = rounded.minimum(2 * zero[block])
+        if feedback is not None:
+            later = slice(first + LANES, head_dim)
+            error = (rounded - zero[block]) * unit[..., block] - rest[..., block]
+            rest[..., later] += error @ feedback[..., block, later]
+    if not are_mixed(widths):
+        size = size * _mending(y / (size * sign), (codes - zero) * step, unbiased)
+    scale = size.clamp(SMALLEST_SCALE, LARGEST_HALF).half() * sign
     return codes.to(torch.uint8), scale
+
+
+def _mending(units: Tensor, levels: Tensor, unbiased: bool) -> Tensor:
+    """What to multiply ``levels`` with for the length or the product of ``units``."""
+    total = units.square().sum(-1, keepdim=True)
+    if unbiased:
+        return total / (units * levels).sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    return (total / levels.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)).sqrt()
 
 
 def dequantize_tokens(codes: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from squat_fx.passes.spelling import (
@@ -76,7 +77,9 @@ def _no_view(node: fx.Node) -> str | None:
     step = kind(node)
     if step == "cast":
         before, after = _dtype(operand(node)), _dtype(node)
-        return None if before == after else f"is cast from {before} to {after} before the attention"
+        if before == after or torch.promote_types(before, after) == after:
+            return None  # attention computes in fp32 anyway
+        return f"is cast from {before} to {after} before the attention"
     if step not in VIEWS:
         return (
             f"comes from {describe(node)}, not from a past + new concatenation on dim -2 "
@@ -114,6 +117,8 @@ def _apply(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
         return axes if _is_whole(node, argument(node, 1, "dim", 0)) else None
     if step == "repeat_interleave":
         return _repeat_interleave(node, axes)
+    if step == "repeat":
+        return _tiled(node, axes)
     after = shape_of(node)
     if after is None:
         return None
@@ -153,6 +158,15 @@ def _repeat_interleave(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
         return None
     dim = dim_of(dim, axes)
     return [(*a, ("repeat", repeats)) if i == dim else a for i, a in enumerate(axes)]
+
+
+def _tiled(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
+    """``x.repeat(1, 2, 1, 1)``: all heads, and then all of them again."""
+    given: Any = argument(node, 1, "repeats")
+    repeats = given if isinstance(given, (tuple, list)) else node.args[1:]
+    if len(repeats) != len(axes) or not all(isinstance(r, int) for r in repeats):
+        return None
+    return [a if r == 1 else (("repeat", r), *a) for a, r in zip(axes, repeats, strict=True)]
 
 
 def _expanded(axes: list[Axis], after: tuple[Any, ...]) -> list[Axis] | None:

@@ -1,7 +1,7 @@
 """Find where each attention's keys and values come from the cache and go back to it.
 
 Before:
-    key = cat([past_key, new_key], dim=-2)          # returned to the caller
+    key = cat([past_key, new_key], dim=-2)    # returned to the caller, or key[:, :, -window:]
     out = attention(query, repeat_kv(key), repeat_kv(value))
 After:
     the same graph, and one ``AttentionSite`` per attention: its record, and a ``CacheEdge`` for its
@@ -10,9 +10,12 @@ After:
 The walk starts at the attention and goes up through views; ``cat`` is no anchor, since rotary
 embeddings are full of them.
 
-Leaves alone, with a reason: keys or values that are not returned (sliding windows that return a
-slice) or do not grow (cross attention), concatenations on another dim or of more than two tensors,
-static caches, tensors written in place, layers the config skips.
+What is returned may be the newest tokens of the concatenation only (a sliding window), and so may
+what the attention reads. Keys and values that come from elsewhere than the query (cross attention)
+are stored where they are returned, and where they arrive packed they are read.
+
+Leaves alone, with a reason: keys or values that are not returned, concatenations on another dim or
+of more than two tensors, static caches, tensors written in place, layers the config skips.
 """
 
 from __future__ import annotations
@@ -26,22 +29,38 @@ from torch import fx
 from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
-from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
+from squat_fx.passes.one_mask import terms_of
+from squat_fx.passes.records import (
+    Attention,
+    AttentionSite,
+    CacheEdge,
+    Rewriting,
+    Skipped,
+    usual_order,
+)
 from squat_fx.passes.spelling import (
     argument,
     describe,
     dim_of,
     kind,
+    newest_of,
     parts_of,
     returned_nodes,
     same_size,
     shape_of,
     sizes_of,
+    source_of,
     value_of,
     writers,
 )
 
-_HEADS = {("heads",), ("heads", "repeat")}
+Sizes = tuple[Any, Any, Any, Any]
+OTHER_AXES = (
+    "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
+)
+ROLES: tuple[Role, Role] = ("key", "value")
+Returned = dict[fx.Node, Any]
+GROW = "use a cache that grows by concatenation, such as DynamicCache"
 
 
 class FindCacheEdges(GraphPass):
@@ -62,6 +81,8 @@ class FindCacheEdges(GraphPass):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
+        if not rewriting.attentions and not rewriting.skipped:
+            rewriting.skipped.extend(_unread(rewriting, returned))
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
@@ -91,130 +112,254 @@ def _site(
     attention: Attention,
     layer: int,
     count: int,
-    returned: dict[fx.Node, Any],
+    returned: Returned,
     rewriting: Rewriting,
 ) -> AttentionSite | str:
     followed: list[Followed] = []
-    for role, node in (("key", attention.key), ("value", attention.value)):
-        found = follow_views(node, lambda n: _is_cache_candidate(n, returned))
-        reason = found if isinstance(found, str) else _source_reason(found.source, returned)
-        if isinstance(found, str) or reason is not None:
+    token_dims: list[int] = []
+    for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
+        found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
+        if isinstance(found, str):
+            return f"{role} {found}"
+        token_dim = _token_dim(found, role, attention)
+        if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
             return f"{role} {reason}"
-        if reason := _axes_reason(found, role, attention):
-            return f"{role} {reason}"
+        if token_dim is None:
+            return f"{role} {OTHER_AXES}"
         followed.append(found)
+        token_dims.append(token_dim)
     key, value = followed
-    queries = _queries_per_kv(attention, key, value)
+    sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
+    if reason := _tiled_reason(attention, key, value):
+        return reason
+    queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
-    _, heads, _, key_dim = sizes_of(key.source)
-    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
+    for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
+        if reason := _buffer_reason(found.source, tokens, attention):
+            return f"{role} {reason}"
+    _, heads, _, key_dim = sizes[0]
+    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
-    key_edge = _edge("key", key.source, formats[0], attention, rewriting)
-    if isinstance(key_edge, str):
-        return f"key {key_edge}"
-    value_edge = _edge("value", value.source, formats[1], attention, rewriting)
-    if isinstance(value_edge, str):
-        return f"value {value_edge}"
+    found_edges = [
+        _edge(role, source, token_dim, fmt, returned, rewriting)
+        for role, source, token_dim, fmt in zip(
+            ROLES, (key.source, value.source), token_dims, formats, strict=True
+        )
+    ]
+    key_edge, value_edge = (
+        replace(
+            edge,
+            grows=edge.kind != "prefill"
+            or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+        )
+        for edge in found_edges
+    )
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
     key_edge = replace(key_edge, basis=basis)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer)
+    seen = None if key.source is key_edge.grown else key.source
+    is_tiled = _is_tiled(key)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
 
 
-def _is_cache_candidate(node: fx.Node, returned: dict[fx.Node, Any]) -> bool:
-    return node in returned or kind(node) == "cat" or node.op == "placeholder"
+def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
+    """Whether a cache may end in ``node``, or the attention reads the newest tokens of one."""
+    if node in returned or kind(node) == "cat" or node.op == "placeholder":
+        return True
+    if newest_of(node) is not None:
+        return _is_cache_candidate(source_of(node), returned, rewriting)
+    return part_returned(node, returned) is not None
 
 
-def _source_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
+def part_returned(grown: fx.Node, returned: Returned) -> fx.Node | None:
+    """What of ``grown`` goes back to the caller: all of it, or its newest tokens."""
+    if grown in returned:
+        return grown
+    newest = (user for user in grown.users if user in returned and newest_of(user) is grown)
+    return next(newest, None)
+
+
+def _grown(source: fx.Node) -> fx.Node:
+    """What an attention that reads ``source`` reads, or reads the newest tokens of."""
+    return newest_of(source) or source
+
+
+def _source_reason(
+    source: fx.Node, token_dim: int, returned: Returned, rewriting: Rewriting
+) -> str | None:
     """Why ``source`` is no cache: an input, another concatenation, not returned as it is."""
-    if found := writers(source):
+    grown = _grown(source)
+    if found := writers(grown):
+        if grown.op == "placeholder":
+            return f"is a buffer of fixed size, written in place by {describe(found[0])}; {GROW}"
         return f"is changed in place by {describe(found[0])} after it was made"
-    if source.op == "placeholder":
-        return "is read from a graph input to which nothing is appended"
-    if kind(source) != "cat":
+    if grown.op == "placeholder":
+        if rewriting.carriers.get(grown) is None or source is not grown:
+            return "is read from a graph input to which nothing is appended"
+        if value_of(grown).token_dim != token_dim:
+            return f"is packed with its tokens on dim {value_of(grown).token_dim}, not {token_dim}"
+        return "is read and appended to" if any(kind(u) == "cat" for u in grown.users) else None
+    if kind(grown) != "cat":
         return None
-    parts, dim = parts_of(source), argument(source, 1, "dim", 0)
-    if dim_of(dim, sizes_of(source)) != 2:
-        return f"is concatenated on dim {dim}, not on dim -2"
+    parts, dim = parts_of(grown), argument(grown, 1, "dim", 0)
+    if dim_of(dim, sizes_of(grown)) != token_dim:
+        return f"is concatenated on dim {dim}, not on dim {'-2' if token_dim == 2 else '1'}"
     if len(parts) != 2:
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
-    if any(w > source for part in parts for w in writers(part)):
+    if rewriting.carriers.get(parts[0]) and value_of(parts[0]).token_dim != token_dim:
+        return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
+    if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
-    if source not in returned:
-        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in source.users)
-        what = "only a slice of it is, as in a sliding window"
+    if part_returned(grown, returned) is None:
+        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in grown.users)
+        what = "only a part of it is, and not its newest tokens"
         what = what if sliced else "so the caller never gets it back"
         return f"is a past + new concatenation that is not returned; {what}"
     return None
 
 
-def _axes_reason(followed: Followed, role: str, attention: Attention) -> str | None:
-    """Whether the axes are not [batch, heads x repeat, tokens, channels] (an eager key's: .T)."""
+def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
+    """Whether what is returned is an input of the same shape with something written into it."""
+    if kind(stored) == "cat" or _grows_with_the_query(attention, tokens):
+        return None
+    seen, stack = {stored}, [stored]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node.op == "placeholder" and shape_of(node) == shape_of(stored):
+                return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
+            if node not in seen and len(shape_of(node) or ()) == 4:
+                seen.add(node)
+                stack.append(node)
+    return None
+
+
+def _token_dim(followed: Followed, role: str, attention: Attention) -> int | None:
+    """The cache's dim of tokens, 2 or 1, that the attention reads as [batch, heads x repeat,
+    tokens, channels] (an eager key: transposed); None if it reads the dims in another order.
+    """
     axes = followed.axes
     if len(axes) == 3:
         axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
     last = axes[-2:]
     if role == "key" and attention.spelling == "eager":
         last = last[::-1]
-    is_batched = len(axes) == 4 and axes[0] == ("batch",) and axes[1] in _HEADS
-    if is_batched and last == (("tokens",), ("channels",)):
+    heads = tuple(name for name in axes[1] if name != "repeat")
+    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
         return None
-    return (
-        "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
-    )
+    read = (heads, *last)
+    if read == (("heads",), ("tokens",), ("channels",)):
+        return 2
+    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
 
 
-def _queries_per_kv(attention: Attention, key: Followed, value: Followed) -> int | str:
-    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves."""
+def _is_tiled(followed: Followed) -> bool:
+    """Whether all heads are there and then all of them again."""
+    return any(len(axis) > 1 and "repeat" in axis[:-1] for axis in followed.axes)
+
+
+def _tiled_reason(attention: Attention, key: Followed, value: Followed) -> str | None:
+    """Why heads that are repeated as a whole are not understood."""
+    if _is_tiled(key) != _is_tiled(value):
+        return "keys and values are repeated in different orders"
+    by_head = [sizes_of(term.node) for term in terms_of(attention)]
+    by_head = [shape for shape in by_head if len(shape) > 2 and shape[-3] != 1]
+    if _is_tiled(key) and (by_head or attention.sinks is not None):
+        return "heads are repeated as a whole, and masks or sinks differ by head"
+    return None
+
+
+def _queries_per_kv(
+    attention: Attention, key: Followed, value: Followed, keys: Sizes, values: Sizes
+) -> int | str:
+    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves.
+
+    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels.
+    """
     if key.source is value.source:
         return "keys and values are the same tensor"
     if key.repeat != value.repeat:
         return "keys and values are repeated a different number of times"
     query, output = shape_of(attention.query), shape_of(attention.output)
-    keys, values = sizes_of(key.source), sizes_of(value.source)
     if not isinstance(keys[1], int) or not isinstance(values[1], int):
         return "the number of key heads is symbolic; capture the graph with a fixed number of heads"
     if keys[1] != values[1]:
         return "keys and values have different numbers of heads"
-    if query is None or output is None or not all(map(same_size, query[:-1], output[:-1])):
-        return "the attention's output has other leading dims than its query"
-    if len(query) == 3:  # batch and heads merged, which only a repeat in the graph can have matched
-        return key.repeat
-    if not same_size(query[0], keys[0]):
+    if query is None or output is None:
+        return "the shape of the attention's output is not known"
+    if len(query) == 4 and not same_size(query[0], keys[0]):
         return "queries and keys have different batch sizes"
-    if not isinstance(query[1], int) or query[1] % keys[1]:
+    leading = [_leading(shape, keys[0], keys[1] * key.repeat) for shape in (query, output)]
+    if not all(map(same_size, *leading)):
+        return "the attention's output has other leading dims than its query"
+    heads = leading[0][1]
+    if not isinstance(heads, int) or heads % keys[1]:
         return "the number of query heads is not a multiple of the number of key heads"
-    return query[1] // keys[1]
+    return heads // keys[1]
+
+
+def _leading(shape: tuple[Any, ...], batch: Any, heads: int) -> tuple[Any, Any, Any]:
+    """Batch, heads and tokens of a query or an output, whose batch and heads may be merged; only a
+    repeat in the graph can then have matched the ``heads``.
+    """
+    if len(shape) == 4:
+        return shape[0], shape[1], shape[2]
+    return batch, heads if same_size(shape[0], batch * heads) else None, shape[1]
 
 
 def _edge(
-    role: Role, source: fx.Node, fmt: Format, attention: Attention, rewriting: Rewriting
-) -> CacheEdge | str:
-    """The cache edge that ends in ``source``, or why there is none."""
-    past, new = parts_of(source) if kind(source) == "cat" else (None, source)
+    role: Role,
+    source: fx.Node,
+    token_dim: int,
+    fmt: Format,
+    returned: Returned,
+    rewriting: Rewriting,
+) -> CacheEdge:
+    """The cache edge that an attention over ``source`` reads."""
+    grown = _grown(source)
+    if grown in rewriting.carriers and grown.op == "placeholder":
+        arriving = rewriting.carriers[grown]
+        assert arriving is not None, f"{grown} does not arrive packed"
+        tail = {"grown": grown, "token_dim": token_dim}
+        return CacheEdge(role, "read", grown, grown, grown, arriving, **tail)
+    stored = part_returned(grown, returned)
+    assert stored is not None, f"{source} is not returned"
+    tail = {"grown": grown, "token_dim": token_dim}
+    past, new = parts_of(grown) if kind(grown) == "cat" else (None, grown)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
-        return CacheEdge(role, "decode", source, new, past, fmt if arriving is None else arriving)
-    if not _grows_with_the_query(attention, new):
-        return "is returned but does not grow with the query, as in cross attention"
-    return CacheEdge(role, "prefill", source, new, None, fmt)
+        fmt = fmt if arriving is None else arriving
+        return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
+    return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
 
 
-def _grows_with_the_query(attention: Attention, new: fx.Node) -> bool:
-    return same_size(sizes_of(attention.query)[-2], sizes_of(new)[2])
+def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
+    """What looks like caches that grow, in a graph where no attention was seen."""
+    grown = (n for n in rewriting.graph.nodes if kind(n) == "cat" and n in returned)
+    return [
+        Skipped(node.name, "grows like a cache, but no attention that reads it was recognized")
+        for node in grown
+        if len(shape_of(node) or ()) == 4
+        and len(parts_of(node)) == 2
+        and getattr(parts_of(node)[0], "op", "") == "placeholder"
+    ]
 
 
-def _find_lone_edges(rewriting: Rewriting, returned: dict[fx.Node, Any]) -> None:
+def _grows_with_the_query(attention: Attention, tokens: Any) -> bool:
+    return same_size(sizes_of(attention.query)[-2], tokens)
+
+
+def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
     """Carriers that grow although no attention over them was understood: still appended, packed."""
-    known = rewriting.edges()
+    known = {edge.grown for edge in rewriting.edges().values()}
     for carrier, fmt in rewriting.carriers.items():
         for user in carrier.users:
-            if fmt is None or user in known or user not in returned or kind(user) != "cat":
+            if fmt is None or user in known or kind(user) != "cat":
                 continue
-            parts = parts_of(user)
-            if _source_reason(user, returned) is None and parts[0] is carrier:
-                role = value_of(carrier).role
-                rewriting.lone_edges.append(CacheEdge(role, "decode", user, parts[1], carrier, fmt))
+            role, token_dim = value_of(carrier).role, value_of(carrier).token_dim
+            if _source_reason(user, token_dim, returned, rewriting) is None:
+                edge = _edge(role, user, token_dim, fmt, returned, rewriting)
+                if edge.past is carrier:
+                    rewriting.lone_edges.append(edge)

@@ -58,6 +58,8 @@ Dims = tuple[int | None, ...]
 
 def find_rotary(edge: CacheEdge) -> Rotary | str:
     """The rotary embedding before ``edge``, a cache edge of keys, or why there is none to use."""
+    if edge.token_dim != 2:
+        return "the tokens of the keys come before their heads"
     rotated, trial = edge.new, Trial(edge.new)
     above = _Above(rotated, _OF_ROTATIONS)
     found = _rotation_to(rotated, above, trial)

@@ -31,7 +31,15 @@ from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
-from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
+from squat_fx.passes.one_mask import one_mask, terms_of
+from squat_fx.passes.records import (
+    AttentionSite,
+    CacheEdge,
+    InnerInput,
+    InnerOutput,
+    Number,
+    Rewriting,
+)
 from squat_fx.passes.spelling import (
     describe,
     flat_outputs,
@@ -39,8 +47,12 @@ from squat_fx.passes.spelling import (
     memory_of,
     reads_size,
     shape_of,
+    size_of,
     sizes_of,
+    source_of,
+    symbols_of,
     value_of,
+    writers,
     written_by,
 )
 
@@ -53,12 +65,14 @@ class QuantizeKVCache(GraphPass):
     def run(self, rewriting: Rewriting) -> int:
         """See the module's docstring."""
         edges = rewriting.edges()
+        self._masks: dict[tuple[Any, ...], fx.Node | None] = {}
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
+        self._turned: dict[fx.Node, fx.Node] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
-            if site.kind == "decode":
+            if site.kind != "prefill":
                 reader = self._attend(site, rewriting)
             else:
                 reader = site.attention.output
@@ -66,14 +80,13 @@ class QuantizeKVCache(GraphPass):
             readers[site.value.stored].append(reader)
         stored: dict[fx.Node, list[fx.Node]] = {}
         for edge in edges.values():
-            mask = _mask_of(edge, rewriting)
+            if edge.kind == "read":
+                continue
             if edge.kind == "decode":
-                self._append(edge, mask, readers[edge.stored], rewriting)
+                self._append(edge, readers[edge.stored], rewriting)
             else:
                 query = self._query_of(edge, rewriting)
-                stored[edge.stored] = self._store(
-                    edge, mask, query, readers[edge.stored], rewriting
-                )
+                stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored)
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
@@ -100,19 +113,19 @@ class QuantizeKVCache(GraphPass):
         )
         output = attention.output
         with graph.inserting_before(output):
-            query, merged = four_dim_query(site, graph)
+            query = four_dim_query(site, graph)
             attend = graph.call_function(
                 ops.overload("attend", site.key.fmt.layout, site.value.fmt.layout),
                 (
                     query,
-                    site.key.new,
-                    site.value.new,
+                    *(self._new(edge) for edge in (site.key, site.value)),
                     *key,
                     *value,
                     rewriting.positions(),
                     rewriting.handles.index(site.key.carrier),
                     rewriting.handles.index(site.value.carrier),
-                    _four_dims(attention.mask, graph),
+                    _first_row(site, rewriting),
+                    self._mask(site, graph),
                     attention.sinks,
                     attention.scale,
                     attention.causal,
@@ -122,43 +135,49 @@ class QuantizeKVCache(GraphPass):
                 ),
             )
             attend.meta["squat_layer"] = site.layer
-            replacement = graph.call_method("flatten", (attend, 0, 1)) if merged else attend
-            if not merged and _is_token_major(output):
-                replacement = _token_major(attend, graph)
+            result = attend
+            if value_of(site.key.new).dtype != value_of(output).dtype:
+                result = graph.call_method("to", (attend, value_of(output).dtype))
+            if site.tiled:
+                result = _regrouped(result, site.key.sizes(site.key.new)[1], graph)
+            replacement = result
+            if len(sizes_of(output)) == 3:  # batch and heads are merged
+                replacement = graph.call_method("flatten", (result, 0, 1))
+            elif _is_token_major(output):
+                replacement = _token_major(result, graph)
         replacement.meta.update(output.meta)
         output.replace_all_uses_with(replacement)
         graph.erase_node(output)
         return attend
 
-    def _append(
-        self, edge: CacheEdge, mask: fx.Node | None, readers: list[fx.Node], rewriting: Rewriting
-    ) -> None:
+    def _append(self, edge: CacheEdge, readers: list[fx.Node], rewriting: Rewriting) -> None:
         graph = rewriting.graph
         arenas = self._carrier_arenas(edge, rewriting)
-        valid = self._valid_tokens(mask, edge.new, readers)
+        new = self._usual(edge, edge.new)
+        valid = self._valid_tokens(_site_of(edge, rewriting), new, readers)
         row = rewriting.handles.index(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
-        place = _latest(*readers, edge.new, valid)
+        place = _latest(*readers, new, valid)
         with graph.inserting_after(self._placed.get(place, place)):
             self._placed[place] = graph.call_function(
-                ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
+                ops.overload("append_", edge.fmt.layout), (*arenas, new, valid, *tail)
             )
 
     def _store(
         self,
         edge: CacheEdge,
-        mask: fx.Node | None,
         query: fx.Node | None,
         readers: list[fx.Node],
         rewriting: Rewriting,
     ) -> list[fx.Node]:
         graph = rewriting.graph
-        valid = self._valid_tokens(mask, edge.stored, readers)
+        stored = self._usual(edge, edge.stored)
+        valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
         basis = (
             None if edge.basis is None else _constant(edge.basis, f"{edge.stored}_basis", rewriting)
         )
         arguments = (
-            edge.stored,
+            stored,
             valid,
             query,
             basis,
@@ -166,7 +185,7 @@ class QuantizeKVCache(GraphPass):
             edge.fmt.codec,
             edge.fmt.to_ints(),
         )
-        place = _latest(edge.stored, valid, query)
+        place = _latest(stored, valid, query)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
@@ -182,37 +201,93 @@ class QuantizeKVCache(GraphPass):
             return None
         for site in rewriting.sites:
             if edge.stored in (site.key.stored, site.value.stored):
-                with rewriting.graph.inserting_before(site.attention.output):
-                    return four_dim_query(site, rewriting.graph)[0]
+                graph = rewriting.graph
+                with graph.inserting_before(site.attention.output):
+                    return _newest_like(edge, four_dim_query(site, graph))
         return None
 
+    def _new(self, edge: CacheEdge) -> fx.Node | None:
+        """The new tokens of an edge, if there are any, as [batch, heads, tokens, channels]."""
+        return self._usual(edge, edge.new) if edge.kind == "decode" else None
+
+    def _usual(self, edge: CacheEdge, node: fx.Node) -> fx.Node:
+        """A node of an edge as [batch, heads, tokens, channels]."""
+        if edge.token_dim == 2:
+            return node
+        if node not in self._turned:
+            with node.graph.inserting_after(node):
+                turned = node.graph.call_function(torch.transpose, (node, 1, 2))
+            turned.meta["val"] = value_of(node).transpose(1, 2)
+            self._turned[node] = turned
+        return self._turned[node]
+
+    def _mask(self, site: AttentionSite, graph: fx.Graph, as_written: bool = True) -> Any:
+        """One node for all that is added to a site's scores, shared by sites that add the same."""
+        terms = terms_of(site.attention, as_written)
+        heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
+        key = (heads, *terms)
+        if key not in self._masks or any(writers(term.node) for term in terms):
+            self._masks[key] = one_mask(terms, heads, graph)
+        return self._masks[key]
+
     def _valid_tokens(
-        self, mask: fx.Node | None, new: fx.Node, readers: list[fx.Node]
+        self, site: AttentionSite | None, new: fx.Node, readers: list[fx.Node]
     ) -> fx.Node | None:
         """Which of the new tokens are no padding: one node per mask and number of tokens.
 
         It stands where the first attention reads the mask, which may be filled in place until then.
         """
-        if mask is None:
+        if site is None or not terms_of(site.attention):
             return None
-        key = (mask, sizes_of(new)[2])
-        if key not in self._valid:
-            graph = new.graph
-            with graph.inserting_before(min(readers)):
-                full = _four_dims(mask, graph)
+        graph = new.graph
+        with graph.inserting_before(min(readers)):
+            mask = self._mask(site, graph, as_written=False)
+            key = (mask, sizes_of(new)[2])
+            if key not in self._valid:
                 self._valid[key] = graph.call_function(
-                    torch.ops.squat_fx.valid_tokens.default, (full, new)
+                    torch.ops.squat_fx.valid_tokens.default, (mask, new)
                 )
         return self._valid[key]
 
 
-def four_dim_query(site: AttentionSite, graph: fx.Graph) -> tuple[fx.Node, bool]:
-    """The query as [batch, heads, tokens, channels], and whether batch and heads were merged."""
-    query = site.attention.query
-    if len(shape_of(query) or ()) != 3:
-        return query, False
-    heads = site.num_queries_per_kv * sizes_of(site.key.stored)[1]
-    return graph.call_method("unflatten", (query, 0, (-1, heads))), True
+def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
+    """As many of the newest tokens of ``x`` as are stored of a prompt, where the graph stands."""
+    if not edge.is_window:
+        return x
+    return x.graph.node_copy(edge.stored, lambda node: x if node is edge.grown else node)
+
+
+def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
+    """The row that says where a window begins; -1 if all of the past is seen."""
+    carriers = site.key.carrier, site.value.carrier
+    if site.key.carrier not in rewriting.windows():
+        return -1
+    seen = site.seen or site.key.grown or site.key.stored
+    past = site.key.sizes(seen)[2] - site.key.sizes(site.key.new)[2]
+    return rewriting.row_of(Number(past, carriers))
+
+
+def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
+    """The query as [batch, heads, tokens, channels], in the dtype of the cache."""
+    query = _in_dtype_of(site.attention.query, site.key.new, graph)
+    if len(sizes_of(site.attention.query)) == 3:
+        heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
+        query = graph.call_method("unflatten", (query, 0, (-1, heads)))
+    return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
+
+
+def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
+    """``x`` with its heads, ``outer`` groups of them, regrouped: the first of each come first."""
+    apart = graph.call_method("unflatten", (x, 1, (outer, -1)))
+    return graph.call_method("flatten", (graph.call_method("transpose", (apart, 1, 2)), 1, 2))
+
+
+def _in_dtype_of(query: fx.Node, like: fx.Node, graph: fx.Graph) -> fx.Node:
+    """The query in the dtype of the cache: before a cast if it was cast from that, else cast."""
+    dtype = value_of(like).dtype
+    while kind(query) == "cast" and value_of(query).dtype != dtype:
+        query = source_of(query)
+    return query if value_of(query).dtype == dtype else graph.call_method("to", (query, dtype))
 
 
 def _constant(tensor: Tensor, name: str, rewriting: Rewriting) -> fx.Node:
@@ -264,7 +339,13 @@ def _is_root(node: fx.Node) -> bool:
         return False
     if kind(node) == "dropout" and not dropout_is_active(node):
         return False
-    return is_append(node) or node.is_impure()
+    return is_append(node) or _changes_levels(node) or node.is_impure()
+
+
+def _changes_levels(node: fx.Node) -> bool:
+    """Whether a node begins or ends a ``vmap`` or another transform, which masks are made by."""
+    name = describe(node)
+    return name.endswith("_nesting") or name == "lazy_load_decompositions"
 
 
 def _follows(node: fx.Node) -> list[fx.Node]:
@@ -288,18 +369,11 @@ def _latest(*nodes: fx.Node | None) -> fx.Node:
     return max(node for node in nodes if node is not None)
 
 
-def _four_dims(mask: fx.Node | None, graph: fx.Graph) -> fx.Node | None:
-    """``mask`` with leading dims added up to four."""
-    for _ in range(4 - len(shape_of(mask) or ()) if mask is not None else 0):
-        mask = graph.call_method("unsqueeze", (mask, 0))
-    return mask
-
-
-def _mask_of(edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
-    """The mask of the attention over an edge; all over one cache see the same padding."""
+def _site_of(edge: CacheEdge, rewriting: Rewriting) -> AttentionSite | None:
+    """The first attention over an edge; all over one cache see the same padding."""
     for site in rewriting.sites:
         if edge.stored in (site.key.stored, site.value.stored):
-            return site.attention.mask
+            return site
     return None
 
 
@@ -311,23 +385,42 @@ def _replace_outputs(
     first: dict[fx.Node, int] = {}
     for node in flat_outputs(rewriting.graph):
         edge = edges.get(node)
+        if edge is not None and edge.kind == "read":
+            argument = rewriting.placeholders.index(edge.carrier)
+            rewriting.outputs.append(InnerOutput("argument", argument=argument))
+            continue
+        if isinstance(node, fx.Node) and _is_known_size(value_of(node), rewriting):
+            rewriting.outputs.append(InnerOutput("number", tokens=size_of(value_of(node))))
+            continue
         if edge is None:
             rewriting.outputs.append(InnerOutput("value", first=len(inner)))
             inner.append(node)
             continue
         if edge.kind == "decode":
             argument = rewriting.placeholders.index(edge.carrier)
-            tokens = sizes_of(edge.new)[2]
-            made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge)
+            tokens = edge.sizes(edge.new)[2]
+            kept = edge.sizes(node)[2] if edge.is_window else None
+            made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge, kept=kept)
             rewriting.outputs.append(made)
             continue
         if node not in first:
             first[node] = len(inner)
             inner.extend(stored[node])
-        tokens, count = sizes_of(node)[2], len(stored[node])
+        tokens, count = edge.sizes(node)[2], len(stored[node])
         made = InnerOutput("stored", first[node], count, tokens=tokens, edge=edge)
         rewriting.outputs.append(made)
     rewriting.graph.output_node().args = (tuple(inner),)
+
+
+def _is_known_size(value: Any, rewriting: Rewriting) -> bool:
+    """Whether a scalar follows from the sizes of the inputs, so that no graph need compute it."""
+    if not isinstance(value, torch.SymInt) or not rewriting.handles:
+        return False
+    inputs = (value_of(node) for node in rewriting.placeholders)
+    known = {size_of(x) for x in inputs if isinstance(x, torch.SymInt)}
+    for node in rewriting.placeholders:
+        known |= set(shape_of(node) or ())
+    return symbols_of(size_of(value)) <= known
 
 
 def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sympy
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.utils._sympy.functions import Max as TorchMax
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -40,6 +42,23 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm",
         aten.matmul.default, aten.bmm.default,
     ),
+    "baddbmm": (torch.baddbmm, "baddbmm", aten.baddbmm.default),
+    "einsum": (torch.einsum, torch.functional.einsum, aten.einsum.default),
+    "where": (torch.where, "where", aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
+    "masked_fill": (
+        torch.masked_fill, "masked_fill", "masked_fill_",
+        aten.masked_fill.Scalar, aten.masked_fill.Tensor,
+    ),
+    "constant": (
+        torch.tensor, torch.scalar_tensor, torch.full,
+        aten.scalar_tensor.default, aten.full.default,
+    ),
+    "zeros": (
+        torch.zeros, torch.zeros_like, "new_zeros",
+        aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default,
+    ),
+    "logsumexp": (torch.logsumexp, "logsumexp", aten.logsumexp.default),
+    "sigmoid": (torch.sigmoid, F.sigmoid, "sigmoid", aten.sigmoid.default),
     "tanh": (torch.tanh, F.tanh, "tanh", aten.tanh.default),
     "softmax": (F.softmax, torch.softmax, "softmax", aten.softmax.int, aten._softmax.default),
     "dropout": (F.dropout, torch.dropout, aten.dropout.default),
@@ -62,6 +81,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "repeat_interleave": (
         torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int,
     ),
+    "repeat": (torch.tile, "repeat", "tile", aten.repeat.default, aten.tile.default),
     "getitem": (operator.getitem,),
     "slice": (aten.slice.Tensor,),
     "same": (
@@ -94,12 +114,13 @@ VIEWS = frozenset(
         "mT",
         "permute",
         "repeat_interleave",
+        "repeat",
         "getitem",
         "slice",
         "same",
     }
 )
-_MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave"}
+_MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave", "repeat"}
 _OTHER_VIEWS = frozenset({"chunk", "split", "unbind", "select", "narrow", "view_as", "movedim"})
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -159,6 +180,42 @@ def operand(node: fx.Node, index: int = 0) -> Any:
     return next((node.kwargs[k] for k in _KEYWORDS[index] if k in node.kwargs), None)
 
 
+def number_of(x: Any) -> float | None:
+    """The number that ``x`` is, written out or as a constant tensor; None if it is none."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    if kind(x) in ("same", "cast"):
+        return number_of(operand(x))
+    if isinstance(x, fx.Node) and x.op == "get_attr":
+        tensor = getattr(x.graph.owning_module, str(x.target), None)
+        is_number = isinstance(tensor, torch.Tensor) and tensor.dim() == 0
+        return float(tensor) if is_number else None
+    if kind(x) != "constant":
+        return None
+    index, name = (1, "fill_value") if describe(x) == "full" else (0, "data")
+    return number_of(argument(x, index, name))
+
+
+def same_computation(a: Any, b: Any) -> bool:
+    """Whether two nodes are the same operations on the same nodes, nothing being written."""
+    if a is b:
+        return True
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        is_alike = (a.op, a.target) == (b.op, b.target) and a.op != "placeholder"
+        return (
+            is_alike
+            and not writers(a)
+            and not writers(b)
+            and same_computation(
+                (*a.args, *sorted(a.kwargs.items())), (*b.args, *sorted(b.kwargs.items()))
+            )
+        )
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(same_computation, a, b))
+    is_plain = not isinstance(a, (fx.Node, tuple, list)) and type(a) is type(b)
+    return is_plain and bool(a == b)
+
+
 def source_of(node: fx.Node) -> fx.Node:
     """The node that a view, a cast or another operation on one tensor starts from."""
     source = operand(node)
@@ -185,6 +242,33 @@ def reads_size(node: fx.Node) -> bool:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     names = ("size", "dim", "numel", "sym_size", "sym_numel", "sym_stride")
     return describe(node) in (*names, "_assert_tensor_metadata")
+
+
+def newest_of(node: Any) -> fx.Node | None:
+    """``x`` of ``x[:, :, -n:]``: the newest of its tokens, or all of them."""
+    if kind(node) == "slice":
+        is_newest = argument(node, 1, "dim", 0) in (2, -2) and argument(node, 4, "step", 1) == 1
+        is_newest &= _reaches_the_end(argument(node, 3, "end"))
+        return source_of(node) if is_newest else None
+    if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    before, after = shape_of(source_of(node)), shape_of(node)
+    items = node.args[1]
+    if before is None or after is None or len(before) != 4 or len(after) != 4:
+        return None
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items = (*items[:at], *[slice(None)] * (5 - len(items)), *items[at + 1 :])
+    items = (*items, *[slice(None)] * (4 - len(items)))
+    others = (item for dim, item in enumerate(items) if dim != 2)
+    if any(item != slice(None) for item in others) or not isinstance(items[2], slice):
+        return None
+    is_newest = _reaches_the_end(items[2].stop) and items[2].step in (None, 1)
+    return source_of(node) if is_newest else None
+
+
+def _reaches_the_end(stop: Any) -> bool:
+    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
 
 
 def writers(node: fx.Node) -> list[fx.Node]:
@@ -222,6 +306,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     else:
         name = describe(node)
         in_place = name.endswith("_") and not name.endswith("__")
+        in_place &= node.target not in (operator.and_, operator.or_, operator.not_)
         in_place |= node.op == "call_function" and node.target in _INPLACE_OPERATORS
         written = [operand(node) if in_place else None, node.kwargs.get("out")]
     return [x for x in written if isinstance(x, fx.Node)]
@@ -263,11 +348,53 @@ def size_of(size: Any) -> Any:
     return size
 
 
+def symbols_of(size: Any) -> AbstractSet[Any]:
+    """The symbols in a size as :func:`size_of` gives it; none in a number."""
+    return getattr(size, "free_symbols", frozenset())
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal whatever the symbols are."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return a is b or a == b or sympy.expand(a - b) == 0
+
+
+def is_at_least(size: Any, least: Any, graph: fx.Graph) -> bool:
+    """Whether ``size >= least`` whatever the symbols are, given the ranges that were guarded on;
+    adds no guard.
+    """
+    difference = sympy.expand(size - least)
+    if difference.is_number:
+        return bool(difference >= 0)
+    shapes = _shape_env(graph)
+    if shapes is None:
+        return False
+    ranges = {symbol: shapes.bound_sympy(symbol) for symbol in difference.free_symbols}
+    for choice in difference.atoms(TorchMax, sympy.Max):
+        bound = shapes.bound_sympy(choice)
+        if bound.lower == bound.upper:
+            difference = difference.xreplace({choice: bound.lower})
+    above = {
+        symbol: bound.lower + sympy.Dummy(integer=True, nonnegative=True)
+        for symbol, bound in ranges.items()
+        if bound.lower.is_finite
+    }
+    return bool(
+        shapes.bound_sympy(difference).lower >= 0
+        or sympy.expand(difference.subs(above)).is_nonnegative
+    )
+
+
+def _shape_env(graph: fx.Graph) -> Any:
+    """What is known of the symbols in a graph; None if there are none."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
 
 
 def dim_of(dim: int, shape: Sequence[Any]) -> int:

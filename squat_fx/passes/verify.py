@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.one_mask import terms_of
 from squat_fx.passes.records import Rewriting
 from squat_fx.passes.spelling import describe, flat_outputs, shape_of, value_of
 
@@ -55,7 +56,7 @@ class Verify(GraphPass):
         used = {
             made.first + i
             for made in rewriting.outputs
-            if made.kind != "appended"
+            if made.kind in ("value", "stored")
             for i in range(made.count if made.kind == "stored" else 1)
         }
         count = len(flat_outputs(rewriting.graph))
@@ -75,7 +76,7 @@ class Verify(GraphPass):
         if changing:
             note = "the decode graph is dynamic, because sizes of its inputs change: "
             note += ", ".join(changing)
-            if any(site.attention.mask is not None for site in rewriting.sites):
+            if any(terms_of(site.attention) for site in rewriting.sites):
                 note += (
                     "; an attention mask grows with the cache, so leave out one that is all ones"
                 )

@@ -24,6 +24,7 @@ from squat_fx.codecs import (
 )
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
+from tests.choose import diagonal, full
 
 MOST_REGISTERS = 255
 MULTIPROCESSOR_BYTES = 227 * 1024  # of shared memory, sm_90
@@ -37,7 +38,7 @@ def compiled(launches: list[Launch], capability: int) -> dict[str, Resources]:
     return {r.kernel: r for r in resources}
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize("capability", [90, *full(80)])
 def test_one_token_of_a_common_head_needs_no_spills(capability: int) -> None:
     shape = Shape(head_dim=64, bits=2)
     launches = [*aot.attend_launches(shape), *aot.write_launches(shape, "key", 1)]
@@ -46,9 +47,19 @@ def test_one_token_of_a_common_head_needs_no_spills(capability: int) -> None:
     assert not any(r.spills for r in resources.values())
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize(("head_dim", "bits"), [(64, 3), (128, 2)])
-def test_storing_rotated_tokens_needs_no_spills(head_dim: int, bits: int, capability: int) -> None:
+@pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda codec: codec.name)
+def test_a_window_needs_no_spills(codec: Codec) -> None:
+    """Of groups of keys Gluon's kernel knows no windows, and leaves them to Triton's."""
+    shape = Shape(head_dim=64, bits=2, codec=codec)
+    resources = compiled(aot.attend_launches(shape, gpu="hopper", window=True), 90)
+    attend = "swapped_attend_kernel" if codec == Squat() else "attend_kernel"
+    assert set(resources) == {attend, "merge_kernel"}
+    assert not any(r.spills for r in resources.values())
+
+
+@pytest.mark.parametrize(("stored", "capability"), diagonal([(64, 3), (128, 2)], aot.CAPABILITIES))
+def test_storing_rotated_tokens_needs_no_spills(stored: tuple[int, int], capability: int) -> None:
+    head_dim, bits = stored
     shape = Shape(head_dim, bits, codec=Squat())
     launches = [*aot.write_launches(shape, "key", 1), *aot.dequantize_launches(shape, "key")]
     launches += aot.write_launches(shape, "key", 64, with_feedback=True)
@@ -62,12 +73,16 @@ def test_storing_rotated_tokens_needs_no_spills(head_dim: int, bits: int, capabi
     assert not any(r.spills for r in resources.values())
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [(64, torch.float16), (80, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)],
+    ("learned", "capability"),
+    diagonal(
+        [(64, torch.float16), (80, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)],
+        aot.CAPABILITIES,
+    ),
+    ids=str,
 )
-def test_learning_needs_no_spills(head_dim: int, dtype: torch.dtype, capability: int) -> None:
+def test_learning_needs_no_spills(learned: tuple[int, torch.dtype], capability: int) -> None:
+    head_dim, dtype = learned
     shape = Shape(head_dim, 2, codec=Squat(), dtype=dtype)
     valid = torch.ones(2, 256, dtype=torch.bool)
     resources = compiled(aot.learn_launches(shape, 256, valid), capability)
@@ -114,8 +129,9 @@ def test_one_token_of_keys_and_values_takes_one_launch() -> None:
     assert resources.instructions <= 1200  # keys and values, of which a program runs one
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
-@pytest.mark.parametrize("codec", [Kvarn(), Think()], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    ("codec", "capability"), diagonal([Kvarn(), Think()], aot.CAPABILITIES), ids=str
+)
 def test_what_is_decoded_all_at_once_spills_little(codec: Codec, capability: int) -> None:
     shape = Shape(head_dim=64, bits=2, codec=codec)
     launches = [aot.attend_launches(shape)[0], *aot.dequantize_launches(shape, "key")]
@@ -159,7 +175,10 @@ def test_exact_storage_compiles() -> None:
 
 @pytest.mark.parametrize(
     ("codec", "bits", "head_dim", "most"),
-    [(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26), (PolarRope(radius_bits=2), 3, 80, 60)],
+    [
+        *[(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26)],
+        *full((PolarRope(radius_bits=2), 3, 80, 60)),
+    ],
     ids=str,
 )
 def test_radii_and_angles_take_this_many_instructions(
@@ -197,7 +216,9 @@ def attend_kernel(shape: Shape) -> Any:
     return aot.compiled_kernel(attend, 90)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(2, 2.0), (4, 2.1), ((4, 3, 2, 2, 2, 1, 1, 1), 2.2)])
+@pytest.mark.parametrize(
+    ("bits", "most"), [(2, 2.0), ((4, 3, 2, 2, 2, 1, 1, 1), 2.2), *full((4, 2.1))]
+)
 def test_a_code_takes_few_instructions(bits: float | tuple[int, ...], most: float) -> None:
     """What keeps attention near the memory limit, so that a compiler's change is seen."""
     kernel = attend_kernel(Shape(head_dim=128, bits=bits, codec=Squat()))
@@ -211,35 +232,84 @@ def test_a_code_takes_few_instructions(bits: float | tuple[int, ...], most: floa
     assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+def loop_on_the_side_of_16_rows(
+    launches: list[Launch], capability: int, most: float
+) -> tuple[list[str], Resources]:
+    """The main loop of the Gluon kernel, which does what it has to in ``most`` instructions a code
+    at most; and what it takes.
+    """
+    assert [x.kernel.__name__ for x in launches] == ["swapped_attend_kernel", "merge_kernel"]
+    arguments = launches[0].arguments
+    key, value, tokens = (arguments[name] for name in ("KEY", "VALUE", "BLOCK_N"))
+    kernel = aot.compiled_kernel(launches[0], capability)
+    loop = aot.main_loop(aot.machine_code(kernel))
+    assert aot.instructions_per_code(kernel, (key.head_dim + value.head_dim) * tokens) <= most
+    # A tile of 16 x 16 codes an instruction, and the two sums of weights.
+    dots = (len(key.terms) + len(value.terms) + 2) * arguments["BLOCK_M"] // 8
+    assert sum("HMMA.16816" in text for text in loop) == dots * tokens // 16
+    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+    # Rows as wide as in shared memory, as many at once as a warp takes, and scales.
+    copies = sum(
+        tokens * fmt.token_row.width // fmt.token_row.together // 32 for fmt in (key, value)
+    )
+    assert sum("LDGSTS" in text for text in loop) == copies + 2, "codes are not copied ahead"
+    return loop, aot.resources_of(kernel)
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "most"),
-    [(128, 2, 1.25), (128, 4, 1.45), (128, (4, 3, 2, 2, 2, 1, 1, 1), 1.45), (256, 2, 1.15)],
+    ("code", "capability"),
+    diagonal(
+        [(128, 2, 1.25), (128, 4, 1.45), (128, (4, 3, 2, 2, 2, 1, 1, 1), 1.3), (256, 2, 1.15)],
+        aot.CAPABILITIES,
+    ),
+    ids=str,
 )
 def test_a_code_takes_still_fewer_instructions_with_tokens_on_the_side_of_16_rows(
-    head_dim: int, bits: float | tuple[int, ...], most: float, capability: int
+    code: tuple[int, float | tuple[int, ...], float], capability: int
 ) -> None:
+    head_dim, bits, most = code
     launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="ampere")
-    assert [x.kernel.__name__ for x in launches] == ["swapped_attend_kernel", "merge_kernel"]
-    kernel = aot.compiled_kernel(launches[0], capability)
-    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[0].arguments["BLOCK_N"]
-    assert aot.instructions_per_code(kernel, 2 * head_dim * tokens) <= most
-    # A tile of 16 x 16 codes an instruction, and the two sums of weights.
-    multiplications = sum("HMMA.16816" in text for text in loop)
-    assert multiplications == 2 * (head_dim // 16 + 1) * tokens // 16
-    assert any("LDGSTS.E.BYPASS.128" in text for text in loop), "codes are not copied ahead"
-    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+    loop, _ = loop_on_the_side_of_16_rows(launches, capability, most)
+    assert any("LDGSTS.E.BYPASS.128" in text for text in loop)
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize(
-    ("head_dim", "bits", "group_size", "most"),
-    [(128, 2, 128, 1.3), (128, 2, 64, 1.8), (128, 2, 32, 2.6), (128, 4, 128, 1.7),
-     (256, 2, 128, 1.5)],
+    ("head_dim", "bits", "most"),
+    [(64, 2, 1.55), (128, 3, 2.2), *full((64, 3, 2.8), (112, 2, 1.65))],
+)
+def test_odd_bytes_and_sections_take_few_instructions_too(
+    head_dim: int, bits: float, most: float
+) -> None:
+    launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="hopper")
+    _, resources = loop_on_the_side_of_16_rows(launches, 90, most)
+    assert resources.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "most"), [("mask", 1.5), *full(("softcap", 1.75), ("16 rows", 1.85))]
+)
+def test_masks_caps_and_more_rows_take_few_instructions_more(what: str, most: float) -> None:
+    shape = Shape(128, 2, q_len=4 if what == "16 rows" else 1, codec=Squat())
+    mask = torch.ones(2, 1, 1, 257, dtype=torch.bool) if what == "mask" else None
+    softcap = 30.0 if what == "softcap" else 0.0
+    launches = aot.attend_launches(shape, mask, gpu="hopper", softcap=softcap)
+    _, resources = loop_on_the_side_of_16_rows(launches, 90, most)
+    assert resources.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "capability"),
+    diagonal(
+        [(128, 2, 128, 1.3), (128, 2, 64, 1.8), (128, 2, 32, 2.6), (128, 4, 128, 1.7),
+         (256, 2, 128, 1.5)],
+        aot.CAPABILITIES,
+    ),
+    ids=str,
 )  # fmt: skip
 def test_groups_of_keys_take_few_instructions_too(
-    head_dim: int, bits: int, group_size: int, most: float, capability: int
+    code: tuple[int, int, int, float], capability: int
 ) -> None:
+    head_dim, bits, group_size, most = code
     launches = aot.attend_launches(Shape(head_dim, bits, codec=Kivi(group_size)), gpu="ampere")
     names = [x.kernel.__name__ for x in launches]
     assert names == ["attend_kernel", "swapped_attend_kernel", "merge_kernel"]
@@ -270,8 +340,7 @@ def test_kernels_that_begin_early_wait_for_the_one_before() -> None:
             assert "griddepcontrol.wait" in aot.compiled_kernel(early, 90).asm["ptx"]
 
 
-@pytest.mark.parametrize("shares", [2, 8, 64, 128])
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize(("head_dim", "shares"), diagonal([128, 256], [2, 8, 64, 128]))
 def test_a_merging_thread_loads_few_maxima(
     head_dim: int, shares: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +352,7 @@ def test_a_merging_thread_loads_few_maxima(
     assert loads <= head_dim // 4 + 50  # of them, those of the outputs themselves
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *full(torch.bfloat16)], ids=str)
 def test_many_rows_of_wide_heads_fit_shared_memory(dtype: torch.dtype) -> None:
     shape = Shape(head_dim=256, bits=2, codec=Squat(), dtype=dtype, q_len=16)
     resources = compiled(aot.attend_launches(shape), 80)
@@ -328,9 +397,13 @@ def test_the_main_loop_is_the_longest_innermost_one_with_tensor_core_instruction
     assert aot.main_loop(code[-4:]) == []
 
 
-@pytest.mark.parametrize("capability", aot.CAPABILITIES)
 @pytest.mark.parametrize(
-    "codec", [TurboQuant(), Qjl(), Qjl(outliers=0)], ids=["levels", "signs", "signs-no-outliers"]
+    ("codec", "capability"),
+    [
+        *diagonal([TurboQuant(), Qjl()], aot.CAPABILITIES),
+        *full(*((Qjl(outliers=0), capability) for capability in aot.CAPABILITIES)),
+    ],
+    ids=str,
 )
 def test_attention_over_other_layouts_fits_its_registers(codec: Codec, capability: int) -> None:
     """At head_dim 128, with few spills: all plane groups of a tile are decoded at once."""

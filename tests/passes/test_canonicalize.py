@@ -47,7 +47,8 @@ mask: mask
 causal: 0
 softcap: 0.0
 sinks: None
-spelling: sdpa""",
+spelling: sdpa
+terms: ()""",
     )
 
 
@@ -64,7 +65,8 @@ mask: mask
 causal: 0
 softcap: 3.0
 sinks: None
-spelling: eager""",
+spelling: eager
+terms: ()""",
     )
 
 
@@ -81,7 +83,8 @@ mask: mask
 causal: 0
 softcap: 0.0
 sinks: sinks
-spelling: eager""",
+spelling: eager
+terms: ()""",
     )
 
 
@@ -95,6 +98,22 @@ def test_a_second_run_finds_the_same_and_changes_no_node() -> None:
     assert canonicalize.matched_count == 1
     assert rewriting.attentions == [first]
     assert list(rewriting.graph.nodes) == nodes
+
+
+def test_terms_of_a_mask_a_bias_and_a_condition() -> None:
+    """From the softmax up: the mask, a condition, and a bias that is scaled with the scores."""
+
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT + mask.sin()) * 0.5
+        scores = torch.where(mask.eq(0), scores, torch.finfo(torch.float32).min)
+        return F.softmax(scores + mask, -1) @ interleaved(value)
+
+    module = Cached(attend)
+    (attention,) = analysed(module, examples(module, MASK), Canonicalize).attentions
+    assert attention.mask is not None
+    assert attention.mask.name == "mask"
+    terms = [(t.node.name, t.means, t.factor) for t in attention.terms]
+    assert terms == [("eq", "attend", 1.0), ("sin", "add", 0.5)]
 
 
 # Near misses of scaled_dot_product_attention
@@ -174,21 +193,37 @@ def test_attention_weights_that_are_changed() -> None:
     assert reason(attend) == expected
 
 
-def test_mask_added_before_scaling() -> None:
+def test_attention_weights_that_are_set_to_zero() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        scores = (query @ interleaved(key).mT + mask) * 0.25
-        return F.softmax(scores, -1) @ interleaved(value)
+        scores = (query @ interleaved(key).mT).masked_fill(mask < -1, -torch.inf)
+        return scores.softmax(-1).masked_fill(mask < -2, 0.0) @ interleaved(value)
 
-    expected = "a term is added to the scores before they are scaled or capped"
+    expected = "attention weights are set to zero that may be others"
     assert reason(attend, MASK) == expected
 
 
-def test_two_masks() -> None:
+def test_mask_added_before_capping() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        scores = query @ interleaved(key).mT + mask + mask
+        scores = 3.0 * torch.tanh((query @ interleaved(key).mT + mask) / 3.0)
         return F.softmax(scores, -1) @ interleaved(value)
 
-    assert reason(attend, MASK) == "more than one term is added to the scores"
+    assert reason(attend, MASK) == "a term is added to the scores before they are capped"
+
+
+def test_scores_hidden_before_capping() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT).masked_fill(mask, -torch.inf)
+        return F.softmax(3.0 * torch.tanh(scores / 3.0), -1) @ interleaved(value)
+
+    assert reason(attend, MASK.bool()) == "a term is added to the scores before they are capped"
+
+
+def test_term_that_is_the_same_for_all_keys() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT + mask[..., :1]
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend, MASK) == "what is added to the scores is the same for all keys"
 
 
 def test_bool_mask_that_is_added() -> None:
@@ -214,13 +249,58 @@ def test_division_that_rounds() -> None:
     assert reason(attend) == "the scores pass through div, which is not understood"
 
 
-def test_mask_filled_in() -> None:
+def test_scores_replaced_by_a_number_that_hides_nothing() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        scores = (query @ interleaved(key).mT).masked_fill(mask, -torch.inf)
+        scores = (query @ interleaved(key).mT).masked_fill(mask, -100.0)
         return F.softmax(scores, -1) @ interleaved(value)
 
-    expected = "the scores pass through masked_fill, which is not understood"
+    expected = "scores are replaced by -100 in masked_fill, which hides nothing"
     assert reason(attend, MASK.bool()) == expected
+
+
+def test_scores_replaced_by_a_number_that_is_made_small_again() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT).masked_fill(mask, -1e5) * 0.01
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    expected = "scores are replaced by -100000 in masked_fill, which hides nothing"
+    assert reason(attend, MASK.bool()) == expected
+
+
+def test_scores_replaced_by_other_scores() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        return F.softmax(torch.where(mask, scores, -scores), -1) @ interleaved(value)
+
+    expected = "the scores pass through where, which is not understood"
+    assert reason(attend, MASK.bool()) == expected
+
+
+def test_baddbmm_whose_factor_is_computed_in_the_graph() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        query, key, value = (x.flatten(0, 1) for x in (query, interleaved(key), interleaved(value)))
+        alpha = query.size(1)
+        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=alpha)
+        return torch.bmm(F.softmax(scores, -1), value).unflatten(0, (-1, 4))
+
+    assert reason(attend, MASK[0].expand(8, -1, -1)) == "the scale is computed in the graph"
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sigmoid_of_something_else_than_logsumexp_minus_sinks(sign: int) -> None:
+    """The weights are then not those of attention with sinks; what reads them stays as it is."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        total = torch.logsumexp(scores if sign > 0 else 2 * scores, -1)
+        gate = (sign * (total - module.sinks.view(1, -1, 1))).sigmoid()
+        gate = gate if sign < 0 else gate**2
+        return (F.softmax(scores, -1) @ interleaved(value)) * gate.unsqueeze(-1)
+
+    module = Cached(attend)
+    (attention,) = analysed(module, examples(module), Canonicalize).attentions
+    assert attention.sinks is None
+    assert attention.output.name == "matmul_1"
 
 
 def test_mask_written_into_the_scores() -> None:
@@ -259,6 +339,15 @@ def test_sink_column_that_is_no_logit_per_head() -> None:
         return F.softmax(logits, -1)[..., :-1] @ interleaved(value)
 
     assert reason(attend) == "the sink column is not one logit per head"
+
+
+def test_maximum_of_another_dim_is_subtracted() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        scores = scores - scores.max(dim=-2, keepdim=True).values
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend) == "the scores pass through sub, which is not understood"
 
 
 def test_sinks_with_something_else_subtracted() -> None:

@@ -1,0 +1,1 @@
+"""The laws under Triton's interpreter; ``test_triton.py`` runs each file by itself."""
