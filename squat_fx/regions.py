@@ -76,6 +76,8 @@ def compile_by_region(
         positions: which of them is the positions tensor.
         compiler: called for each distinct region, or for the whole.
     """
+    from torch._dynamo.exc import RestartAnalysis
+
     placeholders = module.graph.find_nodes(op="placeholder")
     node = None if positions is None else placeholders[positions]
     try:
@@ -83,8 +85,11 @@ def compile_by_region(
         if isinstance(regions, str):
             raise NotAlike(regions)
         return _Builder(module, regions, examples, node, compiler).build()
-    except NotAlike as reason:
-        logger.debug("compiled as a whole: %s", reason)
+    except RestartAnalysis:  # Dynamo's way of beginning again
+        raise
+    except Exception as reason:
+        unforeseen = not isinstance(reason, NotAlike)
+        logger.debug("compiled as a whole: %s", reason, exc_info=unforeseen)
         return compiler(module, [example.make()[0] for example in examples])
 
 
