@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from squat_fx.codecs import Codec, Kivi, Role, Squat, codec_spec, make_format
+from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, codec_spec, make_format
 from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 
@@ -46,7 +46,9 @@ def attended(
     """Store a prompt, append a token to it and attend."""
     torch.manual_seed(0)
     spec = codec_spec(codec)
-    formats = {role: make_format(codec, spec, role, head_dim, bits, 32, 4) for role in ROLES}
+    formats: dict[Role, Format] = {
+        role: make_format(codec, spec, role, head_dim, bits, 32, 4) for role in ROLES
+    }
 
     def randn(heads: int, tokens: int) -> torch.Tensor:
         return torch.randn(BATCH, heads, tokens, head_dim, device="cuda", dtype=torch.float16)
@@ -75,8 +77,8 @@ def attended(
         query, new["key"], new["value"], sides["key"], sides["value"], mask=mask, sinks=None,
         scale=head_dim**-0.5, causal=BOTTOM_RIGHT if q_len > 1 else 0, softcap=softcap,
     )  # fmt: skip
-    writes = ((sides[role][0], new[role], *sides[role][1:]) for role in ROLES)
-    launch.write_both(*writes, None)
+    key, value = ((sides[role][0], new[role], *sides[role][1:]) for role in ROLES)
+    launch.write_both(key, value, None)
     return output
 
 

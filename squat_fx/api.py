@@ -19,7 +19,7 @@ from squat_fx.fallback import pack_dense_caches
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
-from squat_fx.static_caches import let_static_caches_grow
+from squat_fx.static_caches import with_growing_caches
 
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
@@ -52,12 +52,14 @@ class Compiled:
             target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
+    # What is compiled around this calls it; its own graphs would take no packed cache.
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if not torch.compiler.is_compiling():
-            let_static_caches_grow(args, kwargs, self.report)
+            kwargs = with_growing_caches(args, kwargs, self.report)
         graphs = len(self.report.graphs)
         with without_collecting() if self._compiles else nullcontext():
             if self._takes_limit:

@@ -77,10 +77,11 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of positions after those of the carriers: :class:`squat_fx.passes.records.Number` in
+    """A row of positions among those of the carriers: :class:`squat_fx.passes.records.Number` in
     terms of a call's arguments.
     """
 
+    place: int
     size: Size
     carriers: tuple[int, ...]
 
@@ -101,7 +102,7 @@ class Boundary:
         examples: Sequence[Any],
         report: Report,
         moving: Moving | None = None,
-        numbers: Sequence[tuple[Any, tuple[int, ...]]] = (),
+        numbers: Sequence[tuple[int, Any, tuple[int, ...]]] = (),
     ) -> None:
         self._inner = inner
         self._moving = moving
@@ -129,7 +130,9 @@ class Boundary:
             if o.kind in ("stored", "number")
         }
         self._stores = any(o.kind == "stored" for o in outputs)
-        self._rows = tuple(Row(Size(size, examples), carriers) for size, carriers in numbers)
+        self._rows = tuple(
+            Row(place, Size(size, examples), carriers) for place, size, carriers in numbers
+        )
         self._windows = {i for row in self._rows for i in row.carriers}
         self._windows |= {c.index for c in self._carriers if c.kept is not None}
         packed = {fed.index for fed in inputs if fed.kind == "arena"}
@@ -176,7 +179,7 @@ class Boundary:
             if not isinstance(x, QuantizedKV):
                 if edge is not None:
                     kind = handle_type(edge.token_dim)
-                    packed = kind.from_dense(x, edge.fmt, edge.role, basis=edge.basis)
+                    packed = kind.from_dense(x, edge.fmt, edge.role, given=edge.constant)
                     out[carrier.index] = packed
             elif x.first and carrier.index not in self._windows:
                 out[carrier.index] = x.from_its_first()
@@ -243,7 +246,9 @@ class Boundary:
         return gathered
 
     def _positions(self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]) -> Tensor:
-        """What is written of each carrier, then other numbers; int64 ``[rows, 2]`` on the CPU."""
+        """What is written of each carrier, other numbers in their places; int64 ``[rows, 2]`` on
+        the CPU.
+        """
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
@@ -256,7 +261,7 @@ class Boundary:
             number = row.size(args)
             if row.carriers:
                 number = staged[row.carriers[0]][0].length - number
-            rows.append((number, 0))
+            rows.insert(row.place, (number, 0))
         return torch.tensor(rows, dtype=torch.int64)
 
     def _finish(
@@ -303,7 +308,7 @@ class Boundary:
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._sizes[position](args)
                     handle = handle_type(made.edge.token_dim).from_arenas(
-                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis,
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.constant,
                         made.edge.grows,
                     )  # fmt: skip
                     stored[made.first] = self._report.track(handle)

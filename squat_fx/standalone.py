@@ -107,8 +107,8 @@ def rewrite_module(
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
     numbers = [
-        (number.size, tuple(placeholders.index(node) for node in number.carriers))
-        for number in rewriting.numbers
+        (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
+        for row, number in rewriting.numbers
     ]
     boundary = Boundary(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,

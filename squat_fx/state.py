@@ -85,7 +85,7 @@ class QuantizedKV(Tensor):
         role: Role,
         valid: Tensor | None = None,
         query: Tensor | None = None,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> QuantizedKV:
         """Pack ``x`` ``[batch, heads, tokens, head_dim]``.
 
@@ -94,8 +94,9 @@ class QuantizedKV(Tensor):
             valid: bool ``[batch, tokens]``, False for padding.
             query: ``[batch, num_heads, tokens, head_dim]``, for codecs that look at the queries of
                 a prompt.
-            basis: fp32 ``[2, heads, head_dim, head_dim]`` if ``fmt.latent``: the calibrated basis
-                and its inverse.
+            given: what the layout is given. If ``fmt.latent``: the calibrated basis and its
+                inverse, fp32 ``[2, heads, head_dim, head_dim]``. In ``latent/rope``: the angle by
+                which each pair of channels turns from token to token, in radians.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
@@ -103,9 +104,9 @@ class QuantizedKV(Tensor):
             )
         with torch.inference_mode(False), torch.no_grad():
             arenas = ops.overload("store", fmt.layout)(
-                x, valid, query, basis, role, fmt.codec, fmt.to_ints()
+                x, valid, query, given, role, fmt.codec, fmt.to_ints()
             )
-            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, basis)
+            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, given)
 
     @classmethod
     def from_arenas(
@@ -114,7 +115,7 @@ class QuantizedKV(Tensor):
         length: int,
         fmt: Format,
         role: Role,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
         grows: bool = True,
     ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens; there is room for
@@ -123,7 +124,7 @@ class QuantizedKV(Tensor):
         made = dict(zip(fmt.stored_names, arenas, strict=True))
         layout = fmt.stored_layout
         for name in layout.shared:
-            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
+            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if given is None else given
         extent = Extent(0, 0).after(length, fmt)
         capacity = grown_capacity(length, 0) if grows else grown_capacity(0, length)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
@@ -160,8 +161,9 @@ class QuantizedKV(Tensor):
 
     def from_its_first(self) -> QuantizedKV:
         """The same tokens in a storage that begins with them; what is packed is rounded again."""
-        basis = self._storage["basis"] if self.format.latent else None
-        return self.from_dense(self.dequantize(), self.format, self.role, basis=basis)
+        given = self.format.stored_layout.given
+        kept = None if given is None else self._storage[given]
+        return self.from_dense(self.dequantize(), self.format, self.role, given=kept)
 
     def writable_storage(self, new_tokens: int = 0) -> Storage:
         """The storage, with this handle as its newest reader and nothing pending: append in place

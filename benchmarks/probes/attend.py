@@ -2,8 +2,9 @@
 
     python benchmarks/probes/attend.py OUT.json [NAME ...]
 
-Names choose among ``CASES``. Each line: whole op in microseconds, GB/s of packed tokens, relative
-error, by the Gluon and by the Triton kernel; cuDNN's or FLASH's fp16 beside it.
+Names choose among ``CASES``; ``NAME@block_n,stages,tiles,programs`` cuts tokens like that. Each
+line: whole op in microseconds, TB/s of packed tokens and relative error, by the Gluon and by the
+Triton kernel; cuDNN's and FLASH's fp16 beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from squat_fx.bench import kernel
 from squat_fx.bench.kernel import ROLES, Extent, Shape, Squat, format_of, median_microseconds, randn
-from squat_fx.kernels import launch
+from squat_fx.kernels import launch, tuning
+from squat_fx.kernels.tuning import Choice
 
 FULL, ONE = Shape(32, 8, 128, 8192), Shape(32, 8, 1, 32768)
 LONG, MHA, SMALL = Shape(32, 8, 1, 131072), Shape(32, 32, 64, 4096), Shape(9, 3, 64, 4096, 64)
@@ -138,12 +140,16 @@ def main() -> None:
     out, names = sys.argv[1], sys.argv[2:]
     found, began = [], time.perf_counter()
     for name in names:
-        shape, options = CASES[name]
+        case, _, choice = name.partition("@")
+        shape, options = CASES[case]
+        tuning.prefer()
+        if choice:
+            tuning.prefer(Choice("planes/token", tuning.ANY, 256, *map(int, choice.split(","))))
         row: dict[str, Any] = {"case": name, "shape": str(shape), "head_dim": shape.head_dim}
         try:
             work = Work(shape, **options)
             runs_gluon = launch.runs_gluon
-            for kind in ("gluon", "triton"):
+            for kind in ("gluon",) if choice else ("gluon", "triton"):
                 if kind == "triton":
                     launch.runs_gluon = lambda _: False
                 row[kind] = round(work.time(), 1)
@@ -154,7 +160,8 @@ def main() -> None:
             row["TB/s"] = round(work.nbytes / row["gluon"] / 1e6, 2)
             del work
             torch.cuda.empty_cache()
-            row |= baseline(shape, options.get("q_len", 1), options.get("value_dim"))
+            if not choice:
+                row |= baseline(shape, options.get("q_len", 1), options.get("value_dim"))
         except Exception as error:
             row["failed"] = str(error)[-300:]
         torch.cuda.empty_cache()

@@ -120,7 +120,7 @@ def _step(prompt: Prompt) -> None:
     sinks = _zeros(prompt, (heads,), prompt.dtype) if prompt.sinks else None
     out = ops.overload("attend", *pair)(
         _zeros(prompt, (batch, heads, 1, prompt.key.head_dim), prompt.dtype), *new, *arenas,
-        positions, 0, 1, None, sinks, prompt.scale, reference.NO_CAUSALITY, prompt.softcap,
+        positions, 0, 1, -1, None, sinks, prompt.scale, reference.NO_CAUSALITY, prompt.softcap,
         *formats,
     )  # fmt: skip
     if prompt.key.codec == prompt.value.codec:

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_spec, make_format
 from squat_fx.kernels import fit, launch
 from squat_fx.kernels.reference import Arenas, Extent, empty_arenas
+from squat_fx.layouts.rotary import Rotation
 
 ROLES: tuple[Role, ...] = ("key", "value")
 CAPABILITIES = (80, 90)
@@ -227,13 +228,17 @@ class Shape:
     dtype: torch.dtype = torch.float16
     codec: Codec = field(default_factory=Kivi)
     latent: bool = False  # keys have a calibrated basis
+    rotation: Rotation | None = None  # keys are turned back, for codecs that ask for it
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
         latent = self.latent and role == "key"
-        return make_format(
+        fmt = make_format(
             self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4, latent
         )
+        if self.rotation is None or "rotary" not in self.codec.taps(role):
+            return fmt
+        return fmt.stored_layout.with_rotation(fmt, self.rotation)
 
     def tokens(self, count: int, heads: int = 2) -> Tensor:
         """``[batch, heads, count, head_dim]``."""

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Kivi, Qjl, codec_from_spec
 from squat_fx.kernels import (
+    chosen,
     gluon_attend_channel,
     gluon_attend_token,
     gluon_tiles,
@@ -67,10 +68,19 @@ def attend(
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two or three launches.
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches, but torch operations
+    where a query chooses its keys.
 
     ``first`` is the row of positions that says where a window begins, -1 if all tokens are seen.
     """
+    if key[2].stored_layout.chooses and query.shape[2] == 1:
+        sides = (
+            chosen.Side(arenas, *positions[row].unbind(), fmt, new)
+            for (arenas, (positions, row), fmt), new in ((key, new_key), (value, new_value))
+        )
+        hidden = key[1][0][first, 0] if first >= 0 else 0
+        options = {"first": hidden, "mask": mask, "sinks": sinks, "scale": scale, "causal": causal}
+        return chosen.attend_chosen(query, *sides, **options, softcap=softcap)
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -540,7 +550,8 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback)
+    first = before + fmt.sink_length + start
+    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback, first_position=first)
     for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
         # Wrapped around, slots that are not there stay distinct, so that each is written once.
@@ -682,6 +693,11 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
     qdata, *parameters = arenas.packed
+    named: dict[str, Tensor] = {}
+    if not constant.per_token:
+        named = {name: t for name, t in arenas.fixed.items() if name in Stored._fields}
+        learned = [named.pop(name) for name in ("scale", "zero_point") if name in named]
+        parameters = learned + parameters
     scale, zero_point, extra = (*parameters, None, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
@@ -690,11 +706,11 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         )
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
-        fixed = next(iter(arenas.fixed.values()), None)
-        if fixed is None:
+        fixed = next((t for n, t in arenas.fixed.items() if n not in Stored._fields), None)
+        if fixed is None and not arenas.fixed:
             made_for = constant.head_dim, constant.widths, qdata.device
             fixed = LAYOUTS[constant.layout].constant(*made_for)
-        return Stored(*layout, extra=extra, fixed=fixed)
+        return Stored(*layout, extra=extra, fixed=fixed, **named)
     affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():
         return Stored(*layout, affine=affine)

@@ -191,13 +191,13 @@ def _ops_of(layout: str) -> list[Op]:
         x: Tensor,
         valid: Tensor | None,
         query: Tensor | None,
-        basis: Tensor | None,
+        given: Tensor | None,
         role: Role,
         codec: str,
         format: list[int],
     ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
-        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, basis)
+        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, given)
         fit = _learn(x.device)(arenas, x, valid, query, fmt, role)
         _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
         by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
@@ -250,7 +250,7 @@ def _ops_of(layout: str) -> list[Op]:
         ),
         (
             f"store.{name}",
-            "(Tensor x, Tensor? valid, Tensor? query, Tensor? basis, str role, str codec, "
+            "(Tensor x, Tensor? valid, Tensor? query, Tensor? given, str role, str codec, "
             f"int[] {name}_format) -> {_returns(len(made))}",
             store,
             fake_store,

@@ -183,7 +183,7 @@ def attend_tile(
         )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - key_start, BLOCK_N, KEY)
-    words = load_packed(key, head, slot, packed, lane, KEY)
+    words = load_packed(key, head, slot, column, packed, lane, KEY)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in tl.static_range(num_planes(KEY)):
         if MIXED:
@@ -220,7 +220,7 @@ def attend_tile(
         )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - value_start, BLOCK_N, VALUE)
-    words = load_packed(value, head, slot, packed, lane, VALUE)
+    words = load_packed(value, head, slot, column, packed, lane, VALUE)
     new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if MIXED:

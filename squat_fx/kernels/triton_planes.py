@@ -43,6 +43,7 @@ class Stored(NamedTuple):
 
     ``basis`` is fp32 ``[2, heads, head_dim, head_dim]``: ``basis_stride`` elements lie between two
     heads, ``inverse`` ones before the inverse. None: the fixed rotation (``triton_hadamard.py``).
+    Fixed arenas of other layouts are in the field of their name, or else ``fixed``.
     """
 
     qdata: Tensor
@@ -57,6 +58,10 @@ class Stored(NamedTuple):
     inverse: int = 0
     extra: Tensor | None = None
     fixed: Tensor | None = None
+    center: Tensor | None = None
+    frequency: Tensor | None = None
+    outlier: Tensor | None = None
+    outlier_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class StoredFormat:
     sink_length: int
     ring_length: int
     residual_length: int
+    details: tuple[int, ...]
 
     def __hash__(self) -> int:
         return self._hash
@@ -176,6 +182,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         sink_length=fmt.sink_length,
         ring_length=fmt.ring_length,
         residual_length=fmt.residual_length,
+        details=fmt.details,
     )
 
 

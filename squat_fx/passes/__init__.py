@@ -7,6 +7,7 @@ from squat_fx.passes.canonicalize import Canonicalize
 from squat_fx.passes.find_cache_edges import FindCacheEdges
 from squat_fx.passes.fuse_appends import FuseAppends
 from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
+from squat_fx.passes.record_rotations import RecordRotations
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
 from squat_fx.passes.serve_positions import ServePositions
 from squat_fx.passes.spell_out_einsums import SpellOutEinsums
@@ -16,6 +17,7 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     SpellOutEinsums,
     Canonicalize,
     FindCacheEdges,
+    RecordRotations,
     ServePositions,
     QuantizeKVCache,
     FuseAppends,

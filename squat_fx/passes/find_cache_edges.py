@@ -81,6 +81,7 @@ class FindCacheEdges(GraphPass):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
+        _place_windows(rewriting)
         if not rewriting.attentions and not rewriting.skipped:
             rewriting.skipped.extend(_unread(rewriting, returned))
         return len(rewriting.sites)
@@ -159,7 +160,7 @@ def _site(
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
-    key_edge = replace(key_edge, basis=basis)
+    key_edge = replace(key_edge, given=basis)
     seen = None if key.source is key_edge.grown else key.source
     is_tiled = _is_tiled(key)
     return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
@@ -342,6 +343,7 @@ def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
         Skipped(node.name, "grows like a cache, but no attention that reads it was recognized")
         for node in grown
         if len(shape_of(node) or ()) == 4
+        and dim_of(argument(node, 1, "dim", 0), sizes_of(node)) in (1, 2)
         and len(parts_of(node)) == 2
         and getattr(parts_of(node)[0], "op", "") == "placeholder"
     ]
@@ -363,3 +365,12 @@ def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
                 edge = _edge(role, user, token_dim, fmt, returned, rewriting)
                 if edge.past is carrier:
                     rewriting.lone_edges.append(edge)
+
+
+def _place_windows(rewriting: Rewriting) -> None:
+    """A row for where each window begins, behind those of its carriers."""
+    for site in rewriting.sites:
+        number = rewriting.window_of(site)
+        if number is not None and number not in rewriting.rows:
+            last = max(rewriting.row_of(carrier) for carrier in number.carriers)
+            rewriting.rows.insert(last + 1, number)

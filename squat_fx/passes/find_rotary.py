@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from squat_fx.codecs.rotary import Pairing, Rotation, rearranged
+from squat_fx.layouts.rotary import Pairing, Rotation, rearranged
 from squat_fx.passes.records import Angles, CacheEdge, Rotary
 from squat_fx.passes.spelling import (
     VIEWS,

@@ -37,7 +37,6 @@ from squat_fx.passes.records import (
     CacheEdge,
     InnerInput,
     InnerOutput,
-    Number,
     Rewriting,
 )
 from squat_fx.passes.spelling import (
@@ -122,8 +121,8 @@ class QuantizeKVCache(GraphPass):
                     *key,
                     *value,
                     rewriting.positions(),
-                    rewriting.handles.index(site.key.carrier),
-                    rewriting.handles.index(site.value.carrier),
+                    rewriting.row_of(site.key.carrier),
+                    rewriting.row_of(site.value.carrier),
                     _first_row(site, rewriting),
                     self._mask(site, graph),
                     attention.sinks,
@@ -155,7 +154,7 @@ class QuantizeKVCache(GraphPass):
         arenas = self._carrier_arenas(edge, rewriting)
         new = self._usual(edge, edge.new)
         valid = self._valid_tokens(_site_of(edge, rewriting), new, readers)
-        row = rewriting.handles.index(edge.carrier)
+        row = rewriting.row_of(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
         place = _latest(*readers, new, valid)
         with graph.inserting_after(self._placed.get(place, place)):
@@ -173,19 +172,20 @@ class QuantizeKVCache(GraphPass):
         graph = rewriting.graph
         stored = self._usual(edge, edge.stored)
         valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
-        basis = (
-            None if edge.basis is None else _constant(edge.basis, f"{edge.stored}_basis", rewriting)
-        )
+        given = edge.given
+        if isinstance(given, Tensor):
+            name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
+            given = _constant(given, name, rewriting)
         arguments = (
             stored,
             valid,
             query,
-            basis,
+            given,
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
         )
-        place = _latest(stored, valid, query)
+        place = _latest(stored, valid, query, given)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
@@ -259,12 +259,8 @@ def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
 
 def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
     """The row that says where a window begins; -1 if all of the past is seen."""
-    carriers = site.key.carrier, site.value.carrier
-    if site.key.carrier not in rewriting.windows():
-        return -1
-    seen = site.seen or site.key.grown or site.key.stored
-    past = site.key.sizes(seen)[2] - site.key.sizes(site.key.new)[2]
-    return rewriting.row_of(Number(past, carriers))
+    number = rewriting.window_of(site)
+    return -1 if number is None else rewriting.row_of(number)
 
 
 def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:

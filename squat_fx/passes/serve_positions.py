@@ -66,8 +66,8 @@ class _Rows:
         token_dims = {edge.past: edge.token_dim for edge in rewriting.edges().values()}
         self._lengths: dict[Any, int] = {}
         self._known: set[Any] = set()
-        for row, carrier in enumerate(rewriting.handles):
-            shape = shape_of(carrier)
+        for carrier in rewriting.handles:
+            shape, row = shape_of(carrier), rewriting.row_of(carrier)
             length = None if shape is None else shape[token_dims.get(carrier, 2)]
             if length is not None and not isinstance(length, int):
                 self._known.add(length)

@@ -182,12 +182,13 @@ def operand(node: fx.Node, index: int = 0) -> Any:
 
 def number_of(x: Any) -> float | None:
     """The number that ``x`` is, written out or as a constant tensor; None if it is none."""
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return float(x)
+    if not isinstance(x, fx.Node):
+        is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+        return float(x) if is_number else None
     if kind(x) in ("same", "cast"):
         return number_of(operand(x))
-    if isinstance(x, fx.Node) and x.op == "get_attr":
-        tensor = getattr(x.graph.owning_module, str(x.target), None)
+    if x.op == "get_attr":
+        tensor: Any = getattr(x.graph.owning_module, str(x.target), None)
         is_number = isinstance(tensor, torch.Tensor) and tensor.dim() == 0
         return float(tensor) if is_number else None
     if kind(x) != "constant":

@@ -19,11 +19,13 @@ from squat_fx.codecs import (
     Qjl,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
 )
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
+from squat_fx.layouts.rotary import Pairing, Rotation
 from tests.choose import diagonal, full
 
 MOST_REGISTERS = 255
@@ -138,6 +140,18 @@ def test_what_is_decoded_all_at_once_spills_little(codec: Codec, capability: int
     resources = compiled(launches, capability)
     assert resources["attend_kernel"].spills <= 256  # bytes
     assert not resources["dequantize_kernel"].spills
+
+
+@pytest.mark.parametrize(("pairing", "most"), [("halves", 31), *full(("interleaved", 34))], ids=str)
+def test_latent_keys_are_read_in_this_many_instructions(pairing: Pairing, most: int) -> None:
+    shape = Shape(64, 2, codec=Svdq(schedule="1.25"), rotation=Rotation(64, pairing))
+    attend, _ = aot.attend_launches(shape)
+    kernel = aot.compiled_kernel(attend, 90)
+    assert aot.resources_of(kernel).spills <= 768  # bytes
+    assert aot.resources_of(kernel).shared <= 32 * 1024
+    assert aot.instructions_per_code(kernel, 2 * 64 * attend.arguments["BLOCK_N"]) <= most
+    (dequantize,) = aot.dequantize_launches(shape, "key")
+    assert not aot.compile_launch(dequantize, 90).spills
 
 
 def test_mixed_widths_of_an_uneven_head_compile() -> None:

@@ -20,6 +20,7 @@ from squat_fx.codecs import (
     Role,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
     codec_spec,
@@ -27,6 +28,7 @@ from squat_fx.codecs import (
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.rotary import Rotation
 from squat_fx.state import QuantizedKV
 from tests.choose import full
 from tests.conftest import randn, stored_format
@@ -76,7 +78,10 @@ def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
     laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
 
 
-CODECS = (Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0))
+CODECS = (
+    *(Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0)),
+    *(Svdq(), Svdq(budget=4096, outlier_chunks=2)),
+)
 CASES = list(itertools.product(enumerate(HEAD_DIMS), enumerate(CODECS), enumerate(DTYPES)))
 
 
@@ -94,21 +99,33 @@ def test_attending_works_for_every_head_dim(
     case = replace(
         case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim, dtype=dtype, bits=2,
         widths="uniform", pads=(0, 70), chunks=(210,), residual_length=32, sink_length=4, q_len=1,
+        rotation=Rotation(head_dim // 2 * 2, "halves"),
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
-    ("codec", "role"), [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key")]
+    ("codec", "role"),
+    [
+        (Kvarn(32), "key"),
+        (Kvarn(32), "value"),
+        (Think(32), "key"),
+        (Svdq(), "key"),
+        (Svdq(budget=16, outlier_chunks=2), "key"),
+    ],
+    ids=str,
 )
 def test_what_is_decoded_apart_is_as_in_the_reference(
     codec: Codec, role: Role, head_dim: int
 ) -> None:
     case = replace(case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim)
-    case = replace(case, residual_length=5, chunks=(170, 1, 40, 1, 33), pads=(0, 9))
+    rotation = Rotation(head_dim // 4 * 2, "interleaved")
+    case = replace(
+        case, residual_length=5, chunks=(170, 1, 40, 1, 33), pads=(0, 9), rotation=rotation
+    )
     laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
-    if isinstance(codec, Think):
+    if isinstance(codec, Think | Svdq):
         laws.writing_agrees_with_the_reference(case, role, "cuda")
 
 
