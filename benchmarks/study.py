@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -36,13 +36,17 @@ from variants import Statistics, Variant
 
 import squat_fx
 from squat_fx.bench.record import device_name, versions
+from squat_fx.calibration import Fingerprint
 from squat_fx.codecs import Kivi, SquatPaper
 from squat_fx.evaluate import together
 from squat_fx.evaluate.measure import Scores, records_by_text, score
 from squat_fx.evaluate.numbers import standard_error
-from squat_fx.evaluate.texts import Windows, leading_tokens, text_tokens
+from squat_fx.evaluate.settings import parse_bits, parse_codec
+from squat_fx.evaluate.tasks import Needles
+from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
 
 BASE = "squat"
+FULL = "full"
 
 
 def _calibrated(
@@ -201,6 +205,26 @@ VARIANTS: dict[str, Build] = {
 }
 
 
+def of_codecs(texts: list[str], bits: list[str]) -> dict[str, Build]:
+    """Codecs as ``squat-fx eval`` takes them; those that can be are there calibrated too."""
+    found: dict[str, Build] = {}
+    for text in texts:
+        spec, _, own = text.partition(" at ")
+        label, codec = parse_codec(spec)
+        for width in [own] if own else bits:
+            options = {"codec": codec, **parse_bits(width)}
+            found[f"{label}, {width} bits"] = OfConfig(squat_fx.Config(**options))
+            if codec.takes_calibration:
+                found[f"{label}, {width} bits, calibrated"] = partial(_with_calibration, options)
+    return found
+
+
+def _with_calibration(options: dict[str, Any], statistics: Statistics) -> Rounding:
+    nobody = Fingerprint("", torch.zeros(0))  # what is rounded is not a compiled model
+    calibration = squat_fx.Calibration(statistics.calibration(), nobody, 0)
+    return OfConfig(squat_fx.Config(**options, calibration=calibration))
+
+
 @dataclass(frozen=True)
 class Study:
     """What a process must know to score variants; picklable.
@@ -209,17 +233,21 @@ class Study:
         folder: of the model.
         device: where it runs.
         sets: windows.
+        last: of each set, how many of its tokens count.
         batch: windows that go through together.
         calibration: windows ``[windows, tokens]`` to calibrate on.
         names: which variants.
+        codecs: roundings beside the variants, by name.
     """
 
     folder: Path
     device: str
     sets: list[Windows]
+    last: list[int]
     batch: int
     calibration: Tensor
     names: list[str]
+    codecs: dict[str, Build]
 
     def start(self) -> Callable[[int], dict[str, Any]]:
         """What scores variants by number."""
@@ -240,13 +268,21 @@ class Study:
 
         def measure(number: int) -> dict[str, Any]:
             name = self.names[number]
-            built = VARIANTS[name]
+            if name == FULL:
+                scores = [
+                    self._score(model, None, windows, truth, last)
+                    for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
+                ]
+                texts = records_by_text(scores, self.sets)
+                return {"name": name, "bits": 16, "texts": texts}
+            built = (VARIANTS | self.codecs)[name]
             rounding: Any = built if hasattr(built, "groups") else built(statistics())  # pyright: ignore
             scores = [
-                self._score(model, rounding, windows, truth)
-                for windows, truth in zip(self.sets, truths, strict=True)
+                self._score(model, rounding, windows, truth, last)
+                for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
-            return {"name": name, "texts": records_by_text(scores, self.sets)}
+            texts = records_by_text(scores, self.sets)
+            return {"name": name, "bits": packed_bits(model, rounding), "texts": texts}
 
         return measure
 
@@ -259,7 +295,12 @@ class Study:
         return [logits.log_softmax(-1) for logits in out.logits]
 
     def _score(
-        self, model: Any, rounding: Rounding, windows: Windows, truths: list[list[Tensor]]
+        self,
+        model: Any,
+        rounding: Rounding | None,
+        windows: Windows,
+        truths: list[list[Tensor]],
+        last: int,
     ) -> Scores:
         found = []
         for ids, truth in zip(windows.ids.split(self.batch), truths, strict=True):
@@ -267,7 +308,22 @@ class Study:
             for row, log_probs, full in zip(ids, predicted, truth, strict=True):
                 following = row[windows.prompt + 1 :].to(self.device)
                 found.append(score(log_probs.double(), full.double(), following).cpu())
-        return Scores(*torch.stack(found, 1))
+        return Scores(*torch.stack(found, 1)[:, :, -last:])
+
+
+def packed_bits(model: Any, rounding: Rounding) -> float | None:
+    """Bits of a packed number, the mean of keys and values; None if nobody stores it so."""
+    if not isinstance(rounding, OfConfig):
+        return None
+    config = getattr(model.config, "text_config", model.config)
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    formats = rounding.config.formats(layers - 1, layers, heads, head_dim, head_dim)
+    if isinstance(formats, str):
+        raise ValueError(formats)
+    return mean(fmt.packed_bits_per_element() for fmt in formats)
 
 
 def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[float, float]:
@@ -278,7 +334,8 @@ def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[floa
     pairs = zip(mine["kl_by_window"], other["kl_by_window"], strict=True)
     logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
     spread = standard_error(logs)
-    return mine["kl"] / other["kl"], mean(logs) / spread if spread else 0.0
+    errors = mean(logs) / spread if spread else 0.0
+    return mine["kl"] / other["kl"] if other["kl"] else 1.0, errors
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -295,8 +352,26 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def hidden(folder: Path, haystack: Tensor, length: int, count: int) -> tuple[Windows, int]:
+    """Windows that end in a question for a number hidden before, and how long the answers are."""
+    leading = leading_tokens(folder)
+    cases = Needles.hide(haystack, encoder(folder), leading, length, count, 1).cases
+    whole = [torch.cat([case.prompt, case.asked, case.answer]) for case in cases]
+    least = min(map(len, whole)) - len(leading)
+    ids = torch.stack([torch.cat([leading, x[len(x) - least :]]) for x in whole])
+    tokens = max(len(case.asked) + len(case.answer) for case in cases)
+    texts = (f"number hidden in {length} tokens",) * count
+    answer = min(len(case.answer) for case in cases)
+    return Windows(ids, texts, ids.shape[1] - tokens - 1, tokens), answer
+
+
 def _tokens(folder: Path, text: Path, second_half: bool) -> Tensor:
-    ids = text_tokens(folder, text)
+    if text.suffix == ".jsonl":  # questions and answers, as in GSM8K
+        lines = map(json.loads, text.read_text(encoding="utf-8").splitlines())
+        pairs = (f"Question: {line['question']}\nAnswer: {line['answer']}" for line in lines)
+        ids = encoder(folder)("\n\n".join(pairs))
+    else:
+        ids = text_tokens(folder, text)
     return ids[len(ids) // 2 :] if second_half else ids
 
 
@@ -307,6 +382,16 @@ def main(
         Path | None, typer.Option(help="Hugging Face model folder; SmolLM2-135M when left out.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Names of variants; repeat.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Codecs in place of variants, as eval takes them.")
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="Their widths; repeat.")] = None,
+    drift: Annotated[
+        bool, typer.Option(help="Also prompts that go on with the tokens of another text.")
+    ] = False,
+    needle: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the first text to hide numbers in; repeat.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
     prompt: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; repeat.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after it, all scored.", min=1)] = 256,
@@ -330,11 +415,20 @@ def main(
     sets = [
         Windows.cut(found, leading, windows, length, tokens) for length in prompt or [1024, 128]
     ]
+    if drift:
+        sets.append(sets[0].drifting())
+    last = [part.tokens for part in sets]
+    for length in needle or ():
+        part, answer = hidden(folder, next(iter(found.values())), length, windows)
+        sets.append(part)
+        last.append(answer)
     half = text_tokens(folder, calibration_text)
     half = half[: len(half) // 2]
     calibration = Windows.cut({"": half}, leading, 8, 1023, 0).ids
+    codecs = of_codecs(codec or [], bits or ["2"])
     names = [name for name in VARIANTS if not only or name == BASE or name in only]
-    study = Study(folder, device, sets, batch, calibration, names)
+    names = [FULL, BASE, *codecs] if codecs else names
+    study = Study(folder, device, sets, last, batch, calibration, names, codecs)
     rows: dict[int, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:
         kept = keep or Path(scratch)
@@ -348,7 +442,8 @@ def main(
     ordered = [row for _, row in sorted(rows.items())]
     Console(width=200).print(table_of(ordered))
     options = {"windows": windows, "tokens": tokens, "device": device, "batch": batch}
-    options |= {"calibration_text": calibration_text}
+    options |= {"calibration_text": calibration_text, "codecs": codec, "bits": bits}
+    options |= {"drift": drift or None, "needles": needle}
     result = {
         "command": command("study.py", model, out, texts=paths, prompts=prompt, **options),
         "versions": versions(),
