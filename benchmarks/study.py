@@ -30,7 +30,7 @@ import typer
 from common import command, load_model, model_folder, text_record, write_result
 from rich.console import Console
 from rich.table import Table
-from simulation import OfConfig, PlainKivi, Rounding, Simulation
+from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site
 from torch import Tensor
 from variants import Statistics, Variant
 
@@ -274,7 +274,8 @@ class Study:
                     for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
                 ]
                 texts = records_by_text(scores, self.sets)
-                return {"name": name, "bits": 16, "texts": texts}
+                return {"name": name, "packed_bits": None, "effective_bits": 16.0,
+                        "attention_error": {}, "texts": texts}  # fmt: skip
             built = (VARIANTS | self.codecs)[name]
             rounding: Any = built if hasattr(built, "groups") else built(statistics())  # pyright: ignore
             scores = [
@@ -282,9 +283,22 @@ class Study:
                 for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
             texts = records_by_text(scores, self.sets)
-            return {"name": name, "bits": packed_bits(model, rounding), "texts": texts}
+            errors = self._errors(model, rounding)
+            tokens = self.sets[0].prompt + self.sets[0].tokens
+            return {"name": name, **bits_of(model, rounding, tokens), "attention_error": errors,
+                    "texts": texts}  # fmt: skip
 
         return measure
+
+    def _errors(self, model: Any, rounding: Rounding) -> dict[str, float]:
+        """The relative error of attention's output by layer, on the first windows."""
+        windows = self.sets[0]
+        simulation = Simulation(rounding, windows.prompt, measure=True)
+        ids = windows.ids[: self.batch, :-1].to(self.device)
+        with torch.no_grad(), simulation.of(model):
+            model(ids, use_cache=False, logits_to_keep=1)
+        found = {str(k): (a / b).sqrt().item() for k, (a, b) in sorted(simulation.errors.items())}
+        return {layer: round(error, 5) for layer, error in found.items()}
 
     def _predict(
         self, model: Any, rounding: Rounding | None, windows: Windows, ids: Tensor
@@ -311,19 +325,38 @@ class Study:
         return Scores(*torch.stack(found, 1)[:, :, -last:])
 
 
-def packed_bits(model: Any, rounding: Rounding) -> float | None:
-    """Bits of a packed number, the mean of keys and values; None if nobody stores it so."""
+def bits_of(model: Any, rounding: Rounding, tokens: int) -> dict[str, float | None]:
+    """Bits of a packed number, and with everything counted after so many tokens, in half precision;
+    the mean over layers, keys and values; None of what has no stored layout.
+    """
     if not isinstance(rounding, OfConfig):
-        return None
-    config = getattr(model.config, "text_config", model.config)
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    formats = rounding.config.formats(layers - 1, layers, heads, head_dim, head_dim)
-    if isinstance(formats, str):
-        raise ValueError(formats)
-    return mean(fmt.packed_bits_per_element() for fmt in formats)
+        return {"packed_bits": None, "effective_bits": None}
+    packed, effective = [], []
+    for module in attentions(model):
+        layers, layer = module.config.num_hidden_layers, module.layer_idx
+        heads = module.config.num_key_value_heads
+        formats = rounding.config.formats(layer, layers, heads, module.head_dim, module.head_dim)
+        if isinstance(formats, str):
+            raise ValueError(formats)
+        seen = min(tokens, (getattr(module, "sliding_window", None) or tokens + 1) - 1)
+        site = Site(layer, module, seen, rounding.residual, rounding.sinks)
+        for fmt in formats:
+            bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
+            count = site.packed(seen, fmt.token_group)
+            learned = sum(
+                math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
+                * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
+                for name in of_layout.fixed
+            )  # fmt: skip
+            learned += 2 * 32 * fmt.head_dim**2 * fmt.latent  # a basis and its inverse
+            packed.append(bits)
+            effective.append((bits * count + 16 * (seen - count) + learned / fmt.head_dim) / seen)
+    return {"packed_bits": mean(packed), "effective_bits": mean(effective)}
+
+
+def attentions(model: Any) -> list[Any]:
+    """The attention modules of a model of transformers."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
 
 
 def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[float, float]:
