@@ -84,7 +84,7 @@ VARIANTS: dict[str, Build] = {
     "levels stretched by 1.2": Variant(stretch=1.2),
     "Lloyd-Max levels": Variant(uniform=False),
     "3 bits": Variant(key_bits=3, value_bits=3),
-    "3 bits, levels reach 0": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.0)),
+    "3 bits, levels reach 1": Variant(key_bits=3, value_bits=3, reach=(0.0, 1.0)),
     "3 bits, levels reach 0.6": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.6)),
     "3 bits, levels reach 0.8": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.8)),
     "3 bits, scales not mended": Variant(key_bits=3, value_bits=3, norm="", value_norm=""),
