@@ -41,7 +41,8 @@ def _caches(
     """Each cache, with the mask over its tokens if there is one."""
     seen: set[int] = set()
     mask = kwargs.get("attention_mask")
-    for candidate in (*args, *kwargs.values(), getattr(result, "past_key_values", None)):
+    candidates: list[Any] = [*args, *kwargs.values(), getattr(result, "past_key_values", None)]
+    for candidate in candidates:
         found = [(candidate, mask)]
         if hasattr(candidate, "cross_attention_cache"):
             decoder_mask = kwargs.get("decoder_attention_mask")

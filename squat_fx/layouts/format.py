@@ -24,8 +24,8 @@ class Format:
     What ``widths`` are the layout says; in bit planes a width for each plane group of 16 channels.
     In the layout ``planes/token``, ``affine`` says that the channels of packed tokens are shifted
     and scaled, ``latent`` that packed tokens are in a basis of their head instead of the fixed
-    rotation, and ``unbiased`` what their scales keep, see :mod:`squat_fx.layouts.symmetric`. ``details``
-    are numbers of which only the layout knows what they mean.
+    rotation, and ``unbiased`` what their scales keep, see :mod:`squat_fx.layouts.symmetric`.
+    ``details`` are numbers of which only the layout knows what they mean.
     """
 
     layout: str

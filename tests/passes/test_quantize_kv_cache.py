@@ -60,8 +60,8 @@ def test_prefill() -> None:
         """\
 inputs: x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
-store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
 
@@ -80,8 +80,8 @@ def test_prefill_of_a_calibrated_layer() -> None:
         text(Prefill(), tokens(3), config=config),
         """\
 inputs: transpose_1_basis, x, mask
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
     )
 
@@ -92,8 +92,8 @@ def test_decode_of_a_calibrated_layer() -> None:
         text(Cached(), *examples(Cached()), config=config),
         """\
 inputs: positions, x, *past_key, *past_value, mask
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -104,8 +104,8 @@ def test_prefill_of_merged_heads() -> None:
         text(Prefill(merged_heads), tokens(3)),
         """\
 inputs: x, mask
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
 return unflatten_3, *store_planes_token, *store_planes_token_1""",
     )
 
@@ -185,8 +185,8 @@ def test_decode() -> None:
         text(Cached(), *examples(Cached())),
         """\
 inputs: positions, x, *past_key, *past_value, mask
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -197,10 +197,65 @@ def test_decode_with_mask_softcap_and_repeated_heads() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, valid_tokens_default, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, valid_tokens_default, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return attend_planes_token""",
     )
+
+
+class Windows(Cached):
+    """Two layers that slide over seven tokens and the new ones."""
+
+    def layer(self, x: Any, past_key: Any, past_value: Any) -> Any:
+        key = torch.cat([past_key, self.heads(self.key, x)], -2)
+        value = torch.cat([past_value, self.heads(self.value, x)], -2)
+        out = sdpa(self, self.heads(self.query, x), key, value, None)
+        return out, key[:, :, -PAST:], value[:, :, -PAST:]
+
+    def forward(self, x: Any, k1: Any, v1: Any, k2: Any, v2: Any) -> Any:
+        first = self.layer(x, k1, v1)
+        second = self.layer(first[0].transpose(1, 2).flatten(2)[..., :WIDTH], k2, v2)
+        return second[0], *first[1:], *second[1:]
+
+
+def test_decode_of_windows() -> None:
+    """A layer's rows of positions are together, the third of them where its window begins."""
+    inputs = (tokens(1), *past(), *past())
+    assert_expected_inline(
+        text(Windows(), *inputs, config=LOSSLESS),
+        """\
+inputs: positions, x, *k1, *v1, *k2, *v2
+attend_dense = squat_fx.attend.dense(transpose_2, transpose, transpose_1, *k1, *v1, positions, 0, 1, 2, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*k1, *v1, transpose, transpose_1, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
+attend_dense_1 = squat_fx.attend.dense(transpose_6, transpose_4, transpose_5, *k2, *v2, positions, 3, 4, 5, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*k2, *v2, transpose_4, transpose_5, None, positions, 3, 4, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense_1])
+return attend_dense_1""",
+    )
+
+
+def test_windows_see_and_keep_as_much_as_they_did() -> None:
+    module, inputs = Windows(), [tokens(1), *past(), *past()]
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), inputs, LOSSLESS)
+    ours, theirs = inputs[1:], inputs[1:]
+    for seed in range(40):
+        if seed == 20:  # keys that begin anew beside values that do not
+            ours[0] = dense(ours[0])
+        expected, *theirs = module(tokens(1, seed), *theirs)
+        actual, *ours = rewritten(tokens(1, seed), *ours)
+        torch.testing.assert_close(actual, expected)
+        assert all(x.shape[2] == PAST for x in ours)
+    torch.testing.assert_close([dense(x) for x in ours], theirs)
+
+
+def test_a_window_that_arrives_where_all_is_seen_is_all_there_is() -> None:
+    module = Cached()
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), examples(module), LOSSLESS)
+    _, *theirs = module(tokens(3), *past())
+    _, *ours = rewritten(tokens(3), *past())
+    expected, *theirs = module(tokens(3, 1), *(x[:, :, 4:] for x in theirs))
+    actual, *ours = rewritten(tokens(3, 1), *(x[:, :, 4:] for x in ours))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close([dense(x) for x in ours], theirs)
 
 
 def test_decode_of_merged_heads() -> None:
@@ -211,8 +266,8 @@ def test_decode_of_merged_heads() -> None:
         """\
 mul_2 = mul(flatten, 0.25)
 unflatten_4 = unflatten(mul_2, 0, (-1, 4))
-attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
 flatten_3 = flatten(attend_dense, 0, 1)
 unflatten_3 = unflatten(flatten_3, 0, (-1, 4))
 return unflatten_3""",
@@ -250,8 +305,8 @@ def test_key_with_a_second_reader_gets_the_numbers_and_the_cache_still_grows_pac
         """\
 inputs: positions, x, past_key, *past_key, *past_value
 cat = cat([past_key, transpose_1], -2)
-attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
 mean = mean(cat)""",
     )
     assert_same_over_steps(module, rewritten)
