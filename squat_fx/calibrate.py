@@ -116,7 +116,7 @@ def _tapped(
     rewriting.placeholders = tuple(graph.find_nodes(op="placeholder"))
     find_attentions(rewriting)
     reasons.update(skipped.reason for skipped in rewriting.skipped)
-    sites = [site for site in rewriting.sites if site.kind == "prefill"]
+    sites = [site for site in rewriting.sites if site.kind == "prefill" and site.key.grows]
     output = graph.output_node()
     taps = []
     with graph.inserting_before(output):
