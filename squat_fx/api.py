@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from squat_fx.backend import compile_graph, copy_graph
 from squat_fx.calibration import Calibration
 from squat_fx.codecs import Codec
-from squat_fx.config import Config, Inner
+from squat_fx.config import Config, Guard, Inner
 from squat_fx.fallback import pack_dense_caches
+from squat_fx.guard import with_raised
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
@@ -36,19 +37,27 @@ class Compiled:
         self.config = config
         self._drops_masks = drops_masks
         self.report = Report()
+        self._target = target
+        known = inspect.signature(torch.compile).parameters
+        self._takes_limit = "recompile_limit" in known
+        self._compile()
+
+    def _compile(self) -> None:
+        """Let Dynamo trace anew, with the bits that layers have by now."""
+        config, self._raised = self.config, dict(self.report.raised)
 
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
 
         limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
-        known = inspect.signature(torch.compile).parameters
-        self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
-            target, backend=backend, **(limit if self._takes_limit else {})
+            self._target, backend=backend, **(limit if self._takes_limit else {})
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs
+        if self.report.raised != self._raised:
+            self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if self._takes_limit:
@@ -57,7 +66,8 @@ class Compiled:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 result = self._compiled(*args, **kwargs)
         if self.report.runs == before and not torch.compiler.is_compiling():
-            packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
+            config = with_raised(self.config, self.report.raised)
+            packed = pack_dense_caches(args, kwargs, result, config, self.report)
             self.report.eager_calls += packed
         return result
 
@@ -87,7 +97,10 @@ def compile(
     residual_length: int = 32,
     sink_length: int = 4,
     skip_layers: Sequence[int] = (),
+    exact_layers: Sequence[int] = (),
     layer_bits: Mapping[int, float | tuple[float, float]] | None = None,
+    guard: Guard = "warn",
+    guard_threshold: float = 0.6,
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
@@ -112,7 +125,10 @@ def compile(
         residual_length=residual_length,
         sink_length=sink_length,
         skip_layers=tuple(skip_layers),
+        exact_layers=tuple(exact_layers),
         layer_bits=layer_bits or {},
+        guard=guard,
+        guard_threshold=guard_threshold,
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,

@@ -17,6 +17,7 @@ from squat_fx.backend import NotRewritten, rewrite_graph
 from squat_fx.boundary import Boundary
 from squat_fx.codecs import Format
 from squat_fx.config import Config
+from squat_fx.guard import Watch
 from squat_fx.passes import Rewriting
 from squat_fx.passes.spelling import (
     argument,
@@ -87,6 +88,11 @@ def rewrite_module(
 
     ``graph_module`` is a copy, ``codegen`` the original's calling convention.
     """
+    if config.guard == "raise_bits":
+        raise ValueError(
+            "guard='raise_bits' stores a prompt again with more bits, which graphs that are "
+            "rewritten one by one do not know of; use guard='warn' and layer_bits"
+        )
     placeholders = tuple(graph_module.graph.find_nodes(op="placeholder"))
     examples = list(_flat_inputs(codegen, placeholders, tuple(example_inputs), {}))
     if len(examples) != len(placeholders):
@@ -105,9 +111,11 @@ def rewrite_module(
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
+    watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
     boundary = Boundary(
-        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report
-    )
+        graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
+        watch=watch,
+    )  # fmt: skip
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
 

@@ -169,6 +169,7 @@ class Rewriting:
         make_positions: gives that row's node, and for -1 the placeholder of the whole tensor.
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
+        watched: the layers whose errors are the last output of the rewritten graph.
     """
 
     module: fx.GraphModule
@@ -185,6 +186,7 @@ class Rewriting:
     make_positions: Callable[[int], Any] | None = None
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    watched: tuple[int, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
