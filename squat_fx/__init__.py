@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from squat_fx.api import compile, explain, report, rewrite
 from squat_fx.backend import NotRewritten
+from squat_fx.cache_file import load_cache, save_cache
 from squat_fx.calibrate import calibrate
 from squat_fx.calibration import Calibration
 from squat_fx.codecs import list_codecs
@@ -26,6 +27,8 @@ __all__ = [
     "compile",
     "explain",
     "list_codecs",
+    "load_cache",
     "report",
     "rewrite",
+    "save_cache",
 ]

@@ -49,13 +49,16 @@ class Compiled:
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
 
-        limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT}
+        # Graphs are kept by code, so that models of one class would count against one limit.
+        own: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
+        known = inspect.signature(torch.compile).parameters
+        self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
-            self._target, backend=backend, **(limit if self._takes_limit else {})
+            self._target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.report.runs
+        before = self.report.runs_here
         if self.report.raised != self._raised:
             self._compile()
         if self._drops_masks:
@@ -65,7 +68,7 @@ class Compiled:
         else:
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 result = self._compiled(*args, **kwargs)
-        if self.report.runs == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before and not torch.compiler.is_compiling():
             config = with_raised(self.config, self.report.raised)
             packed = pack_dense_caches(args, kwargs, result, config, self.report)
             self.report.eager_calls += packed
@@ -156,6 +159,12 @@ def _wrap(function: Callable[..., Any], compiled: Compiled) -> Callable[..., Any
         setattr(call, name, getattr(function, name, None))
     setattr(call, _ATTRIBUTE, _Mark(compiled))
     return call
+
+
+def compiled_of(model: Any) -> Compiled | None:
+    """What :func:`compile` made of ``model``; None if it did not, or if this is a copy."""
+    mark = getattr(model, _ATTRIBUTE, None)
+    return None if mark is None else mark.compiled
 
 
 def report(model: Any) -> Report:

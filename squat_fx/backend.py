@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.guard import Watch, repeated, with_raised
+from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import memory_of, value_of, written_by
@@ -78,9 +79,10 @@ def compile_graph(
         run = graph_module.forward
 
     def counted(*args: Any) -> Any:
-        report.runs += 1
+        report.count_run()
         report.read_arrived()
-        return run(*args)
+        with strictly() if config.strict else contextlib.nullcontext():
+            return run(*args)
 
     return counted
 
@@ -113,7 +115,7 @@ def _compile_rewritten(
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
-            return graph_module.forward
+            return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config, examples)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
@@ -139,6 +141,10 @@ def _compile_rewritten(
         _moving_inputs(rewriting, examples, report)
         if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
         else None,
+        [
+            (number.size, tuple(placeholders.index(node) for node in number.carriers))
+            for number in rewriting.numbers
+        ],
         Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
         if rewriting.watched
         else None,
@@ -152,6 +158,15 @@ def _changes_no_input(rewriting: Rewriting) -> bool:
     """
     written = (memory_of(x) for node in rewriting.graph.nodes for x in written_by(node))
     return not rewriting.handles and all(x.op not in ("placeholder", "get_attr") for x in written)
+
+
+def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with numbers for what is packed: autograd cannot save a handle."""
+
+    def run(*args: Any) -> Any:
+        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+
+    return run
 
 
 def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
@@ -281,7 +296,8 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return None
     like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        return torch.zeros((len(handles), 2), dtype=torch.int64, device=like.device)
+        rows = len(handles) + len(rewriting.numbers)
+        return torch.zeros((rows, 2), dtype=torch.int64, device=like.device)
 
 
 def _fake_mode(fakes: Sequence[Any]) -> Any:

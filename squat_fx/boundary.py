@@ -64,13 +64,24 @@ def _find_symbol(symbol: sympy.Symbol, examples: Sequence[Any]) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Carrier:
-    """One handle argument: its index, its row of positions, and the edge that appends to it (None:
-    it is only read).
+    """One handle argument: its index, and the edge that appends ``new_tokens`` to it (None: it is
+    only read); if it is a window, how many tokens are kept.
     """
 
     index: int
     edge: CacheEdge | None
     new_tokens: Size | None
+    kept: Size | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of positions after those of the carriers: :class:`squat_fx.passes.records.Number` in
+    terms of a call's arguments.
+    """
+
+    size: Size
+    carriers: tuple[int, ...]
 
 
 class Boundary:
@@ -91,6 +102,7 @@ class Boundary:
         examples: Sequence[Any],
         report: Report,
         moving: Moving | None = None,
+        numbers: Sequence[tuple[Any, tuple[int, ...]]] = (),
         watch: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._inner = inner
@@ -104,20 +116,33 @@ class Boundary:
         self._report = report
         appended = {o.argument: o for o in outputs if o.kind == "appended"}
         self._carriers = tuple(
-            Carrier(i, o.edge, Size(o.tokens, examples))
+            Carrier(
+                i,
+                o.edge,
+                Size(o.tokens, examples),
+                None if o.kept is None else Size(o.kept, examples),
+            )
             if (o := appended.get(i))
             else Carrier(i, None, None)
             for i in handles
         )
-        self._stored_tokens = {
-            i: Size(o.tokens, examples) for i, o in enumerate(outputs) if o.kind == "stored"
+        self._sizes = {
+            i: Size(o.tokens, examples)
+            for i, o in enumerate(outputs)
+            if o.kind in ("stored", "number")
         }
+        self._stores = any(o.kind == "stored" for o in outputs)
+        self._rows = tuple(Row(Size(size, examples), carriers) for size, carriers in numbers)
+        self._windows = {i for row in self._rows for i in row.carriers}
+        self._windows |= {c.index for c in self._carriers if c.kept is not None}
+        packed = {fed.index for fed in inputs if fed.kind == "arena"}
+        self._read = tuple(c.index for c in self._carriers if c.edge is None and c.index in packed)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         args = self._packed_arguments(args)
         staged = self._stage(args)
         dense = self._copied_rings(staged)
-        if self._stored_tokens:
+        if self._stores:
             POOL.make_room(next((x.device for x in args if not is_number(x)), None))
         if self._moving is None or dense:
             results = list(self._inner(*self._gather(args, staged, dense)))
@@ -147,31 +172,41 @@ class Boundary:
         return args[self._carriers[0].index].device
 
     def _packed_arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Pack a cache that arrives dense where a carrier was expected."""
+        """Pack a cache that arrives dense where a carrier was expected, and one that begins where
+        the graph does not expect it.
+        """
         out = list(args)
         for carrier in self._carriers:
-            x = out[carrier.index]
-            if not isinstance(x, QuantizedKV) and carrier.edge is not None:
-                edge = carrier.edge
-                out[carrier.index] = QuantizedKV.from_dense(
-                    x, edge.fmt, edge.role, basis=edge.basis
-                )
+            x, edge = out[carrier.index], carrier.edge
+            if not isinstance(x, QuantizedKV):
+                if edge is not None:
+                    packed = QuantizedKV.from_dense(x, edge.fmt, edge.role, basis=edge.basis)
+                    out[carrier.index] = packed
+            elif x.first and carrier.index not in self._windows:
+                out[carrier.index] = x.from_its_first()
+        for row in self._rows:
+            if len({out[i].first for i in row.carriers}) > 1:  # appended to a different past
+                for i in row.carriers:
+                    out[i] = out[i].from_its_first()
         return tuple(out)
 
     def _stage(self, args: tuple[Any, ...]) -> dict[int, tuple[Storage, int]]:
-        """For each carrier that grows: a storage of its own with room, and how many tokens come."""
+        """For each carrier that grows: a storage of its own with room, and how many tokens come.
+        Those whose arenas are only read are there too, with no tokens.
+        """
         staged: dict[int, tuple[Storage, int]] = {}
         taken: set[int] = set()
         for carrier in self._carriers:
             if carrier.new_tokens is None:
                 continue
-            storage = args[carrier.index].writable_storage()
+            new_tokens = carrier.new_tokens(args)
+            storage = args[carrier.index].writable_storage(new_tokens)
             if id(storage) in taken:  # the same handle twice: each appends to its own
                 storage = storage.copy()
             taken.add(id(storage))
-            new_tokens = carrier.new_tokens(args)
-            storage.reserve(new_tokens)
             staged[carrier.index] = storage, new_tokens
+        for index in self._read:
+            staged[index] = args[index].writable_storage(), 0
         return staged
 
     def _copied_rings(self, staged: dict[int, tuple[Storage, int]]) -> dict[int, Tensor]:
@@ -209,7 +244,7 @@ class Boundary:
         return gathered
 
     def _positions(self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]) -> Tensor:
-        """What is written of each carrier, int64 ``[carriers, 2]`` on the CPU."""
+        """What is written of each carrier, then other numbers; int64 ``[rows, 2]`` on the CPU."""
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
@@ -218,6 +253,11 @@ class Boundary:
                 if storage
                 else (args[carrier.index].shape[TOKENS], 0)
             )
+        for row in self._rows:
+            number = row.size(args)
+            if row.carriers:
+                number = staged[row.carriers[0]][0].length - number
+            rows.append((number, 0))
         return torch.tensor(rows, dtype=torch.int64)
 
     def _finish(
@@ -235,14 +275,25 @@ class Boundary:
             staged[index][0]["dense"].copy_(ring)
         appended: dict[int, QuantizedKV] = {}
         with torch.inference_mode():  # entered once, and not for every handle
-            for index, (storage, new_tokens) in staged.items():
+            for carrier in self._carriers:
+                if carrier.new_tokens is None:
+                    continue
+                storage, new_tokens = staged[carrier.index]
                 storage.advance(new_tokens)
-                appended[index] = self._report.track(QuantizedKV(storage, storage.length))
+                first = args[carrier.index].first
+                if carrier.kept is not None:
+                    first = storage.length - carrier.kept(args)
+                handle = QuantizedKV(storage, storage.length, first=first)
+                appended[carrier.index] = self._report.track(handle)
         stored: dict[int, QuantizedKV] = {}
         out: list[Any] = []
         for position, made in enumerate(self._outputs):
             if made.kind == "value":
                 out.append(results[made.first])
+            elif made.kind == "argument":
+                out.append(args[made.argument])
+            elif made.kind == "number":
+                out.append(self._sizes[position](args))
             elif made.kind == "appended":
                 out.append(appended[made.argument])
             else:
@@ -250,7 +301,7 @@ class Boundary:
                     assert made.edge is not None
                     arenas = results[made.first : made.first + made.count]
                     results[made.first : made.first + made.count] = [None] * made.count
-                    length = self._stored_tokens[position](args)
+                    length = self._sizes[position](args)
                     handle = QuantizedKV.from_arenas(
                         arenas, length, made.edge.fmt, made.edge.role, made.edge.basis
                     )

@@ -8,6 +8,7 @@ sentence and exit code 1. Importing this module imports neither transformers nor
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,14 +141,22 @@ def evaluate(
     ] = None,
     codec: Annotated[
         list[str] | None,
-        typer.Option(help="A name, or a name and its fields as json; repeat. squat and kivi."),
+        typer.Option(
+            help="A name, or a name and its fields as json; 'polar at 3.875' has widths of its "
+            "own. Repeat. squat and kivi."
+        ),
     ] = None,
     bits: Annotated[
         list[str] | None, typer.Option(help="A width, or keys/values as 3/2; repeat. 2.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
-    prompt: Annotated[int, typer.Option(help="Tokens fed in one call.", min=1)] = 1024,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Tokens fed in one call; repeat. 1024.", min=1)
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens then fed one by one.", min=1)] = 256,
+    drift: Annotated[
+        bool, typer.Option(help="Also prompts that go on with the tokens of another text.")
+    ] = False,
     residual_length: Annotated[int, typer.Option(help="Newest tokens kept exact.", min=0)] = 32,
     sink_length: Annotated[int, typer.Option(help="First tokens kept exact.", min=0)] = 4,
     calibration_text: Annotated[
@@ -161,10 +170,14 @@ def evaluate(
         list[int] | None,
         typer.Option(help="Tokens of the first text to hide a number in, to be asked for; repeat."),
     ] = None,
+    num_needles: Annotated[int, typer.Option(help="How many numbers.", min=1)] = 5,
     questions: Annotated[
         Path | None, typer.Option(help="Json lines with question and answer.", exists=True)
     ] = None,
     num_questions: Annotated[int, typer.Option(help="How many of them.", min=1)] = 32,
+    question_length: Annotated[
+        int, typer.Option(help="Tokens of a question and the answered ones before it.", min=2)
+    ] = 1024,
     free_tokens: Annotated[
         int, typer.Option(help="Tokens to generate freely after 32 of each window; 0: none.", min=0)
     ] = 0,
@@ -172,6 +185,15 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     inner: Annotated[str, typer.Option(help="inductor, aot_eager or eager.")] = "eager",
+    cuda_graphs: Annotated[bool, typer.Option(help="Replay steps as CUDA graphs.")] = False,
+    processes: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the rows of several processes; what it has is kept."),
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="How long several processes may take.", min=1)
+    ] = None,
     out: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -184,37 +206,59 @@ def evaluate(
         from squat_fx.evaluate import report, settings, tasks, texts
 
         folder = model or smollm2.smollm2_folder(late_progress)
+        options: dict[str, Any] = {"residual_length": residual_length, "sink_length": sink_length}
+        if cuda_graphs:
+            options["cuda_graphs"] = True
         try:
             ids = None if calibration_text is None else texts.text_tokens(folder, calibration_text)
-            options = {"residual_length": residual_length, "sink_length": sink_length}
             chosen = settings.ours(
                 codec or ["squat", "kivi"], bits or ["2"], ids, inner=inner, **options
             )
             found = texts.tokens_by_name(folder, text)
-            cut = texts.Windows.cut(found, texts.leading_tokens(folder), windows, prompt, tokens)
+            leading = texts.leading_tokens(folder)
+            sets = [
+                texts.Windows.cut(found, leading, windows, length, tokens)
+                for length in prompt or [1024]
+            ]
+            if drift:
+                sets.append(sets[0].drifting())
             report.check(device, dtype)
-            todo = tasks.tasks_of(folder, found[text[0].name], needle or (), questions,
-                                  num_questions, cut.ids[:, :32], free_tokens)  # fmt: skip
+            todo = tasks.tasks_of(
+                folder, found[text[0].name], needle or (), num_needles, questions, num_questions,
+                question_length, sets[0].ids[:batch, :32], free_tokens, batch,
+            )  # fmt: skip
         except (ValueError, OSError) as error:
             raise DemoError(str(error)) from error
         if peers:
             chosen += settings.peers(2, residual_length)
-        rows = report.run(folder, device, dtype, cut, batch, [settings.full(), *chosen], todo,
-                          late_progress, say)  # fmt: skip
-        for table in report.tables(rows, cut.texts, prompt):
+        chosen = [settings.full(), *chosen]
+        comparison = report.Comparison(folder, device, dtype, sets, batch, chosen, todo)
+        if processes > 1 or keep is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                rows = report.run_together(
+                    comparison, processes, keep or Path(scratch), seconds, say
+                )
+        else:
+            rows = report.run(comparison, late_progress, say)
+        if not rows:
+            raise DemoError("nothing was measured; the lines above say why")
+        for table in report.tables(rows):
             Console(width=150).print(table)
         command = report.command(
-            model, text, {"codec": codec, "bits": bits, "needle": needle},
-            windows=windows, prompt=prompt, tokens=tokens,
+            model, text,
+            {"codec": codec, "bits": bits, "prompt": prompt, "needle": needle},
+            windows=windows, tokens=tokens, drift=drift,
             residual_length=residual_length, sink_length=sink_length,
-            calibration_text=calibration_text, questions=questions,
+            calibration_text=calibration_text, peers=peers,
+            num_needles=num_needles if needle else None, questions=questions,
             num_questions=num_questions if questions else None,
+            question_length=question_length if questions else None,
             free_tokens=free_tokens or None, batch=batch, device=device, dtype=dtype, inner=inner,
+            cuda_graphs=cuda_graphs, processes=processes,
         )  # fmt: skip
         records = [texts.text_record(t) | {"tokens": len(found[t.name])} for t in text]
-        result = {"model": folder.name, "texts": records, "prompt": prompt, "tokens": tokens}
-        result["rows"] = [row.record(cut.texts) for row in rows]
-        keep_measurement(command + " --peers" * peers, result, out, plot, plot_eval)
+        result = {"model": folder.name, "texts": records, "rows": rows}
+        keep_measurement(command, result, out, plot, plot_eval)
 
 
 @bench.command("generate")

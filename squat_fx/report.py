@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class GraphReport:
     def of(cls, rewriting: Rewriting, inner: str, static: bool) -> GraphReport:
         """The report of a graph that went through the pipeline."""
         kinds = {site.kind for site in rewriting.sites} | {e.kind for e in rewriting.lone_edges}
+        kinds = {"decode" if kind == "read" else kind for kind in kinds}
         kind = kinds.pop() if len(kinds) == 1 else ("mixed" if kinds else "untouched")
         text = rewriting.module.code
         return cls(
@@ -154,6 +156,7 @@ class Report:
     raised: dict[int, float] = field(default_factory=dict)
     arriving: tuple[Any, Callable[[], None]] | None = field(default=None, repr=False)
     _errors: dict[int, float] = field(default_factory=dict, repr=False)
+    _runs_by_thread: dict[int, int] = field(default_factory=dict, repr=False)
     _storages: weakref.WeakSet[Storage] = field(default_factory=weakref.WeakSet, repr=False)
 
     @property
@@ -194,12 +197,22 @@ class Report:
             size = (
                 dense.shape[0]
                 * dense.shape[1]
-                * storage.length
+                * (storage.length - storage.first_read)
                 * dense.shape[3]
                 * dense.element_size()
             )
             total = total + CacheBytes(storage.nbytes, size)
         return total
+
+    def count_run(self) -> None:
+        """One more call of a compiled graph, by this thread."""
+        self.runs += 1
+        self._runs_by_thread[get_ident()] = self.runs_here + 1
+
+    @property
+    def runs_here(self) -> int:
+        """Calls of compiled graphs by this thread."""
+        return self._runs_by_thread.get(get_ident(), 0)
 
     def track(self, handle: QuantizedKV) -> QuantizedKV:
         """Count a handle's storage among the live caches."""

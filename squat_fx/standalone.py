@@ -19,6 +19,7 @@ from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.guard import Watch
 from squat_fx.passes import Rewriting
+from squat_fx.passes.find_cache_edges import part_returned
 from squat_fx.passes.spelling import (
     argument,
     kind,
@@ -111,10 +112,14 @@ def rewrite_module(
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
+    numbers = [
+        (number.size, tuple(placeholders.index(node) for node in number.carriers))
+        for number in rewriting.numbers
+    ]
     watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
     boundary = Boundary(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
-        watch=watch,
+        numbers=numbers, watch=watch,
     )  # fmt: skip
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 
@@ -178,12 +183,14 @@ def _appends_to(past: fx.Node, node: fx.Node) -> bool:
 
 
 def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
-    """Inputs that are a past: concatenated to on dim -2, and the result is returned."""
+    """Inputs that are a past: concatenated to on dim -2, and the result is returned, or the newest
+    tokens of it.
+    """
     pasts = graph.find_nodes(op="placeholder")
     returned = returned_nodes(graph)
     return {
         past: None
         for past in pasts
         if len(shape_of(past) or ()) == 4
-        and any(_appends_to(past, user) and user in returned for user in past.users)
+        and any(_appends_to(past, user) and part_returned(user, returned) for user in past.users)
     }

@@ -5,17 +5,16 @@ A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``s
 stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
 was never compiled can hold one without knowing it.
 
-Several handles may share one :class:`~squat_fx.storage.Storage`: each is a prefix of it, and an
-append that would disturb another living handle copies first. Tokens appended eagerly stay
-``pending``, exact, until the handle is next appended to, which is what the compiled path does with
-the tokens of a call.
+Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
+a window, and an append that would disturb another living handle copies first. Tokens appended
+eagerly stay ``pending``, exact, until the handle is next appended to, which is what the compiled
+path does with the tokens of a call.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from squat_fx.codecs import Format, Role
+from squat_fx.codecs import Format, Role, codec_from_spec
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import PAIRS
@@ -51,9 +50,12 @@ class QuantizedKV(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def __new__(cls, storage: Storage, length: int, pending: Tensor | None = None) -> QuantizedKV:
+    def __new__(
+        cls, storage: Storage, length: int, pending: Tensor | None = None, first: int = 0
+    ) -> QuantizedKV:
+        """The tokens ``first`` to ``length`` of ``storage``, the ``pending`` ones counted."""
         dense = storage["dense"]
-        shape = (dense.shape[0], dense.shape[1], length, dense.shape[3])
+        shape = (dense.shape[0], dense.shape[1], length - first, dense.shape[3])
         # An inference tensor is no base of views: autograd would make a crop hold on to the longer
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
@@ -65,9 +67,8 @@ class QuantizedKV(Tensor):
         handle._storage = storage
         handle._pending = pending
         if not is_fake:
-            handle._lease = storage.lease(
-                length - (0 if pending is None else pending.shape[TOKENS])
-            )
+            stored = length - (0 if pending is None else pending.shape[TOKENS])
+            handle._lease = storage.lease(stored, first)
             vars(handle).update(_dynamic_marks())
         return handle
 
@@ -144,19 +145,32 @@ class QuantizedKV(Tensor):
         """The dense tensor, ``[batch, heads, seq_len, head_dim]``; zeros where padding was not
         stored.
         """
-        stored = self._storage.dequantize(self._lease.length)
+        stored = self._storage.dequantize(self._lease.length, self._lease.first)
         return stored if self._pending is None else torch.cat([stored, self._pending], TOKENS)
 
-    def writable_storage(self) -> Storage:
-        """The storage, with this handle as its newest reader and nothing pending: append in place.
+    @property
+    def first(self) -> int:
+        """Where a window begins: the first of the storage's tokens that this handle reads."""
+        return self._lease.first
+
+    def from_its_first(self) -> QuantizedKV:
+        """The same tokens in a storage that begins with them; what is packed is rounded again."""
+        basis = self._storage["basis"] if self.format.latent else None
+        return QuantizedKV.from_dense(self.dequantize(), self.format, self.role, basis=basis)
+
+    def writable_storage(self, new_tokens: int = 0) -> Storage:
+        """The storage, with this handle as its newest reader and nothing pending: append in place
+        the ``new_tokens`` for which there is room.
 
         Copies if another living handle reads tokens that this one does not have; truncates in place
         if none does.
         """
         self._own(self._lease.length)
         if self._pending is not None:
+            self._reserve(self._pending.shape[TOKENS])
             self._storage.append(self._pending)
             self._pending, self._lease.length = None, self._storage.length
+        self._reserve(new_tokens)
         return self._storage
 
     def _own(self, length: int) -> None:
@@ -164,9 +178,22 @@ class QuantizedKV(Tensor):
         if storage.length == length:
             return
         if storage.longest_reader(besides=self._lease) > length:
-            self._storage = storage = storage.copy()
-            self._lease = storage.lease(length)
+            storage = self._move_to_copy()
         storage.truncate(length)
+
+    def _reserve(self, new_tokens: int) -> None:
+        storage = self._storage
+        if storage.fits(new_tokens):
+            return
+        if storage.can_drop(self.first) and not storage.can_drop(storage.first_read):
+            # Another reader holds on to what left this window, and that would never end.
+            storage = self._move_to_copy()
+        storage.reserve(new_tokens)
+
+    def _move_to_copy(self) -> Storage:
+        self._storage = storage = self._storage.copy()
+        self._lease = storage.lease(self._lease.length, self._lease.first)
+        return storage
 
     # the traceable wrapper protocol ---------------------------------------------------------------
 
@@ -244,15 +271,50 @@ class QuantizedKV(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        self.writable_storage()
-        storage = self._storage
-        state = (storage.tensors, storage.length, storage.watermark, storage.fmt, storage.role)
-        return _rebuild, copy.copy(state)
+        return _rebuild, self.to_state()
+
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything about it, for :meth:`from_state`: arenas by name without their spare
+        capacity, and numbers and strings.
+        """
+        storage = self.writable_storage()
+        fmt = storage.fmt
+        state = {
+            "layout": fmt.layout,
+            "codec": fmt.codec,
+            "format": fmt.to_ints(),
+            "role": storage.role,
+            "length": storage.length,
+            "watermark": storage.watermark,
+            "dropped": storage.dropped,
+            "first": self.first,
+        }
+        return storage.used(), state
+
+    @classmethod
+    def from_state(cls, arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:
+        """Undo :meth:`to_state`, in memory of its own.
+
+        Raises:
+            ValueError: the codec is not known here, or arenas are missing.
+        """
+        fmt = Format.from_ints(state["layout"], state["codec"], list(state["format"]))
+        codec_from_spec(fmt.codec)
+        if missing := [name for name in fmt.arena_names if name not in arenas]:
+            raise ValueError(
+                f"the arenas {', '.join(missing)} of layout {fmt.layout!r} are missing"
+            )
+        stored = Arenas.of(fmt, tuple(arenas[name] for name in fmt.arena_names))
+        extent = Extent(state["length"], state["watermark"])
+        dropped = state["dropped"]
+        capacity = grown_capacity(extent.length - dropped, 0)
+        storage = Storage.pooled(stored, extent, fmt, state["role"], capacity, dropped)
+        return cls(storage, extent.length, first=state["first"])
 
     def _copied(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> QuantizedKV:
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
         source = self.writable_storage()
-        return QuantizedKV(source.copy(batch), source.length)
+        return QuantizedKV(source.copy(batch), source.length, first=self.first)
 
 
 def _dynamic_marks() -> dict[str, Any]:
@@ -271,14 +333,11 @@ def _marks_of_a_tensor() -> dict[str, Any]:
     return dict(vars(marked))
 
 
-def _rebuild(
-    tensors: tuple[Tensor, ...], length: int, watermark: int, fmt: Format, role: Role
-) -> QuantizedKV:
-    capacity = tensors[0].shape[TOKENS]
-    arenas = Arenas.of(fmt, tensors)
-    return QuantizedKV(
-        Storage.pooled(arenas, Extent(length, watermark), fmt, role, capacity), length
-    )
+def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:
+    return QuantizedKV.from_state(arenas, state)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # it takes tensors and plain values
 
 
 def _call_dense(
@@ -322,7 +381,8 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
         return _alias(func, first)
     storage = first.writable_storage()
     with torch.inference_mode(False), torch.no_grad():
-        return QuantizedKV(storage, storage.length + new.shape[TOKENS], new.to(first.dtype).clone())
+        new = new.to(first.dtype).clone()
+        return QuantizedKV(storage, storage.length + new.shape[TOKENS], new, first.first)
 
 
 def _appendable(new: Tensor, first: QuantizedKV) -> bool:
@@ -337,8 +397,7 @@ def _appendable(new: Tensor, first: QuantizedKV) -> bool:
 
 
 def _alias(func: Any, x: QuantizedKV, *args: Any, **kwargs: Any) -> QuantizedKV:
-    pending = 0 if x._pending is None else x._pending.shape[TOKENS]
-    return QuantizedKV(x._storage, x._lease.length + pending, x._pending)
+    return QuantizedKV(x._storage, x.first + x.shape[TOKENS], x._pending, x.first)
 
 
 def _slice(
@@ -355,9 +414,20 @@ def _slice(
         return _alias(func, x)
     if dim % 4 == 0 and last > first:
         return x._copied(lambda arena: func(arena, 0, start, end, step).clone())
-    if dim % 4 != TOKENS or first != 0 or stride != 1 or not 0 < last < size:
+    if dim % 4 != TOKENS or stride != 1 or not first < last:
         return NotImplemented
-    return QuantizedKV(x.writable_storage(), last)
+    if last == size:
+        return _window(x, first)
+    return QuantizedKV(x.writable_storage(), x.first + last, first=x.first + first)
+
+
+def _window(x: QuantizedKV, hidden: int) -> QuantizedKV:
+    """``x`` without its first ``hidden`` tokens."""
+    stored, first = x._lease.length, x.first + hidden
+    if x._pending is None or first <= stored:
+        return QuantizedKV(x._storage, x.first + x.shape[TOKENS], x._pending, first)
+    pending = x._pending[:, :, first - stored :].clone()
+    return QuantizedKV(x._storage, stored + pending.shape[TOKENS], pending, stored)
 
 
 def _narrow(func: Any, x: QuantizedKV, dim: int, start: Any, length: int) -> Any:
@@ -443,9 +513,10 @@ def _sdpa(
     pair = key.format.layout, value.format.layout
     if pair not in PAIRS:
         return NotImplemented
-    positions = torch.tensor(
-        [[h._storage.length, h._storage.watermark] for h in (key, value)], device=query.device
-    )
+    if key.first != value.first:
+        return NotImplemented
+    rows = [(h._storage.length, h._storage.watermark) for h in (key, value)]
+    positions = torch.tensor([*rows, (key.first, 0)], device=query.device)
     return ops.overload("attend", *pair)(
         query,
         key._pending,
@@ -455,6 +526,7 @@ def _sdpa(
         positions,
         0,
         1,
+        2 if key.first else -1,
         mask,
         None,
         query.shape[-1] ** -0.5 if scale is None else scale,

@@ -1,7 +1,8 @@
 """The arenas behind a handle: room for packed tokens, and how much of it is written.
 
-A storage holds tokens ``[0, length)``. Several handles may read a prefix of it each; a lease notes
-how long a living reader's prefix is, so that an append knows whom it would disturb.
+A storage holds tokens ``[0, length)``, less those at the front that no handle reads any more.
+Several handles may read a part of it each; a lease notes which one a living reader's is, so that an
+append knows whom it would disturb, and growing knows what may be dropped instead.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from torch import Tensor
 from squat_fx.codecs import Format, Role
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
-from squat_fx.pool import POOL, TOKENS, grown_capacity
+from squat_fx.pool import GROWTH_SHARE, POOL, TOKENS, grown_capacity
 
 MANY_LEASES = 32  # dead ones are dropped when there are so many
 
 
 class Lease:
-    """That a living handle reads the first ``length`` stored tokens of a storage."""
+    """That a living handle reads the stored tokens ``first`` to ``length`` of a storage."""
 
-    __slots__ = ("__weakref__", "length")
+    __slots__ = ("__weakref__", "first", "length")
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, first: int = 0) -> None:
         self.length = length
+        self.first = first
 
 
 class Storage:
@@ -37,13 +39,17 @@ class Storage:
         fmt: the stored format.
         role: ``"key"`` or ``"value"``.
         length, watermark: see :mod:`squat_fx.kernels.reference`.
+        dropped: every row starts at this position or later.
     """
 
-    def __init__(self, arenas: Arenas, extent: Extent, fmt: Format, role: Role) -> None:
+    def __init__(
+        self, arenas: Arenas, extent: Extent, fmt: Format, role: Role, dropped: int = 0
+    ) -> None:
         self.fmt = fmt
         self.role: Role = role
         self.length = extent.length
         self.watermark = extent.watermark
+        self.dropped = dropped
         self._arenas = dict(zip(fmt.arena_names, arenas.tensors(fmt), strict=True))
         self._leases: list[weakref.ref[Lease]] = []
         self._note_sizes()
@@ -53,15 +59,22 @@ class Storage:
         """What tracing needs to know of a storage: its dense buffer."""
         storage = cls.__new__(cls)
         storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
+        storage.dropped = 0
         storage._arenas, storage._leases = {"dense": dense}, []
         return storage
 
     @classmethod
     def pooled(
-        cls, arenas: Arenas, extent: Extent, fmt: Format, role: Role, capacity: int
+        cls,
+        arenas: Arenas,
+        extent: Extent,
+        fmt: Format,
+        role: Role,
+        capacity: int,
+        dropped: int = 0,
     ) -> Storage:
         """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
-        storage = cls(arenas, extent, fmt, role)
+        storage = cls(arenas, extent, fmt, role, dropped)
         storage._move_to_pool(capacity)
         shared = fmt.stored_layout.shared
         weakref.finalize(storage, _give_back, storage._arenas, shared).atexit = False
@@ -105,9 +118,9 @@ class Storage:
     def __contains__(self, name: str) -> bool:
         return name in self._arenas
 
-    def lease(self, length: int) -> Lease:
-        """Note a living reader of the first ``length`` tokens."""
-        lease = Lease(length)
+    def lease(self, length: int, first: int = 0) -> Lease:
+        """Note a living reader of the tokens ``first`` to ``length``."""
+        lease = Lease(length, first)
         if len(self._leases) >= MANY_LEASES:
             self._leases = [ref for ref in self._leases if ref() is not None]
         self._leases.append(weakref.ref(lease))
@@ -115,17 +128,49 @@ class Storage:
 
     def longest_reader(self, besides: Lease) -> int:
         """Tokens that the other living handles read."""
-        leases = (ref() for ref in self._leases)
-        lengths = (lease.length for lease in leases if lease is not None and lease is not besides)
-        return max(lengths, default=0)
+        return max((lease.length for lease in self._living() if lease is not besides), default=0)
+
+    @property
+    def first_read(self) -> int:
+        """The first token that a living handle reads."""
+        return min((lease.first for lease in self._living()), default=self.dropped)
+
+    def _living(self) -> list[Lease]:
+        return [lease for ref in self._leases if (lease := ref()) is not None]
+
+    def fits(self, new_tokens: int) -> bool:
+        """Whether ``new_tokens`` more fit, wherever they come to lie."""
+        return self.length + new_tokens - self.dropped <= self._room
+
+    def can_drop(self, first: int) -> bool:
+        """Whether enough comes before ``first`` to be worth moving what comes after it."""
+        return (self._start_for(first) - self.dropped) * GROWTH_SHARE >= self.capacity
+
+    def _start_for(self, first: int) -> int:
+        """The latest position from which every row can hold its tokens from ``first`` on."""
+        return first - self.fmt.sink_length - reference.drop_step(self.fmt) + 1
 
     def reserve(self, new_tokens: int) -> None:
-        """Grow until ``new_tokens`` more fit, wherever they come to lie: keys and values grow in
-        the same step, whichever of them are exact.
+        """Grow until ``new_tokens`` more fit: keys and values grow in the same step, whichever of
+        them are exact. Where much of what is stored is no longer read, drop that instead.
         """
-        needed = self.length + new_tokens
-        if needed <= self._room:
+        if self.fits(new_tokens):
             return
+        if self.can_drop(self.first_read):
+            self._drop_front(self.first_read)
+            if self.fits(new_tokens):
+                return
+        needed = self.length + new_tokens - self.dropped
+        try:
+            self._grow(needed)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
+                "it is as it was, and may be read, cropped or dropped"
+            )
+            raise
+
+    def _grow(self, needed: int) -> None:
         first, *others = self.fmt.packed_names
         with torch.inference_mode(False), torch.no_grad():
             if needed > self.capacity_of(first):
@@ -135,6 +180,11 @@ class Storage:
                 # Each for itself: memory may have run out before it, and the caller tried again.
                 if self.capacity_of(name) != self.capacity:
                     self._replace(name, self.capacity, pooled=True)
+
+    def _drop_front(self, first: int) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            reference.drop_front(self.arenas, first, self.fmt)
+        self.dropped = self._start_for(first)
 
     def capacity_of(self, name: str) -> int:
         """Tokens that fit into the packed arena ``name``."""
@@ -184,13 +234,26 @@ class Storage:
             for name in shared:
                 selected[name] = selected[name].to(selected["dense"].device)
             arenas = Arenas.of(self.fmt, tuple(selected.values()))
-            return Storage.pooled(arenas, self.extent, self.fmt, self.role, self.capacity)
+            return Storage.pooled(
+                arenas, self.extent, self.fmt, self.role, self.capacity, self.dropped
+            )
 
-    def dequantize(self, length: int) -> Tensor:
-        """The first ``length`` tokens as numbers."""
+    def used(self) -> dict[str, Tensor]:
+        """Copies of the arenas by name, without room for more tokens."""
+        written = self.watermark - self.dropped
+        slots = -(-written // self.fmt.token_group) * self.fmt.token_group
+        used = {}
+        for name, arena in self._arenas.items():
+            if name in self.fmt.packed_names:
+                arena = arena[:, :, : slots // self.fmt.tokens_per_slot(name)]
+            used[name] = arena.clone()
+        return used
+
+    def dequantize(self, length: int, first: int = 0) -> Tensor:
+        """The tokens ``first`` to ``length`` as numbers."""
         positions = torch.tensor([[self.length, self.watermark]], device=self["start"].device)
         op = ops.overload("dequantize", self.fmt.layout)
-        return op(*self.tensors, positions, 0, length, self.fmt.to_ints())
+        return op(*self.tensors, positions, 0, first, length, self.fmt.to_ints())
 
     def _note_sizes(self) -> None:
         """What follows from the arenas and is asked for at every step."""

@@ -21,7 +21,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_example_is_tested() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"huggingface_generate", "own_loop", "export_rewrite", "write_a_codec"}
+    assert names == {
+        "huggingface_generate", "own_loop", "export_rewrite", "write_a_codec", "keep_a_prompt",
+    }  # fmt: skip
 
 
 def test_huggingface_generate() -> None:
@@ -63,3 +65,8 @@ def test_export_rewrite() -> None:
 def test_write_a_codec() -> None:
     errors = importlib.import_module("write_a_codec").main(tokens=512)
     assert errors["clipped"] < 0.85 * errors["kivi"]
+
+
+def test_keep_a_prompt() -> None:
+    size, dense = importlib.import_module("keep_a_prompt").main(tokens=800, inner="eager")
+    assert size < dense / 5

@@ -24,8 +24,10 @@ def test_public_names() -> None:
         "compile",
         "explain",
         "list_codecs",
+        "load_cache",
         "report",
         "rewrite",
+        "save_cache",
     ]
 
 
@@ -41,7 +43,10 @@ def test_every_public_name_says_what_it_does() -> None:
 
 
 def test_public_functions_are_annotated() -> None:
-    for name in ("cache_bytes", "compile", "explain", "list_codecs", "report", "rewrite"):
+    for name in (
+        "cache_bytes", "compile", "explain", "list_codecs", "load_cache", "report", "rewrite",
+        "save_cache",
+    ):  # fmt: skip
         signature = inspect.signature(getattr(squat_fx, name))
         parameters = signature.parameters.values()
         assert signature.return_annotation is not inspect.Signature.empty, name

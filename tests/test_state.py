@@ -329,6 +329,10 @@ STAYS_PACKED: dict[str, Callable[[Tensor], Tensor]] = {
     "cpu": lambda x: x.cpu(),
     "to what another tensor is": lambda x: x.to(torch.zeros(1, dtype=torch.float16)),
     "to the same": lambda x: x.to(dtype=torch.float32),
+    "last token": lambda x: x[:, :, -1:],
+    "newest tokens": lambda x: x[:, :, -9:],
+    "a window": lambda x: x[:, :, 3:9],
+    "a window of a window": lambda x: x[:, :, 3:][:, :, 2:-4],
 }
 
 DEQUANTIZES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -339,8 +343,6 @@ DEQUANTIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "transpose": lambda x: x.transpose(1, 2),
     "reshape": lambda x: x.reshape(6, 30, 16),
     "expand the heads": lambda x: x[:, :, None].expand(3, 2, 4, 30, 16).reshape(3, 8, 30, 16),
-    "last token": lambda x: x[:, :, -1:],
-    "a window": lambda x: x[:, :, 3:9],
     "every second token": lambda x: x[:, :, ::2],
     "no tokens": lambda x: x[:, :, :0],
     "one head": lambda x: x[:, :1],

@@ -8,16 +8,25 @@ and few handles are kept, so that storages find themselves with one reader and g
 from __future__ import annotations
 
 import gc
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import Tensor
 
 from squat_fx.boundary import Boundary
@@ -63,9 +72,15 @@ class Living:
         valid = torch.ones(len(new), new.shape[2], dtype=torch.bool)
         return Living(handle, torch.cat([self.expected, new], 2), torch.cat([self.valid, valid], 1))
 
+    def newest(self, tokens: int) -> Living:
+        """The same handle, which has only the newest ``tokens``."""
+        return Living(self.handle, self.expected[:, :, -tokens:], self.valid[:, -tokens:])
 
-def compiled_append(new_tokens: int, fails: bool) -> Boundary:
-    """What the backend makes of a graph that appends to one carrier."""
+
+def compiled_append(new_tokens: int, fails: bool, kept: int | None = None) -> Boundary:
+    """What the backend makes of a graph that appends to one carrier, and keeps the newest tokens
+    only if it says how many.
+    """
 
     def inner(*fed: Tensor) -> tuple[()]:
         *tensors, where, new = fed
@@ -83,15 +98,27 @@ def compiled_append(new_tokens: int, fails: bool) -> Boundary:
             InnerInput("positions"),
             InnerInput("argument", 1),
         ],
-        [InnerOutput("appended", argument=0, tokens=new_tokens, edge=edge)],
+        [InnerOutput("appended", argument=0, tokens=new_tokens, edge=edge, kept=kept)],
         [0],
         [],
         Report(),
+        numbers=[] if kept is None else [(kept, (0,))],
     )
 
 
+PROMPTS = {
+    "pads": st.lists(st.integers(0, 12), min_size=1, max_size=3),
+    "tokens": st.integers(1, 40),
+}
+
+
 class Handles(RuleBasedStateMachine):
-    """Any number of generations, beams, crops and accidents."""
+    """Any number of generations, beams, crops and accidents.
+
+    ``steps_run`` counts rules, over all machines.
+    """
+
+    steps_run = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +149,11 @@ class Handles(RuleBasedStateMachine):
 
     # a cache begins, grows and ends
 
-    @rule(pads=st.lists(st.integers(0, 12), min_size=1, max_size=3), tokens=st.integers(1, 40))
+    @initialize(**PROMPTS)
+    def begin(self, pads: list[int], tokens: int) -> None:
+        self.store(pads, tokens)
+
+    @rule(**PROMPTS)
     def store(self, pads: list[int], tokens: int) -> None:
         x, valid = self.numbers(len(pads), HEADS, tokens, HEAD_DIM), left_padding(pads, tokens)
         handle = QuantizedKV.from_dense(x, FMT, "key", valid if any(pads) else None)
@@ -159,6 +190,35 @@ class Handles(RuleBasedStateMachine):
             (longer,) = compiled_append(1, fails=False)(living.handle, new)
             living = living.longer(longer, new)
         self.keep(living)
+
+    @precondition(lambda self: self.living)
+    @rule(
+        which=pick, window=st.integers(1, 40), steps=st.lists(new_token_counts, max_size=40),
+        eager=st.booleans(),
+    )  # fmt: skip
+    def slide(self, which: int, window: int, steps: list[int], eager: bool) -> None:
+        """A sliding window, which forgets a token for each new one once it is full."""
+        living = self.living.pop(which % len(self.living))
+        for tokens in steps:
+            new = self.new_for(living, tokens)
+            kept = min(window, living.handle.shape[2] + tokens)
+            if eager:
+                longer = torch.cat([living.handle, new], 2)[:, :, -kept:]
+            else:
+                (longer,) = compiled_append(tokens, fails=False, kept=kept)(living.handle, new)
+            living = living.longer(longer, new).newest(kept)
+        self.keep(living)
+
+    @precondition(lambda self: self.living)
+    @rule(which=pick, fraction=st.floats(0, 1), in_place_of_its_source=st.booleans())
+    def forget_the_oldest(self, which: int, fraction: float, in_place_of_its_source: bool) -> None:
+        old = self.chosen(which)
+        kept = max(1, round(fraction * old.handle.shape[2]))
+        handle = old.handle[:, :, -kept:]
+        assert isinstance(handle, QuantizedKV)
+        if in_place_of_its_source:
+            self.living = [x for x in self.living if x is not old]
+        self.keep(Living(handle, old.expected, old.valid).newest(kept))
 
     @precondition(lambda self: self.living)
     @rule(which=pick)
@@ -240,6 +300,12 @@ class Handles(RuleBasedStateMachine):
 
     @precondition(lambda self: self.living)
     @rule(which=pick)
+    def keep_in_a_file(self, which: int) -> None:
+        old = self.chosen(which)
+        self.keep(old.after(pickle.loads(pickle.dumps(old.handle)), Tensor.clone))
+
+    @precondition(lambda self: self.living)
+    @rule(which=pick)
     def share(self, which: int) -> None:
         """Two handles over the same tokens, as ``detach`` gives."""
         old = self.chosen(which)
@@ -262,6 +328,10 @@ class Handles(RuleBasedStateMachine):
         torch.testing.assert_close(out, expected)
 
     @invariant()
+    def another_rule_ran(self) -> None:
+        Handles.steps_run += 1
+
+    @invariant()
     def every_living_handle_reads_its_own_tokens(self) -> None:
         for living in self.living:
             assert living.handle.shape == living.expected.shape
@@ -272,8 +342,34 @@ class Handles(RuleBasedStateMachine):
         for living in self.living:
             storage, pending = living.handle._storage, living.handle._pending
             stored = living.handle.shape[2] - (0 if pending is None else pending.shape[2])
-            assert stored == living.handle._lease.length <= storage.length
+            lease = living.handle._lease
+            assert stored == lease.length - lease.first
+            assert storage.dropped <= lease.first <= lease.length <= storage.length
 
 
-TestHandles = Handles.TestCase
-TestHandles.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+def settings_of(examples: int) -> settings:
+    """So many machines of at most 40 rules each."""
+    return settings(max_examples=examples, stateful_step_count=40, deadline=None)
+
+
+class TestHandles(Handles.TestCase):
+    """``--hypothesis-show-statistics`` says what ran."""
+
+    settings = settings_of(75)
+
+    def setUp(self) -> None:
+        self.before = Handles.steps_run
+
+    def tearDown(self) -> None:
+        assert Handles.steps_run - self.before >= 2000
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(8))
+def test_handles_in_the_long_run(part: int) -> None:
+    """200,000 rules, in parts that may run side by side."""
+    before = Handles.steps_run
+    run_state_machine_as_test(Handles, settings=settings_of(850))
+    steps = Handles.steps_run - before
+    print(f"{steps} rules in part {part}")
+    assert steps >= 25_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -88,26 +89,36 @@ def plot_eval(rows: Rows, out: Path) -> None:
         rows: of ``eval``; the first is the full cache.
         out: the PNG file.
     """
-    figure, axes = _axes(2)
+    layered = [row for row in rows if row["attention_error"]]
+    figure, axes = _axes(2, height=max(4.5, 0.14 * len(layered)))
     _plot_front(rows[1:], axes[0])
-    _plot_layers([row for row in rows if row["attention_error"]], axes[1])
+    _plot_layers(layered, axes[1])
     _save(figure, out)
 
 
 def _plot_front(rows: Rows, axis: Any) -> None:
-    """A point for each cache, the mean over texts; a line through those that nothing beats."""
-    points = []
+    """A line for each cache through its widths; one more through those that nothing beats.
+
+    A point is the mean over texts.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         kls = [scores["kl"] for scores in row["texts"].values()]
-        points.append((row["all_bits"], max(sum(kls) / len(kls), LEAST_KL), row["name"]))
-        axis.plot(*points[-1][:2], "o")
-        axis.annotate(row["name"], points[-1][:2], fontsize=6, xytext=(3, 3),
-                      textcoords="offset points")  # fmt: skip
+        name, _, rest = row["name"].partition(", ")
+        name += ", calibrated" * rest.endswith("calibrated")
+        point = row["effective_bits"], max(sum(kls) / len(kls), LEAST_KL)
+        lines.setdefault(name, []).append(point)
+    marks = itertools.cycle("osD^vP*X<>")
+    for name, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), next(marks) + ":", label=name,
+                  linewidth=0.6, markersize=4)  # fmt: skip
+    points = [point for line in lines.values() for point in line]
     front = [p for p in sorted(points) if all(p[1] <= q[1] for q in points if q[0] <= p[0])]
-    axis.plot([p[0] for p in front], [p[1] for p in front], "-", color="black", linewidth=0.8)
+    axis.plot(*zip(*front, strict=True), "-", color="black", linewidth=1, label="front")
     axis.set_xlabel("bits an element, everything counted")
     axis.set_ylabel("KL to the full cache, nats a token")
     axis.set_yscale("log")
+    axis.legend(fontsize=6)
 
 
 def _plot_layers(rows: Rows, axis: Any) -> None:
@@ -117,7 +128,7 @@ def _plot_layers(rows: Rows, axis: Any) -> None:
         axis.set_visible(False)
         return
     errors = [[row["attention_error"].get(str(n), float("nan")) for n in layers] for row in rows]
-    image = axis.imshow(errors, aspect="auto", vmin=0)
+    image = axis.imshow(errors, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=6)
     axis.set_xticks(range(len(layers)), [str(n) for n in layers], fontsize=6)
     axis.set_xlabel("layer")
@@ -134,10 +145,10 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['shape']}, {row['prompt']} + {row['new']}, {row['cache']}"
 
 
-def _axes(count: int) -> tuple[Any, Any]:
+def _axes(count: int, height: float = 4.5) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 + 4 * count, 4.5), layout="constrained")
+    figure = Figure(figsize=(5 + 4 * count, height), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 

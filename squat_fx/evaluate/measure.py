@@ -3,7 +3,7 @@
 Each window is a prompt, fed in one call, and then tokens, fed one by one with ``model(token,
 past_key_values=cache)``; the prediction after each is scored against the token that follows in the
 text, and compared with that of the untouched model. Windows go through in batches; no row of a
-batch depends on its neighbours.
+batch depends on its neighbours. Windows of several lengths go through the same compiled model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor
 import squat_fx
 from squat_fx.demo import Advance
 from squat_fx.evaluate.attention import Queries, Seen, errors_by_layer
-from squat_fx.evaluate.settings import MakeCache, Setting
+from squat_fx.evaluate.numbers import digits, standard_error
+from squat_fx.evaluate.settings import Setting
 from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
+from squat_fx.kernels.reference import Extent
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Held:
     Attributes:
         stored, dense: bytes of the layers that are packed, and what the same tokens take densely;
             of all layers if none is.
+        effective_bits: bits per element of all tokens, exact ones among them, and of what was
+            learned from the prompt or in advance, in half precision and without spare capacity.
         packed_bits: bits per element of packed tokens: codes, padding, scales and zero points.
         left: layers that are not packed, if others are.
     """
@@ -41,6 +45,7 @@ class Held:
     stored: int
     dense: int
     dense_bits: int
+    effective_bits: float
     packed_bits: float | None = None
     left: int = 0
 
@@ -55,33 +60,27 @@ class Row:
     """The results of one setting.
 
     Attributes:
-        nll, kl, top1: fp64 ``[windows, tokens]``, by scored token.
-        held: of the last batch of windows.
+        scores: of the windows of each set.
+        held: of the last batch of the first set.
         layers: relative error of attention's output by layer.
         ms_per_token: of a decoding call with a batch of windows.
         tasks: the numbers of each task, by its name.
     """
 
     name: str
-    nll: Tensor
-    kl: Tensor
-    top1: Tensor
+    scores: list[Scores]
     held: Held
     layers: dict[int, float] = field(default_factory=dict)
     ms_per_token: float = 0.0
     seconds: float = 0.0
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def scores(self, rows: Sequence[int]) -> Scores:
-        """Of some windows."""
-        chosen = list(rows)
-        return Scores(self.nll[chosen], self.kl[chosen], self.top1[chosen])
-
-    def record(self, texts: Sequence[str]) -> dict[str, Any]:
+    def record(self, sets: Sequence[Windows]) -> dict[str, Any]:
         """This row for the json."""
         return {
             "name": self.name,
             "packed_bits": self.held.packed_bits and round(self.held.packed_bits, 4),
+            "effective_bits": round(self.held.effective_bits, 3),
             "all_bits": round(self.held.all_bits, 3),
             "cache_bytes": self.held.stored,
             "dense_bytes": self.held.dense,
@@ -90,19 +89,25 @@ class Row:
             "seconds": round(self.seconds, 1),
             "attention_error": {str(k): round(v, 5) for k, v in self.layers.items()},
             "tasks": {n: {k: digits(v) for k, v in t.items()} for n, t in self.tasks.items()},
-            "texts": {
-                text: self.scores(windows).record() for text, windows in by_text(texts).items()
-            },
+            "texts": records_by_text(self.scores, sets),
         }
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Some windows of one setting; standard errors are over windows."""
+    """Some windows of one setting; standard errors are over windows.
+
+    Attributes:
+        nll, kl, top1: fp64 ``[windows, tokens]``, by scored token.
+    """
 
     nll: Tensor
     kl: Tensor
     top1: Tensor
+
+    def __getitem__(self, windows: Sequence[int]) -> Scores:
+        chosen = list(windows)
+        return Scores(self.nll[chosen], self.kl[chosen], self.top1[chosen])
 
     @property
     def ppl(self) -> float:
@@ -142,9 +147,30 @@ class Scores:
         }
 
 
-def digits(x: float) -> float:
-    """``x`` with four digits that mean something."""
-    return float(f"{x:.4g}")
+def score(log_probs: Tensor, truth: Tensor, following: Tensor) -> Tensor:
+    """Likelihood, divergence and agreement of predictions, fp64 ``[3, ...]``.
+
+    Args:
+        log_probs: fp64 ``[..., vocabulary]``.
+        truth: likewise, of the untouched model.
+        following: int64 ``[...]``, the tokens that came.
+    """
+    return torch.stack(
+        (
+            -log_probs.gather(-1, following[..., None])[..., 0],
+            (truth.exp() * (truth - log_probs)).sum(-1),
+            (truth.argmax(-1) == log_probs.argmax(-1)).double(),
+        )
+    )
+
+
+def records_by_text(scores: Sequence[Scores], sets: Sequence[Windows]) -> dict[str, Any]:
+    """What the json says of each text at each length of prompt."""
+    return {
+        windows.label(text): found[rows].record()
+        for windows, found in zip(sets, scores, strict=True)
+        for text, rows in by_text(windows.texts).items()
+    }
 
 
 def by_text(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -152,97 +178,103 @@ def by_text(texts: Sequence[str]) -> dict[str, list[int]]:
     return {name: [i for i, t in enumerate(texts) if t == name] for name in dict.fromkeys(texts)}
 
 
-def standard_error(numbers: Sequence[float]) -> float:
-    """Of a mean; 0 for one number."""
-    return stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else 0.0
-
-
 class Evaluation:
     """Runs settings over the same windows; the first must be the untouched model.
 
     Args:
         load: makes a fresh model on its device.
-        windows: what is fed.
+        sets: what is fed; bits, bytes and errors by layer are those of the first.
         batch: windows that go through together.
         tasks: what else is done.
     """
 
     def __init__(
-        self, load: Callable[[], Any], windows: Windows, batch: int, tasks: Sequence[Task] = ()
+        self,
+        load: Callable[[], Any],
+        sets: Sequence[Windows],
+        batch: int,
+        tasks: Sequence[Task] = (),
     ) -> None:
         self._load = load
         self._tasks = tasks
-        self._windows = windows
+        self._sets = sets
         self._batch = batch
-        self._reference: list[Tensor] = []  # log-probabilities [batch, vocabulary], by step
+        # Log-probabilities [batch, vocabulary] by step, of each batch of each set.
+        self._reference: list[list[list[Tensor]]] = [[] for _ in sets]
         self._seen: dict[int, Seen] = {}
-        self._dense: dict[int, Held] = {}  # the full cache, by windows in a batch
+        self._dense: Held | None = None  # the full cache
 
     @torch.no_grad()
     def run(self, setting: Setting, advance: Advance) -> Row:
-        """Measure one setting; ``advance`` is told the share of it that is done."""
+        """Measure one setting; ``advance`` is told the share of it that is done.
+
+        Raises:
+            ValueError: a setting that packs left every layer alone.
+        """
         model = self._load()
         make_cache = setting.prepare(model)
-        is_reference = not self._reference
-        windows = self._windows
-        scores = torch.zeros(3, len(windows.ids), windows.tokens, dtype=torch.float64)
         times: list[float] = []
-        queries, held, layers = Queries(), None, {}
         started = time.perf_counter()
-        for first in range(0, len(windows.ids), self._batch):
-            ids = windows.ids[first : first + self._batch].to(model.device)
-            with queries.of(model if is_reference and not first else None):
-                cache = self._decode(model, make_cache, ids, first, scores, times, advance)
-            if is_reference and not first:
-                self._seen = queries.seen(cache)
-            if not first:
-                layers = {} if is_reference else errors_by_layer(self._seen, cache)
-            held = hold(cache, self._dense.get(len(ids)))
-            if is_reference:
-                self._dense[len(ids)] = held
+        held, layers, scores = None, {}, []
+        for windows, reference in zip(self._sets, self._reference, strict=True):
+            is_reference = not reference
+            found = torch.zeros(3, *windows.shape, dtype=torch.float64)
+            for number, ids in enumerate(windows.ids.split(self._batch)):
+                is_first = held is None
+                queries = Queries()
+                with queries.of(model if is_reference and is_first else None):
+                    if is_reference:
+                        reference.append([])
+                    decoding = _Decoding(model, make_cache(), ids.to(model.device), times)
+                    rows = slice(number * self._batch, number * self._batch + len(ids))
+                    for step, log_probs in enumerate(decoding.steps(windows.prompt)):
+                        if is_reference:
+                            reference[number].append(log_probs)
+                        truth = reference[number][step].double()
+                        following = decoding.ids[:, windows.prompt + 1 + step]
+                        found[:, rows, step] = score(log_probs.double(), truth, following).cpu()
+                        done = rows.start * windows.tokens + (step + 1) * len(ids)
+                        advance(done / found[0].numel())
+                if not is_first:
+                    continue
+                if is_reference:
+                    self._seen = queries.seen(decoding.cache)
+                else:
+                    layers = errors_by_layer(self._seen, decoding.cache)
+                held = hold(decoding.cache, self._dense)
+                if setting.packs and held.packed_bits is None:
+                    why = "; ".join(str(squat_fx.report(model)).splitlines())
+                    raise ValueError(f"no layer of {setting.name} is packed: {why}")
+                self._dense = self._dense or held
+            scores.append(Scores(*found))
         assert held is not None
         seconds = time.perf_counter() - started
-        nll, kl, top1 = scores
         tasks = {task.name: task.run(model, make_cache, advance) for task in self._tasks}
-        return Row(setting.name, nll, kl, top1, held, layers, 1e3 * median(times), seconds, tasks)
+        ms = 1e3 * median(times)
+        return Row(setting.name, scores, held, layers, ms, seconds, tasks)
 
-    def _decode(
-        self,
-        model: Any,
-        make_cache: MakeCache,
-        ids: Tensor,
-        first: int,
-        scores: Tensor,
-        times: list[float],
-        advance: Advance,
-    ) -> Any:
-        """Feed the windows from number ``first`` on; returns their cache."""
-        prompt, tokens = self._windows.prompt, self._windows.tokens
-        cache = model(
-            ids[:, :prompt], past_key_values=make_cache(), use_cache=True, logits_to_keep=1
+
+class _Decoding:
+    """Windows ``ids`` through a cache, token by token; ``times`` gets the seconds of each step."""
+
+    def __init__(self, model: Any, cache: Any, ids: Tensor, times: list[float]) -> None:
+        self.ids = ids
+        self.cache = cache
+        self._model = model
+        self._times = times
+
+    def steps(self, prompt: int) -> Iterator[Tensor]:
+        """Log-probabilities after each token behind the prompt, fp32 ``[batch, vocabulary]``."""
+        self.cache = self._model(
+            self.ids[:, :prompt], past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).past_key_values
-        step_of_reference = first // self._batch * tokens
-        for step, token in enumerate(ids[:, prompt:-1].split(1, dim=1)):
-            _settle(ids.device)
+        for token in self.ids[:, prompt:-1].split(1, dim=1):
+            _settle(self.ids.device)
             started = time.perf_counter()
-            logits = model(token, past_key_values=cache).logits[:, -1]
-            _settle(ids.device)
-            times.append(time.perf_counter() - started)
-            rounded = logits.double().log_softmax(-1).float()  # as the reference is kept
-            if len(self._reference) == step_of_reference + step:
-                self._reference.append(rounded)
-            log_probs = rounded.double()
-            truth = self._reference[step_of_reference + step].double()
-            following = ids[:, prompt + 1 + step, None]
-            found = (
-                -log_probs.gather(1, following)[:, 0],
-                (truth.exp() * (truth - log_probs)).sum(-1),
-                (truth.argmax(-1) == log_probs.argmax(-1)).double(),
-            )
-            scores[:, first : first + len(ids), step] = torch.stack(found).cpu()
-            done = first * tokens + (step + 1) * len(ids)
-            advance(done / (len(self._windows.ids) * tokens))
-        return cache
+            logits = self._model(token, past_key_values=self.cache).logits[:, -1]
+            _settle(self.ids.device)
+            self._times.append(time.perf_counter() - started)
+            yield logits.double().log_softmax(-1).float()
 
 
 def hold(cache: Any, dense: Held | None = None) -> Held:
@@ -256,18 +288,35 @@ def hold(cache: Any, dense: Held | None = None) -> Held:
     layers = [_distinct_tensors(vars(layer)) for layer in cache.layers]
     packed = [x for tensors in layers for x in tensors if isinstance(x, squat_fx.QuantizedKV)]
     if not packed:
-        stored = sum(stored_bytes(x) for tensors in layers for x in tensors)
+        held = [x for tensors in layers for x in tensors]
+        stored = sum(map(stored_bytes, held))
+        halves = sum(8 * min(x.itemsize, 2) * x.numel() for y in held for x in innermost(y))
         if dense is not None:
-            return Held(stored, dense.dense, dense.dense_bits)
-        sizes = [x.element_size() for tensors in layers for x in tensors]
-        return Held(stored, stored, 8 * max(sizes, default=2))
+            elements = dense.dense * 8 / dense.dense_bits
+            return Held(stored, dense.dense, dense.dense_bits, halves / elements)
+        return Held(stored, stored, 8 * max((x.itemsize for x in held), default=2), 16)
     return Held(
         stored=sum(stored_bytes(x) for x in packed),
         dense=sum(x.numel() * x.element_size() for x in packed),
         dense_bits=8 * packed[0].element_size(),
+        effective_bits=effective_bits(packed),
         packed_bits=mean(x.format.packed_bits_per_element() for x in packed),
         left=sum(not any(isinstance(x, squat_fx.QuantizedKV) for x in t) for t in layers),
     )
+
+
+def effective_bits(handles: Sequence[squat_fx.QuantizedKV]) -> float:
+    """See :class:`Held`."""
+    bits, elements = 0.0, 0
+    for handle in handles:
+        storage, fmt = handle._storage, handle.format
+        numbers = handle.numel() // handle.shape[2]  # of a token
+        packed = Extent(storage.length, storage.watermark).packed(0, fmt)
+        bits += numbers * packed * fmt.packed_bits_per_element()
+        bits += numbers * 16 * (handle.shape[2] - packed)
+        bits += sum(8 * storage[name].nbytes for name in fmt.stored_layout.fixed)
+        elements += handle.numel()
+    return bits / elements
 
 
 def _distinct_tensors(nested: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,12 +22,14 @@ MakeCache = Callable[[], Any]
 class Setting:
     """A cache by name; ``prepare`` readies a fresh model for it and says how to make one.
 
-    One that is ``optional`` may raise ``ValueError`` where it does not know the model.
+    One that is ``optional`` may raise ``ValueError`` where it does not know the model; one that
+    ``packs`` must leave something packed.
     """
 
     name: str
     prepare: Callable[[Any], MakeCache]
     optional: bool = False
+    packs: bool = False
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -36,29 +39,47 @@ def new_cache(model: Any) -> DynamicCache:
 
 def full() -> Setting:
     """The untouched model; the others are compared with it."""
-    return Setting("full", lambda model: lambda: new_cache(model))
+    return Setting("full", _caches_of)
 
 
-def packed(name: str, calibration_ids: Tensor | None = None, **options: Any) -> Setting:
+def _caches_of(model: Any) -> MakeCache:
+    return lambda: new_cache(model)
+
+
+class Calibrated:
+    """A calibration on some tokens, made once for all settings that want it."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = ids
+        self._found: squat_fx.Calibration | None = None
+
+    def of(self, model: Any) -> squat_fx.Calibration:
+        """That of a model; the model must always be the same."""
+        if self._found is None:
+            self._found = squat_fx.calibrate(model, self._ids)
+        return self._found
+
+
+def packed(name: str, calibrated: Calibrated | None = None, **options: Any) -> Setting:
     """``squat_fx.compile(model, **options)``, calibrated on some tokens if there are any."""
+    return Setting(name, partial(_compiled, calibrated, options), packs=True)
 
-    def prepare(model: Any) -> MakeCache:
-        calibration: dict[str, Any] = {}
-        if calibration_ids is not None:
-            calibration = {"calibration": squat_fx.calibrate(model, calibration_ids)}
-        squat_fx.compile(model, **options, **calibration)
-        return lambda: new_cache(model)
 
-    return Setting(name, prepare)
+def _compiled(calibrated: Calibrated | None, options: dict[str, Any], model: Any) -> MakeCache:
+    calibration: dict[str, Any] = {}
+    if calibrated is not None:
+        calibration["calibration"] = calibrated.of(model)
+    squat_fx.compile(model, **options, **calibration)
+    return _caches_of(model)
 
 
 def of_transformers(name: str, backend: str, **options: Any) -> Setting:
     """A ``QuantizedCache`` of transformers."""
+    return Setting(name, partial(_quantized_caches, backend, options), optional=True)
 
-    def prepare(model: Any) -> MakeCache:
-        return lambda: QuantizedCache(backend, model.config, **options)
 
-    return Setting(name, prepare, optional=True)
+def _quantized_caches(backend: str, options: dict[str, Any], model: Any) -> MakeCache:
+    return lambda: QuantizedCache(backend, model.config, **options)
 
 
 def parse_codec(text: str) -> tuple[str, Codec]:
@@ -105,22 +126,24 @@ def ours(
 ) -> list[Setting]:
     """Every codec at every width, and calibrated too if it can be; ``none`` has no widths.
 
+    A codec may name widths of its own: ``polar at 3.875``.
+
     Raises:
         ValueError: a codec or a width is unknown, or the codec has no such width.
     """
     found: list[Setting] = []
+    calibrated = None if calibration_ids is None else Calibrated(calibration_ids)
     for text in codecs:
+        text, _, own = text.partition(" at ")
         label, codec = parse_codec(text)
-        for width in ["16"] if codec.name == "none" else bits:
+        for width in ["16"] if codec.name == "none" else [own] if own else bits:
             chosen: dict[str, Any] = {} if codec.name == "none" else parse_bits(width)
             name = label if codec.name == "none" else f"{label}, {width} bits"
             squat_fx.Config(codec=codec, **chosen, **options)  # refuses what there is not
             found.append(packed(name, codec=codec, **chosen, **options))
-            if calibration_ids is not None and codec.takes_calibration:
-                calibrated = packed(
-                    f"{name}, calibrated", calibration_ids, codec=codec, **chosen, **options
-                )
-                found.append(calibrated)
+            if calibrated is not None and codec.takes_calibration:
+                name = f"{name}, calibrated"
+                found.append(packed(name, calibrated, codec=codec, **chosen, **options))
     return found
 
 

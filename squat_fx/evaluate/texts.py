@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,30 @@ class Windows:
     texts: tuple[str, ...]
     prompt: int
     tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows, and the scored tokens of each."""
+        return len(self.ids), self.tokens
+
+    def label(self, text: str) -> str:
+        """The windows of one text, for people."""
+        return f"{text}, prompt {self.prompt}"
+
+    def drifting(self) -> Windows:
+        """Each prompt with the tokens that follow a prompt of the text after its own.
+
+        Raises:
+            ValueError: there is one text only.
+        """
+        names = list(dict.fromkeys(self.texts))
+        if len(names) < 2:
+            raise ValueError("prompts and continuations of different texts need two texts")
+        count = len(self.ids) // len(names)
+        others = torch.cat([self.ids[count:], self.ids[:count]])[:, self.prompt :]
+        after = dict(zip(names, [*names[1:], names[0]], strict=True))
+        texts = tuple(f"{name} then {after[name]}" for name in self.texts)
+        return replace(self, ids=torch.cat([self.ids[:, : self.prompt], others], 1), texts=texts)
 
     @classmethod
     def cut(

@@ -256,7 +256,11 @@ POSITIONS = torch.zeros(2, 2, dtype=torch.int64)
 
 
 def attend_launches(
-    shape: Shape, mask: Tensor | None = None, sinks: Tensor | None = None, gpu: str = ""
+    shape: Shape,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    gpu: str = "",
+    window: bool = False,
 ) -> list[Launch]:
     """Attention of ``q_len`` queries over a past and as many new tokens.
 
@@ -266,6 +270,7 @@ def attend_launches(
         sinks: logits of the heads.
         gpu: ``""`` has Triton's kernels alone, ``"ampere"`` Gluon's too where they apply,
             ``"hopper"`` also launches that begin early.
+        window: whether the older tokens are not seen.
     """
     key, value = (
         (shape.arenas(role), (POSITIONS, i), shape.format(role)) for i, role in enumerate(ROLES)
@@ -273,8 +278,9 @@ def attend_launches(
     query, new = shape.tokens(shape.q_len, 2 * shape.queries_per_kv), shape.tokens(shape.q_len)
     with recorded() as launches, _capable(gpu):
         launch.attend(
-            query, new, new, key, value, mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0
-        )
+            query, new, new, key, value, first=1 if window else -1,
+            mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0,
+        )  # fmt: skip
     return launches
 
 

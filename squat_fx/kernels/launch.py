@@ -59,13 +59,17 @@ def attend(
     key: Side,
     value: Side,
     *,
+    first: int = -1,
     mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two or three launches."""
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches.
+
+    ``first`` is the row of positions that says where a window begins, -1 if all tokens are seen.
+    """
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -81,6 +85,7 @@ def attend(
         value=stored(value_arenas, value_constant),
         formats=(key_constant, value_constant),
         positions=positions,
+        first_row=first,
         new=(new_key, new_value),
         new_len=new_len,
         output=query.new_empty((batch, num_heads, q_len, head_dim)),
@@ -111,6 +116,7 @@ class _Attention:
     value: Stored
     formats: tuple[StoredFormat, StoredFormat]
     positions: Tensor
+    first_row: int
     new: tuple[Tensor | None, Tensor | None]
     new_len: int
     output: Tensor
@@ -126,6 +132,11 @@ class _Attention:
     def heads(self) -> int:
         """KV heads of all sequences."""
         return self.query.shape[0] * self.num_kv_heads
+
+    @property
+    def is_window(self) -> bool:
+        """Whether older tokens than those that are seen may be there."""
+        return self.first_row >= 0
 
     @property
     def queries_per_kv(self) -> int:
@@ -175,11 +186,12 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
         shares = lefts = num_shares(work.heads * blocks, most_tokens, block_n, device)
     left = work.partial(lefts)
     triton_attend.attend_kernel[(work.heads, blocks, shares)](
-        work.query, *work.new, work.key, work.value, work.positions, key_row, value_row, work.mask,
-        *left, work.num_kv_heads, q_len, work.new_len, work.scale, lefts, *work.strides(),
+        work.query, *work.new, work.key, work.value, work.positions, key_row, value_row,
+        work.first_row, work.mask, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
+        lefts, *work.strides(),
         *work.formats, work.queries_per_kv, work.causal, work.softcap,
-        REST=swapped is not None, TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
+        REST=swapped is not None, WINDOW=work.is_window, TILES=TILES_PER_SHARE,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=triton_attend.NUM_STAGES,
     )  # fmt: skip
     if swapped is not None:
         gluon_attend_channel.swapped_attend_kernel[(work.heads, 1, lefts - shares)](
@@ -227,10 +239,10 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     else:
         half = work.query.dtype != torch.float32
         triton_attend_token.attend_kernel[(work.heads, blocks, shares)](
-            work.key, work.value, work.positions, row, work.mask, *latent_query,
+            work.key, work.value, work.positions, row, work.first_row, work.mask, *latent_query,
             *left, work.num_kv_heads, q_len, work.new_len, work.scale, work.mask_strides,
             *work.formats, work.queries_per_kv, work.causal, work.softcap,
-            HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
+            WINDOW=work.is_window, HALF=half, ASM=takes_asm(triton_attend_token.attend_kernel),
             TILES=TILES_PER_SHARE, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=num_warps, num_stages=triton_attend_token.NUM_STAGES,
         )  # fmt: skip
@@ -264,10 +276,10 @@ def _prepare(
     exact_n = triton_attend_token.exact_block_n(work.widest, work.query.element_size())
     exact = work.heads * triton.cdiv(work.rows, block_m) if with_exact else 0
     triton_attend_token.prepare_kernel[(rotations + exact,)](
-        work.query, *work.new, work.key, work.value, work.positions, row, work.mask,
+        work.query, *work.new, work.key, work.value, work.positions, row, work.first_row, work.mask,
         *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
         shares, all_rows // bases, row_blocks, bases, work.heads, *work.strides(),
-        *work.formats, work.queries_per_kv, work.causal, work.softcap,
+        *work.formats, work.queries_per_kv, work.causal, work.softcap, WINDOW=work.is_window,
         BLOCK_M=block_m, BLOCK_N=exact_n, PADDED_D=padded(work.widest),
         BLOCK_R=rotated_rows, BLOCK_D=block_d,
         num_warps=triton_attend_token.PREPARE_WARPS,
@@ -285,6 +297,7 @@ def _tokens_take_rows(work: _Attention) -> bool:
     return (
         work.query.dtype in (torch.float16, torch.bfloat16)
         and (work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0)
+        and not work.is_window
         and work.rows <= gluon_attend_token.BLOCK_M
         and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and work.value.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
@@ -395,27 +408,30 @@ def _early(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": early, **({"launch_pdl": True} if early else {})}
 
 
-def dense_past(arenas: Arenas, extent: Extent, fmt: Format) -> Tensor:
+def dense_past(arenas: Arenas, extent: Extent, fmt: Format, first: int = 0) -> Tensor:
     """See :func:`squat_fx.kernels.reference.dense_past`; one launch."""
     batch, heads = arenas.dense.shape[:2]
-    output = arenas.dense.new_empty((batch, heads, extent.length, fmt.head_dim))
+    length = extent.length - first
+    output = arenas.dense.new_empty((batch, heads, length, fmt.head_dim))
     if not output.numel():
         return output
     constant = stored_format(fmt)
-    numbers = (stored(arenas, constant), output, extent.watermark, heads, extent.length, constant)
+    numbers = (
+        stored(arenas, constant), output, extent.watermark, heads, first, extent.length, constant
+    )  # fmt: skip
     with _on(output.device):
         if constant.per_token:
             block_t, block_d = triton_dequantize.TOKEN_BLOCK_T, padded(fmt.head_dim)
             if numbers[0].basis is not None:
                 block_t = triton_dequantize.MATRIX_BLOCK_T
                 block_d = min(block_d, triton_dequantize.MATRIX_CHANNELS)
-            blocks = triton.cdiv(extent.length, block_t), triton.cdiv(fmt.head_dim, block_d)
+            blocks = triton.cdiv(length, block_t), triton.cdiv(fmt.head_dim, block_d)
             triton_dequantize.dequantize_token_kernel[(batch * heads, *blocks)](
                 *numbers, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=block_t // 16
             )
         else:
             block_t = triton_dequantize.BLOCK_T
-            grid = (batch * heads, triton.cdiv(extent.length, block_t))
+            grid = (batch * heads, triton.cdiv(length, block_t))
             triton_dequantize.dequantize_kernel[grid](*numbers, BLOCK_T=block_t)
     return output
 

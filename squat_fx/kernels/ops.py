@@ -2,8 +2,9 @@
 
 One overload per stored layout, or per pair of those of keys and values; flat tensors and ints. A
 role's arenas come in the order of ``Format.arena_names``, its format as ``Format.to_ints()``;
-``positions`` is int64 ``[handles, 2]``, a row ``(length, watermark)`` per handle, written by the
-caller before each call and only read here.
+``positions`` is int64 ``[rows, 2]``, a row ``(length, watermark)`` per handle, written by the
+caller before each call and only read here. Where a reader sees a window only, ``first_row`` is the
+row whose first number is the first token of it, and else -1.
 Mutation is visible in the schema. ``append_`` takes the outputs of what must read the arenas first
 as ``after``: it does not look at them, but a compiler that reorders functional graphs then keeps
 the reads in front, and need not copy the arenas.
@@ -21,12 +22,17 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
-CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call.
+CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call, and
+the reference where one does not compile (:mod:`squat_fx.kernels.fallback`).
+Under autocast ``attend`` takes its query in the dtype of autocast, as torch's attention does, and
+nothing inside an op is cast.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -36,7 +42,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Fit, Role
-from squat_fx.kernels import reference
+from squat_fx.kernels import fallback, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
 
@@ -80,7 +86,9 @@ def _triton() -> ModuleType | None:
 
 def _implementation(device: torch.device) -> ModuleType:
     """Who computes for tensors on ``device``."""
-    return (_triton() or reference) if device.type == "cuda" else reference
+    if device.type != "cuda" or fallback.reference_only():
+        return reference
+    return _triton() or reference
 
 
 def _learn(device: torch.device) -> Callable[..., Fit]:
@@ -95,6 +103,13 @@ def _learn(device: torch.device) -> Callable[..., Fit]:
 def _extent(implementation: ModuleType, positions: Tensor, row: int) -> Extent | tuple[Tensor, int]:
     """A row of positions: numbers for the reference, for kernels where to read them."""
     return Extent.at(positions, row) if implementation is reference else (positions, row)
+
+
+def _first(implementation: ModuleType, positions: Tensor, row: int) -> int:
+    """The first token of a window: a number for the reference, for kernels the row to read."""
+    if implementation is not reference:
+        return row
+    return 0 if row < 0 else int(positions[row, 0])
 
 
 def _declare(layout: str, prefix: str = "", mutable: bool = False, first: str = "a") -> str:
@@ -131,11 +146,45 @@ Op = tuple[str, str, Callable[..., Any], Callable[..., Any]]
 """Name and overload, schema, what runs, and what tracing is told."""
 
 
+AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+
+def _without_autocast(name: str, device: str) -> Callable[..., Any]:
+    """What runs where autocast is enabled on ``device``."""
+    op, _, which = name.partition(".")
+    keys = functools.reduce(
+        operator.or_,
+        (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in AUTOCAST),
+    )
+
+    def run(*args: Any) -> Any:
+        first, *rest = args
+        if op == "attend":
+            first = first.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return getattr(getattr(torch.ops.squat_fx, op), which or "default")(first, *rest)
+
+    return run
+
+
+def _subject(schema: str) -> int | None:
+    """The argument that says for which shape an op runs; None if it has no kernels."""
+    names = [argument.split()[-1] for argument in schema.partition(") ->")[0].split(",")]
+    return next(
+        (names.index(n) for n in ("x", "query", "new", "new_key", "dense") if n in names), None
+    )
+
+
 def _register(ops: Sequence[Op]) -> None:
     for name, schema, run, fake in ops:
         LIBRARY.define(name + schema)
+        subject = _subject(schema)
+        if subject is not None:
+            run = fallback.with_fallback(name, subject, run)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"squat_fx::{name}", fake, lib=LIBRARY)
+        for key, device in AUTOCAST.items():
+            LIBRARY.impl(name, _without_autocast(name, device), key)
 
 
 def _ops_of(layout: str) -> list[Op]:
@@ -177,11 +226,12 @@ def _ops_of(layout: str) -> list[Op]:
         implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
 
     def dequantize(*args: Any) -> Tensor:
-        tensors, (positions, row, length, format) = args[:count], args[count:]
+        tensors, (positions, row, first, length, format) = args[:count], args[count:]
         fmt = Format.from_ints(layout, "", format)
         extent = Extent.at(positions, row)
-        dense = _implementation(tensors[0].device).dense_past(Arenas.of(fmt, tensors), extent, fmt)
-        return dense[:, :, :length].contiguous()
+        implementation = _implementation(tensors[0].device)
+        dense = implementation.dense_past(Arenas.of(fmt, tensors), extent, fmt, first=first)
+        return dense[:, :, : length - first].contiguous()
 
     def fake_quantize(x: Tensor, valid: Tensor | None, *args: Any) -> Any:
         *_, codec, format = args
@@ -201,8 +251,8 @@ def _ops_of(layout: str) -> list[Op]:
         return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), *rest)
 
     def fake_dequantize(*args: Any) -> Tensor:
-        dense, length = args[count - 2], args[count + 2]
-        return dense.new_empty((*dense.shape[:2], length, dense.shape[3]))
+        dense, first, length = args[count - 2], *args[count + 2 : count + 4]
+        return dense.new_empty((*dense.shape[:2], length - first, dense.shape[3]))
 
     learned = "".join(f"Tensor {n}, " for n in fixed)
     return [
@@ -229,8 +279,8 @@ def _ops_of(layout: str) -> list[Op]:
         ),
         (
             f"dequantize.{name}",
-            f"({_declare(layout)}, Tensor positions, int row, SymInt length, int[] {name}_format) "
-            "-> Tensor",
+            f"({_declare(layout)}, Tensor positions, int row, SymInt first, SymInt length, "
+            f"int[] {name}_format) -> Tensor",
             dequantize,
             fake_dequantize,
         ),
@@ -267,6 +317,7 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             positions,
             key_row,
             value_row,
+            first_row,
             mask,
             sinks,
             scale,
@@ -287,6 +338,7 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             new_key,
             new_value,
             *sides,
+            first=_first(implementation, positions, first_row),
             mask=mask,
             sinks=sinks,
             scale=scale,
@@ -347,7 +399,8 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             f"attend.{name}",
             "(Tensor query, Tensor? new_key, Tensor? new_value, "
             f"{_declare(key_layout, 'key_')}, {_declare(value_layout, 'value_')}, "
-            "Tensor positions, int key_row, int value_row, Tensor? mask, Tensor? sinks, "
+            "Tensor positions, int key_row, int value_row, int first_row, Tensor? mask, "
+            "Tensor? sinks, "
             f"float scale, int causal, float softcap, {formats}) -> Tensor",
             attend,
             fake_attend,

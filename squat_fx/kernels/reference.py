@@ -13,10 +13,14 @@ How a cached tensor is stored (one role, keys or values, of one layer):
   token_group)`` tokens.
 * Token ``i`` is in ``dense[i]`` if ``i < sink_length``; else, with ``j = i - sink_length``, it is
   packed slot ``j`` if ``j < packed``, and ``dense[sink_length + j % ring_length]`` otherwise.
+* A reader may see a window only: the tokens from ``first`` on. What no reader sees any more is
+  dropped from the front of a row (``drop_front``), which moves its ``start`` and no other position;
+  its first ``sink_length`` tokens are then ones that nobody looks at.
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
-and stored.
+and stored. A token of which a number is NaN, or more than fp16 can hold, counts as zeros there; so
+does such a number of a query. Packed themselves they spoil what shares their scale, and no more.
 
 ``length`` and ``watermark`` are host numbers; they reach an op as a row of the small ``positions``
 tensor. Nothing here counts up: an append writes only where a reader of the old ``length`` and
@@ -40,7 +44,7 @@ from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
-from squat_fx.layouts.symmetric import step_and_zero
+from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 
 NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 NO_FIT = Fit()
@@ -157,20 +161,27 @@ def dequantize_groups(
 # reading and writing arenas -----------------------------------------------------------------------
 
 
-def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None) -> Tensor:
-    """The stored tokens as numbers, ``[batch, heads, length, head_dim]``, in the cache's dtype.
+def dense_past(
+    arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None = None, first: int = 0
+) -> Tensor:
+    """The stored tokens from ``first`` on as numbers, ``[batch, heads, length - first, head_dim]``,
+    in the cache's dtype.
 
     Zeros where padding was not stored. ``out`` is written if given.
     """
     dense = arenas.dense
     if out is None:
-        out = dense.new_empty((*dense.shape[:2], extent.length, dense.shape[3]))
+        out = dense.new_empty((*dense.shape[:2], extent.length - first, dense.shape[3]))
     for rows, start in _runs(arenas.start):
         tokens = max(extent.length - start, 0)
         sinks = min(fmt.sink_length, tokens)
         count = extent.packed(start, fmt)
-        out[rows, :, : extent.length - tokens] = 0.0
-        row_tokens = out[rows, :, extent.length - tokens :]
+        hidden = max(first - start, 0)
+        shown = out[rows, :, out.shape[2] - max(tokens - hidden, 0) :]
+        out[rows, :, : out.shape[2] - shown.shape[2]] = 0.0
+        row_tokens = shown
+        if hidden:
+            row_tokens = dense.new_empty((*shown.shape[:2], tokens, dense.shape[3]))
         row_tokens[:, :, :sinks] = dense[rows, :, :sinks]
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
@@ -178,6 +189,8 @@ def dense_past(arenas: Arenas, extent: Extent, fmt: Format, out: Tensor | None =
             dequantize_groups(packed, fmt, target, arenas.fixed_of(rows, fmt))
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
+        if hidden:
+            shown.copy_(row_tokens[:, :, hidden:])
     return out
 
 
@@ -198,7 +211,10 @@ def learn(
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
         keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
     basis = arenas.basis if fmt.latent else None
-    fit = codec.fit_format(role, fmt, new, query, keep, basis)
+    if query is not None:
+        query = query.where(query.abs() <= LARGEST_HALF, 0.0) if codec.taps(role) else None
+    usable = (new.abs() <= LARGEST_HALF).all(-1, keepdim=True)
+    fit = codec.fit_format(role, fmt, new.where(usable, 0.0), query, keep, basis)
     for name, learned in fit.fixed.items():
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
@@ -309,6 +325,35 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         )
 
 
+def drop_front(arenas: Arenas, first: int, fmt: Format) -> None:
+    """Make room: move every row to the front of its arenas, as far as its tokens from ``first`` on
+    stay, in steps of :func:`drop_step`.
+
+    Any device; nothing is read back from it.
+    """
+    step, dense = drop_step(fmt), arenas.dense
+    free = first - fmt.sink_length - arenas.start.long()
+    dropped = (free.clamp(min=0) // step * step)[:, None]  # [batch, 1]
+
+    def moved(arena: Tensor, steps: Tensor) -> Tensor:
+        slots = torch.arange(arena.shape[2], device=arena.device)
+        source = ((slots + steps) % arena.shape[2])[:, None, :, None]
+        return arena.gather(2, source.expand_as(arena))
+
+    for name, arena in zip(fmt.packed_names, arenas.packed, strict=True):
+        arena.copy_(moved(arena, dropped // fmt.tokens_per_slot(name)))
+    ring = dense[:, :, fmt.sink_length :]
+    ring.copy_(moved(ring, dropped))
+    arenas.start.add_(dropped[:, 0].to(arenas.start.dtype))
+
+
+def drop_step(fmt: Format) -> int:
+    """How many tokens are dropped at once: whole groups, and an even number of them, since a layout
+    may round every second token the other way.
+    """
+    return math.lcm(fmt.token_group, 2)
+
+
 def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None = None) -> Arenas:
     """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like``
     ``[batch, heads, _, head_dim]``.
@@ -376,6 +421,7 @@ def attention(
     """
     q_len, kv_len = query.shape[2], key.shape[2]
     mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
         if mask is not None and mask.dtype != torch.bool:
@@ -405,7 +451,8 @@ def _probabilities(
         probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
     else:
         probs = torch.softmax(scores, -1)
-    return probs.nan_to_num(0.0)
+    nowhere = scores.amax(-1, keepdim=True) == -torch.inf  # NaN stays: the model's own
+    return probs.masked_fill(nowhere, 0.0)
 
 
 def _with_causality(
@@ -430,13 +477,17 @@ def attend(
     key: tuple[Arenas, Extent, Format],
     value: tuple[Arenas, Extent, Format],
     *,
+    first: int = 0,
     mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """Attention over the stored tokens and, beside them, the exact new ones."""
+    """Attention over the stored tokens from ``first`` on and, beside them, the exact new ones.
+
+    The mask and the causality count from ``first``.
+    """
     if key[2].layout == value[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
         return _attend_latent(
             query,
@@ -444,6 +495,7 @@ def attend(
             new_value,
             key,
             value,
+            first=first,
             mask=mask,
             sinks=sinks,
             scale=scale,
@@ -451,11 +503,11 @@ def attend(
             softcap=softcap,
         )
     full_key, full_value = (
-        _past_and_new("key", *key, new_key),
-        _past_and_new("value", *value, new_value),
+        _past_and_new("key", *key, new_key, first),
+        _past_and_new("value", *value, new_value, first),
     )
-    padding = key[0].start
-    if padding.any():
+    padding = key[0].start - first
+    if (padding > 0).any():
         stored = torch.arange(full_key.shape[2], device=padding.device) >= padding[:, None]
         stored = stored[:, None, None, :]
         mask = stored if mask is None else _both(mask, stored)
@@ -478,6 +530,7 @@ def _attend_latent(
     key: tuple[Arenas, Extent, Format],
     value: tuple[Arenas, Extent, Format],
     *,
+    first: int,
     mask: Tensor | None,
     sinks: Tensor | None,
     scale: float,
@@ -494,7 +547,7 @@ def _attend_latent(
     wide = torch.promote_types(query.dtype, torch.float32)
     length = key[1].length
     kv_len = length + (0 if new_key is None else new_key.shape[2])
-    mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    mask = _with_causality(mask, causal, q_len, kv_len - first, query.device)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(batch, *mask.shape[1:])
@@ -505,12 +558,13 @@ def _attend_latent(
             continue
         q = query[rows].to(wide).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
         scores = _scores(q, _Row.of(key, new_key, rows, start, wide)) * scale
-        scores = scores.unflatten(2, (-1, q_len)).flatten(1, 2)
+        hidden = max(first - start, 0)
+        scores = scores.unflatten(2, (-1, q_len)).flatten(1, 2)[..., hidden:]
         visible = mask
         if mask is not None:
             visible = mask[rows]
-            visible = visible[..., start:] if visible.shape[-1] > 1 else visible
-        probs = _probabilities(scores, visible, sinks, softcap)
+            visible = visible[..., max(start - first, 0) :] if visible.shape[-1] > 1 else visible
+        probs = F.pad(_probabilities(scores, visible, sinks, softcap), (hidden, 0))
         probs = probs.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
         found = _weighted_sum(probs, _Row.of(value, new_value, rows, start, wide))
         out[rows] = found.unflatten(2, (-1, q_len)).flatten(1, 2).to(query.dtype)
@@ -602,15 +656,18 @@ def relative_error(found: Tensor, true: Tensor) -> Tensor:
 
 
 def _past_and_new(
-    name: str, arenas: Arenas, extent: Extent, fmt: Format, new: Tensor | None
+    name: str, arenas: Arenas, extent: Extent, fmt: Format, new: Tensor | None, first: int
 ) -> Tensor:
-    """Stored and new tokens as one tensor, in memory that the next call reuses."""
+    """Stored tokens from ``first`` on and new ones as one tensor, in memory that the next call
+    reuses.
+    """
     batch, heads, _, head_dim = arenas.dense.shape
-    length = extent.length + (0 if new is None else new.shape[2])
+    stored = extent.length - first
+    length = stored + (0 if new is None else new.shape[2])
     both = _WORKSPACE.take(name, (batch, heads, length, head_dim), arenas.dense)
-    dense_past(arenas, extent, fmt, out=both[:, :, : extent.length])
+    dense_past(arenas, extent, fmt, out=both[:, :, :stored], first=first)
     if new is not None:
-        both[:, :, extent.length :] = new
+        both[:, :, stored:] = new
     return both
 
 

@@ -14,6 +14,9 @@ evenly:
 Where ``gluon_attend_channel.py`` takes the whole groups of keys whose values are packed, only the
 rest is left (``REST``), as one more share.
 
+Of a ``WINDOW``, row ``first_row`` of ``positions`` says where it begins: older tokens are not
+there, and mask and causality count from its first token (``from_first``).
+
 Lengths are read from ``positions`` on the device; the grid depends on capacities alone. Each share
 leaves an unnormalised output, its maximum and its sum; ``merge_kernel`` adds them up and lets the
 sink logits take part.
@@ -106,6 +109,23 @@ def rows_of_block(
     mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
     mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
     return row, query_token, query_head, keep, mask_row, out
+
+
+@triton.jit
+def first_seen(positions, first_row, WINDOW: tl.constexpr):
+    """Where the window begins; 0 if there is none."""
+    found = tl.full([], 0, tl.int32)
+    if WINDOW:
+        found = tl.load(positions + 2 * first_row).to(tl.int32)
+    return found
+
+
+@triton.jit
+def from_first(first, query_token, kv_len, mask_row, mask_stride):
+    """What ``masked_scores`` takes beside positions where mask and causality count from ``first``:
+    query tokens, tokens and the mask's rows.
+    """
+    return query_token + first, kv_len - first, mask_row - first.to(tl.int64) * mask_stride
 
 
 @triton.jit
@@ -205,14 +225,14 @@ def attend_tile(
     return new_acc, new_max, running_sum
 
 
-@triton.jit(do_not_specialize=["key_row", "value_row"])
+@triton.jit(do_not_specialize=["key_row", "value_row", "first_row"])
 def attend_kernel(
-    query, new_key, new_value, key, value, positions, key_row, value_row, mask,
+    query, new_key, new_value, key, value, positions, key_row, value_row, first_row, mask,
     partial, partial_max, partial_sum,
     num_kv_heads, q_len, new_len, scale, lefts,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, REST: tl.constexpr, TILES: tl.constexpr,
+    SOFTCAP: tl.constexpr, REST: tl.constexpr, WINDOW: tl.constexpr, TILES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(batch * num_kv_heads, blocks of query rows, shares)``; these are the last of
@@ -246,6 +266,9 @@ def attend_kernel(
     num_sinks = tl.maximum(tl.minimum(first, length) - key_start, 0)
     tail = tl.minimum(last, length)
     num_mixed = num_sinks + kv_len - tail
+    oldest = first_seen(positions, first_row, WINDOW)
+    if WINDOW:
+        first += tl.maximum(tl.minimum(oldest, last) - first, 0) // BLOCK_N * BLOCK_N
     packed_tiles = 0 if REST else tl.cdiv(last - first, BLOCK_N)
     tiles = packed_tiles + tl.cdiv(num_mixed, BLOCK_N)
     tiles_per_share = tl.maximum(tl.cdiv(tiles, shares), TILES)
@@ -268,6 +291,9 @@ def attend_kernel(
         channel = 16 * j + lane
         keep = keep_row[:, None] & (channel < KEY.head_dim)
         q += (tl.load(query_rows[:, None] + channel, mask=keep, other=0.0),)
+    query_token, kv_len, mask_row = from_first(
+        oldest, query_token, kv_len, mask_row, mask_strides[3]
+    )
     new_key_head = batch * new_key_strides[0] + kv_head * new_key_strides[1]
     new_value_head = batch * new_value_strides[0] + kv_head * new_value_strides[1]
 
@@ -281,7 +307,8 @@ def attend_kernel(
         tile_position = first + i * BLOCK_N
         position = tile_position + token
         acc, running_max, running_sum = attend_tile(
-            q, acc, running_max, running_sum, position, position < last, tile_position,
+            q, acc, running_max, running_sum, position, (position >= oldest) & (position < last),
+            tile_position,
             query_token, keep_row, head, length, q_len, kv_len, scale,
             key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
             value, value_start, value_count, new_value, new_value_head, new_value_strides[2],
@@ -292,7 +319,8 @@ def attend_kernel(
         index = (i - packed_tiles) * BLOCK_N + token
         position = tl.where(index < num_sinks, key_start + index, tail + index - num_sinks)
         acc, running_max, running_sum = attend_tile(
-            q, acc, running_max, running_sum, position, index < num_mixed, 0,
+            q, acc, running_max, running_sum, position, (position >= oldest) & (index < num_mixed),
+            0,
             query_token, keep_row, head, length, q_len, kv_len, scale,
             key, key_start, key_count, new_key, new_key_head, new_key_strides[2],
             value, value_start, value_count, new_value, new_value_head, new_value_strides[2],

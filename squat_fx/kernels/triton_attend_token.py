@@ -37,7 +37,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from squat_fx.kernels.triton_attend import NO_CAUSALITY, masked_scores, rows_of_block
+from squat_fx.kernels.triton_attend import (
+    NO_CAUSALITY,
+    first_seen,
+    from_first,
+    masked_scores,
+    rows_of_block,
+)
 from squat_fx.kernels.triton_hadamard import dot_short, rotate_rows, rotate_rows_back
 from squat_fx.kernels.triton_planes import (
     exact_rows,
@@ -199,13 +205,13 @@ def attend_packed(
     return new_acc, weights, total, running_max
 
 
-@triton.jit(do_not_specialize=["key_row"])
+@triton.jit(do_not_specialize=["key_row", "first_row"])
 def attend_kernel(
-    key, value, positions, key_row, mask, latent_query, size, offset,
+    key, value, positions, key_row, first_row, mask, latent_query, size, offset,
     partial, partial_max, partial_sum, num_kv_heads, q_len, new_len, scale, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The packed tokens. Grid ``(batch * num_kv_heads, blocks of query rows, shares)``."""
     head = tl.program_id(0).to(tl.int64)
@@ -220,15 +226,20 @@ def attend_kernel(
     start = tl.load(key.start + batch)
     first = start + KEY.sink_length
     count = packed_tokens(watermark, start, KEY)
+    oldest = first_seen(positions, first_row, WINDOW)
     tiles = tl.cdiv(count, BLOCK_N)
-    tiles_per_share = tl.maximum(tl.cdiv(tiles, shares), TILES)
-    tile_begin = share * tiles_per_share
+    hidden = tl.minimum(tl.maximum(oldest - first, 0) // BLOCK_N, tiles)
+    tiles_per_share = tl.maximum(tl.cdiv(tiles - hidden, shares), TILES)
+    tile_begin = hidden + share * tiles_per_share
     tile_end = tl.minimum(tile_begin + tiles_per_share, tiles)
     whole_end = tl.minimum(tile_end, count // BLOCK_N)
 
     lane = tl.arange(0, 16)[None, :]
     row, query_token, _, keep_row, mask_row, out = rows_of_block(
         tl.program_id(1), batch, kv_head, num_kv_heads, q_len, mask_strides, QUERIES_PER_KV, BLOCK_M
+    )
+    query_token, kv_len, mask_row = from_first(
+        oldest, query_token, kv_len, mask_row, mask_strides[3]
     )
     token = tl.arange(0, BLOCK_N)
     dtype = tl.float16 if HALF else tl.float32
@@ -267,9 +278,12 @@ def attend_kernel(
             zeros = dot_short(plane, zero, zeros)
         row_zero = first_column(zeros) / ZERO_FACTOR
         for i in range(tile_begin, whole_end):
+            keep = None
+            if WINDOW:
+                keep = first + i * BLOCK_N + token >= oldest
             acc, weights, total, running_max = attend_packed(
                 latent, row_zero, row_offset, score_unit, acc, weights, total, running_max,
-                key, value, head * key.capacity + i * BLOCK_N, token, None,
+                key, value, head * key.capacity + i * BLOCK_N, token, keep,
                 first + i * BLOCK_N + token, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, ASM, BLOCK_M, BLOCK_N,
@@ -278,7 +292,8 @@ def attend_kernel(
             slot = whole_end * BLOCK_N + token
             acc, weights, total, running_max = attend_packed(
                 latent, row_zero, row_offset, score_unit, acc, weights, total, running_max,
-                key, value, head * key.capacity + whole_end * BLOCK_N, token, slot < count,
+                key, value, head * key.capacity + whole_end * BLOCK_N, token,
+                (slot < count) & (first + slot >= oldest),
                 first + slot, query_token, keep_row,
                 mask, mask_row, mask_strides[3], kv_len, q_len, scale,
                 KEY, VALUE, CAUSAL, SOFTCAP, SIMPLE, ASM, BLOCK_M, BLOCK_N,
@@ -297,14 +312,15 @@ def attend_kernel(
             tl.store(pointers, x, mask=keep_row[:, None] & (channel < VALUE.head_dim))
 
 
-@triton.jit(do_not_specialize=["key_row"])
+@triton.jit(do_not_specialize=["key_row", "first_row"])
 def prepare_kernel(
-    query, new_key, new_value, key, value, positions, key_row, mask,
+    query, new_key, new_value, key, value, positions, key_row, first_row, mask,
     latent_query, size, offset, partial, partial_max, partial_sum,
     num_kv_heads, q_len, new_len, scale, shares, rows, row_blocks, bases, heads,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What the packed tokens need, and the exact tokens, side by side.
@@ -324,21 +340,22 @@ def prepare_kernel(
     else:
         program -= rotations
         attend_exact(
-            query, new_key, new_value, key, value, positions, key_row, mask,
+            query, new_key, new_value, key, value, positions, key_row, first_row, mask,
             partial, partial_max, partial_sum, (program % heads).to(tl.int64), program // heads,
             num_kv_heads, q_len, new_len, scale, shares,
             query_strides, new_key_strides, new_value_strides, mask_strides,
-            KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP, BLOCK_M, BLOCK_N, PADDED_D,
+            KEY, VALUE, QUERIES_PER_KV, CAUSAL, SOFTCAP, WINDOW, BLOCK_M, BLOCK_N, PADDED_D,
         )  # fmt: skip
 
 
 @triton.jit
 def attend_exact(
-    query, new_key, new_value, key, value, positions, key_row, mask,
+    query, new_key, new_value, key, value, positions, key_row, first_row, mask,
     partial, partial_max, partial_sum, head, block, num_kv_heads, q_len, new_len, scale, shares,
     query_strides, new_key_strides, new_value_strides, mask_strides,
     KEY: tl.constexpr, VALUE: tl.constexpr, QUERIES_PER_KV: tl.constexpr, CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED_D: tl.constexpr,
 ):  # fmt: skip
     """The exact tokens of a head: sinks, what follows the packed tokens, new tokens."""
     batch = head // num_kv_heads
@@ -364,6 +381,10 @@ def attend_exact(
         + query_token * query_strides[2]
     )
 
+    oldest = first_seen(positions, first_row, WINDOW)
+    query_token, kv_len, mask_row = from_first(
+        oldest, query_token, kv_len, mask_row, mask_strides[3]
+    )
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
@@ -376,7 +397,8 @@ def attend_exact(
         index = i * BLOCK_N + tl.arange(0, BLOCK_N)
         position = tl.where(index < num_sinks, start + index, tail + index - num_sinks)
         column = position[:, None]
-        there = (index < num_exact)[:, None]
+        visible = (index < num_exact) & (position >= oldest)
+        there = visible[:, None]
         rows = exact_rows(
             key, new_key, new_key_head, new_key_strides[2], head, column, start, length, KEY
         )
@@ -387,7 +409,7 @@ def attend_exact(
         )  # fmt: skip
         v = tl.load(rows + channel, mask=there & (channel < VALUE.head_dim), other=0.0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="tf32x3")
-        seen = keep_row[:, None] & (index < num_exact)[None, :]
+        seen = keep_row[:, None] & visible[None, :]
         scores = masked_scores(
             scores, mask, mask_row, mask_strides[3], position[None, :], seen,
             query_token[:, None], kv_len, q_len, scale, CAUSAL, SOFTCAP,

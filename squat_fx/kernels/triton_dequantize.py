@@ -3,8 +3,8 @@
     planes/channel:  x = code * scale + zero_point
     planes/token:    x = (scale * step * (code - zero)) @ inverse * factor + offset
 
-where a token is packed, the exact number elsewhere, zero for padding.
-``output`` is ``[batch, num_kv_heads, length, head_dim]``, contiguous.
+where a token is packed, the exact number elsewhere, zero for padding; from token ``first`` on.
+``output`` is ``[batch, num_kv_heads, length - first, head_dim]``, contiguous.
 """
 
 from __future__ import annotations
@@ -34,14 +34,21 @@ MATRIX_CHANNELS = 64
 
 @triton.jit
 def dequantize_kernel(
-    stored, output, watermark, num_kv_heads, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr
+    stored,
+    output,
+    watermark,
+    num_kv_heads,
+    first,
+    length,
+    FORMAT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """Grid ``(batch * num_kv_heads, blocks of tokens)``."""
     head = tl.program_id(0).to(tl.int64)
     start = tl.load(stored.start + head // num_kv_heads)
     count = packed_tokens(watermark, start, FORMAT)
     lane = tl.arange(0, 16)[None, :]
-    position = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
+    position = first + tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
     there = position < length
     keep = there & (position >= start)
     slot = position - start - FORMAT.sink_length
@@ -51,14 +58,15 @@ def dequantize_kernel(
     for j in tl.static_range(num_planes(FORMAT)):
         channel = 16 * j + lane
         x = any_plane(stored, words, exact, head, slot, packed, keep, lane, j, FORMAT)
-        out = output + (head * length + position) * FORMAT.head_dim + channel
+        row = head * (length - first) + position - first
+        out = output + row * FORMAT.head_dim + channel
         tl.store(out, x.to(output.dtype.element_ty), mask=there & (channel < FORMAT.head_dim))
 
 
 @triton.jit
 def dequantize_token_kernel(
-    stored, output, watermark, num_kv_heads, length, FORMAT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    stored, output, watermark, num_kv_heads, first, length, FORMAT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The same for ``planes/token``. Grid ``(batch * num_kv_heads, blocks of tokens, blocks of
     channels)``; the fixed rotation takes one block of channels.
@@ -67,7 +75,7 @@ def dequantize_token_kernel(
     start = tl.load(stored.start + head // num_kv_heads)
     count = packed_tokens(watermark, start, FORMAT)
     lane = tl.arange(0, 16)[None, :]
-    position = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
+    position = first + tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]  # [T, 1]
     there = position < length
     keep = there & (position >= start)
     slot = position - start - FORMAT.sink_length
@@ -76,7 +84,7 @@ def dequantize_token_kernel(
     words = load_words(stored, head, slot, packed, lane, FORMAT)
     scale = tl.load(stored.scale + head * stored.capacity + slot, mask=packed, other=0.0)
     scale = scale.to(tl.float32)
-    rows = output + (head * length + position) * FORMAT.head_dim
+    rows = output + (head * (length - first) + position - first) * FORMAT.head_dim
     if stored.basis is None:
         planes = ()
         for j in tl.static_range(num_planes(FORMAT)):

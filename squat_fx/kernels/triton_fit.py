@@ -82,6 +82,12 @@ def kept(valid, stride, token, first, last):
 
 
 @triton.jit
+def bounded(x):
+    """Zeros for NaN and what fp16 cannot hold."""
+    return tl.where(tl.abs(x.to(tl.float32)) <= LARGEST_HALF, x, tl.zeros_like(x))
+
+
+@triton.jit
 def key_moments(
     key, stride, valid, valid_stride, begin, first, last,
     HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -99,6 +105,8 @@ def key_moments(
         keep = kept(valid, valid_stride, token, first, last)
         pointers = key + token.to(tl.int64) * stride + channel
         x = tl.load(pointers, mask=keep & (channel < HEAD_DIM), other=0.0).to(tl.float32)
+        unusable = tl.where(tl.abs(x) <= LARGEST_HALF, 0, 1)
+        x = tl.where(tl.sum(unusable, 1, keep_dims=True) == 0, x, 0.0)
         count += tl.where(keep, 1.0, 0.0)
         change = tl.where(keep, x - mean, 0.0)
         mean += change * (1.0 / tl.maximum(count, 1.0))
@@ -142,10 +150,12 @@ def statistics_kernel(
             rows = query + token.to(tl.int64) * query_strides[2]
             rows += (i % QUERIES_PER_KV) * query_strides[1]
             b = tl.load(rows + right[None, :], mask=keep & (right[None, :] < HEAD_DIM), other=0.0)
+            b = bounded(b)
             if blocks == 1:
                 a = b
             else:
                 a = tl.load(rows + left[None, :], mask=keep & (left[None, :] < HEAD_DIM), other=0.0)
+                a = bounded(a)
             gram = tl.dot(tl.trans(a), b, gram)
         inside = (left[:, None] < HEAD_DIM) & (right[None, :] < HEAD_DIM)
         grams += part * HEAD_DIM * HEAD_DIM

@@ -1,17 +1,19 @@
 """Symmetric levels with one scale per token: the rounding of the layout ``planes/token``.
 
     size  = max(sqrt(mean(y**2)), max(|y| * reach / (step * zero)))
-    scale = size, or -size in every other slot                              fp16, one per token
     zero  = (2**bits - 1) / 2
-    code  = clamp(round(y / (scale * step) + zero), 0, 2**bits - 1)
+    code  = clamp(round(y / (size * step) + zero), 0, 2**bits - 1)
+    scale = |y| / |step * (code - zero)|, negative in every other slot      fp16, one per token
     y'    = scale * step * (code - zero)
 
 ``step`` is the distance of ``2**bits`` evenly spaced levels about zero that rounds a standard
 Gaussian with the least mean squared error; it depends on the width of the plane group alone, so
 nothing but the scale is stored. After a rotation that mixes all channels the numbers of a token do
-look like a Gaussian; where they do not, clipping costs more in attention than a wider step, since
-it shortens the same few keys every time. So the levels reach at least ``reach`` of the largest
-number of a token: all of it from 3 bits on, 3/4 of it at 2 bits.
+look like a Gaussian. From 3 bits on the levels reach the largest number of a token wherever it is.
+
+A token comes back as long as it was. Rounding to the nearest of few levels shortens it, most where
+its numbers look least like a Gaussian, and a key that is too short is attended too little by every
+query. The scale of least error is worse than the unmended one: it shortens all tokens.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -28,7 +30,7 @@ from squat_fx.layouts.planes import LANES
 
 # 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-REACH = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+REACH = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it
 LARGEST_HALF = 65504.0
 
@@ -42,17 +44,17 @@ def step_and_zero(
 
 
 def least_scale(bits: int) -> float:
-    """What the scale of a token is at least, for each unit of a number in a plane of ``bits``."""
+    """What the size of a token is at least, for each unit of a number in a plane of ``bits``."""
     return REACH[bits] / (STEP[bits] * (2**bits - 1) / 2) if bits else 0.0
 
 
-def token_scale(y: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The size of the scale of each token, fp16 ``[..., tokens, 1]``."""
+def token_size(y: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """What the numbers of each token are measured with, fp32 ``[..., tokens, 1]``."""
     factor = torch.tensor([least_scale(bits) for bits in widths], device=y.device)
     factor = factor.repeat_interleave(LANES)[: y.shape[-1]]
-    scale = y.square().mean(-1, keepdim=True).sqrt()
-    scale = torch.maximum(scale, (y.abs() * factor).amax(-1, keepdim=True))
-    return scale.clamp(SMALLEST_SCALE, LARGEST_HALF).half()
+    size = y.square().mean(-1, keepdim=True).sqrt()
+    size = torch.maximum(size, (y.abs() * factor).amax(-1, keepdim=True))
+    return size.clamp(SMALLEST_SCALE, LARGEST_HALF)
 
 
 def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
@@ -69,25 +71,28 @@ def quantize_tokens(
     Args:
         y: fp32 ``[batch, heads, tokens, head_dim]``.
         widths: bits of each plane group of 16 channels.
-        feedback: see :class:`squat_fx.codecs.base.Fit`; the scale is that of ``y`` before it.
+        feedback: see :class:`squat_fx.codecs.base.Fit`; size and length are those before it.
         first_slot: where the first token is stored.
     """
     head_dim = y.shape[-1]
-    scale = token_scale(y, widths) * alternating_signs(y.shape[-2], first_slot, y.device)
+    sign = alternating_signs(y.shape[-2], first_slot, y.device)
     step, zero = step_and_zero(widths, head_dim, y.device)
-    unit = scale.float() * step
-    largest = 2 * zero
-    if feedback is None:
-        codes = (y / unit).add_(zero).round_().clamp_(min=0.0).minimum(largest)
-        return codes.to(torch.uint8), scale
-    y = y.clone()
+    unit = token_size(y, widths) * sign * step
     codes = torch.empty_like(y)
-    for first in range(0, head_dim, LANES):
-        block, later = slice(first, first + LANES), slice(first + LANES, head_dim)
-        rounded = (y[..., block] / unit[..., block]).add_(zero[block]).round_().clamp_(min=0.0)
-        codes[..., block] = rounded = rounded.minimum(largest[block])
-        error = (rounded - zero[block]) * unit[..., block] - y[..., block]
-        y[..., later] += error @ feedback[..., block, later]
+    rest = y if feedback is None else y.clone()
+    for first in range(0, head_dim, LANES if feedback is not None else head_dim):
+        block = slice(first, None if feedback is None else first + LANES)
+        rounded = (rest[..., block] / unit[..., block]).add_(zero[block]).round_().clamp_(min=0.0)
+        codes[..., block] = rounded = rounded.minimum(2 * zero[block])
+        if feedback is not None:
+            later = slice(first + LANES, head_dim)
+            error = (rounded - zero[block]) * unit[..., block] - rest[..., block]
+            rest[..., later] += error @ feedback[..., block, later]
+    length = y.square().sum(-1, keepdim=True).sqrt()
+    of_levels = ((codes - zero) * step).square().sum(-1, keepdim=True).sqrt()
+    scale = (length / of_levels.clamp_min(SMALLEST_SCALE)).clamp(
+        SMALLEST_SCALE, LARGEST_HALF
+    ).half() * sign
     return codes.to(torch.uint8), scale
 
 

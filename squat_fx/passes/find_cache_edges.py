@@ -1,7 +1,7 @@
 """Find where each attention's keys and values come from the cache and go back to it.
 
 Before:
-    key = cat([past_key, new_key], dim=-2)          # returned to the caller
+    key = cat([past_key, new_key], dim=-2)    # returned to the caller, or key[:, :, -window:]
     out = attention(query, repeat_kv(key), repeat_kv(value))
 After:
     the same graph, and one ``AttentionSite`` per attention: its record, and a ``CacheEdge`` for its
@@ -10,9 +10,12 @@ After:
 The walk starts at the attention and goes up through views; ``cat`` is no anchor, since rotary
 embeddings are full of them.
 
-Leaves alone, with a reason: keys or values that are not returned (sliding windows that return a
-slice) or do not grow (cross attention), concatenations on another dim or of more than two tensors,
-static caches, tensors written in place, layers the config skips.
+What is returned may be the newest tokens of the concatenation only (a sliding window), and so may
+what the attention reads. Keys and values that come from elsewhere than the query (cross attention)
+are stored where they are returned, and where they arrive packed they are read.
+
+Leaves alone, with a reason: keys or values that are not returned, concatenations on another dim or
+of more than two tensors, static caches, tensors written in place, layers the config skips.
 """
 
 from __future__ import annotations
@@ -32,16 +35,20 @@ from squat_fx.passes.spelling import (
     describe,
     dim_of,
     kind,
+    newest_of,
     parts_of,
     returned_nodes,
     same_size,
     shape_of,
     sizes_of,
+    source_of,
     value_of,
     writers,
 )
 
 _HEADS = {("heads",), ("heads", "repeat")}
+Returned = dict[fx.Node, Any]
+GROW = "use a cache that grows by concatenation, such as DynamicCache"
 
 
 class FindCacheEdges(GraphPass):
@@ -91,63 +98,101 @@ def _site(
     attention: Attention,
     layer: int,
     count: int,
-    returned: dict[fx.Node, Any],
+    returned: Returned,
     rewriting: Rewriting,
 ) -> AttentionSite | str:
     followed: list[Followed] = []
     for role, node in (("key", attention.key), ("value", attention.value)):
-        found = follow_views(node, lambda n: _is_cache_candidate(n, returned))
-        reason = found if isinstance(found, str) else _source_reason(found.source, returned)
-        if isinstance(found, str) or reason is not None:
-            return f"{role} {reason}"
-        if reason := _axes_reason(found, role, attention):
+        found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
+        if isinstance(found, str):
+            return f"{role} {found}"
+        reason = _source_reason(found.source, returned, rewriting)
+        if reason := reason or _axes_reason(found, role, attention):
             return f"{role} {reason}"
         followed.append(found)
     key, value = followed
     queries = _queries_per_kv(attention, key, value)
     if isinstance(queries, str):
         return queries
+    for role, found in (("key", key), ("value", value)):
+        if reason := _buffer_reason(found.source, attention):
+            return f"{role} {reason}"
     _, heads, _, key_dim = sizes_of(key.source)
     formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
     if isinstance(formats, str):
         return formats
-    key_edge = _edge("key", key.source, formats[0], attention, rewriting)
-    if isinstance(key_edge, str):
-        return f"key {key_edge}"
-    value_edge = _edge("value", value.source, formats[1], attention, rewriting)
-    if isinstance(value_edge, str):
-        return f"value {value_edge}"
+    key_edge = _edge("key", key.source, formats[0], returned, rewriting)
+    value_edge = _edge("value", value.source, formats[1], returned, rewriting)
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
     key_edge = replace(key_edge, basis=basis)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer)
+    seen = None if key.source is key_edge.grown else key.source
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen)
 
 
-def _is_cache_candidate(node: fx.Node, returned: dict[fx.Node, Any]) -> bool:
-    return node in returned or kind(node) == "cat" or node.op == "placeholder"
+def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
+    """Whether a cache may end in ``node``, or the attention reads the newest tokens of one."""
+    if node in returned or kind(node) == "cat" or node.op == "placeholder":
+        return True
+    if newest_of(node) is not None:
+        return _is_cache_candidate(source_of(node), returned, rewriting)
+    return part_returned(node, returned) is not None
 
 
-def _source_reason(source: fx.Node, returned: dict[fx.Node, Any]) -> str | None:
+def part_returned(grown: fx.Node, returned: Returned) -> fx.Node | None:
+    """What of ``grown`` goes back to the caller: all of it, or its newest tokens."""
+    if grown in returned:
+        return grown
+    newest = (user for user in grown.users if user in returned and newest_of(user) is grown)
+    return next(newest, None)
+
+
+def _grown(source: fx.Node) -> fx.Node:
+    """What an attention that reads ``source`` reads, or reads the newest tokens of."""
+    return newest_of(source) or source
+
+
+def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) -> str | None:
     """Why ``source`` is no cache: an input, another concatenation, not returned as it is."""
-    if found := writers(source):
+    grown = _grown(source)
+    if found := writers(grown):
+        if grown.op == "placeholder":
+            return f"is a buffer of fixed size, written in place by {describe(found[0])}; {GROW}"
         return f"is changed in place by {describe(found[0])} after it was made"
-    if source.op == "placeholder":
-        return "is read from a graph input to which nothing is appended"
-    if kind(source) != "cat":
+    if grown.op == "placeholder":
+        if rewriting.carriers.get(grown) is None or source is not grown:
+            return "is read from a graph input to which nothing is appended"
+        return "is read and appended to" if any(kind(u) == "cat" for u in grown.users) else None
+    if kind(grown) != "cat":
         return None
-    parts, dim = parts_of(source), argument(source, 1, "dim", 0)
-    if dim_of(dim, sizes_of(source)) != 2:
+    parts, dim = parts_of(grown), argument(grown, 1, "dim", 0)
+    if dim_of(dim, sizes_of(grown)) != 2:
         return f"is concatenated on dim {dim}, not on dim -2"
     if len(parts) != 2:
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
-    if any(w > source for part in parts for w in writers(part)):
+    if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
-    if source not in returned:
-        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in source.users)
-        what = "only a slice of it is, as in a sliding window"
+    if part_returned(grown, returned) is None:
+        sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in grown.users)
+        what = "only a part of it is, and not its newest tokens"
         what = what if sliced else "so the caller never gets it back"
         return f"is a past + new concatenation that is not returned; {what}"
+    return None
+
+
+def _buffer_reason(stored: fx.Node, attention: Attention) -> str | None:
+    """Whether what is returned is an input of the same shape with something written into it."""
+    if kind(stored) == "cat" or same_size(sizes_of(attention.query)[-2], sizes_of(stored)[2]):
+        return None
+    seen, stack = {stored}, [stored]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node.op == "placeholder" and shape_of(node) == shape_of(stored):
+                return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
+            if node not in seen and len(shape_of(node) or ()) == 4:
+                seen.add(node)
+                stack.append(node)
     return None
 
 
@@ -191,30 +236,31 @@ def _queries_per_kv(attention: Attention, key: Followed, value: Followed) -> int
 
 
 def _edge(
-    role: Role, source: fx.Node, fmt: Format, attention: Attention, rewriting: Rewriting
-) -> CacheEdge | str:
-    """The cache edge that ends in ``source``, or why there is none."""
-    past, new = parts_of(source) if kind(source) == "cat" else (None, source)
+    role: Role, source: fx.Node, fmt: Format, returned: Returned, rewriting: Rewriting
+) -> CacheEdge:
+    """The cache edge that an attention over ``source`` reads."""
+    grown = _grown(source)
+    if grown in rewriting.carriers and grown.op == "placeholder":
+        arriving = rewriting.carriers[grown]
+        assert arriving is not None, f"{grown} does not arrive packed"
+        return CacheEdge(role, "read", grown, grown, grown, arriving, grown=grown)
+    stored = part_returned(grown, returned)
+    assert stored is not None, f"{source} is not returned"
+    past, new = parts_of(grown) if kind(grown) == "cat" else (None, grown)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
-        return CacheEdge(role, "decode", source, new, past, fmt if arriving is None else arriving)
-    if not _grows_with_the_query(attention, new):
-        return "is returned but does not grow with the query, as in cross attention"
-    return CacheEdge(role, "prefill", source, new, None, fmt)
+        fmt = fmt if arriving is None else arriving
+        return CacheEdge(role, "decode", stored, new, past, fmt, grown=grown)
+    return CacheEdge(role, "prefill", stored, new, None, fmt, grown=grown)
 
 
-def _grows_with_the_query(attention: Attention, new: fx.Node) -> bool:
-    return same_size(sizes_of(attention.query)[-2], sizes_of(new)[2])
-
-
-def _find_lone_edges(rewriting: Rewriting, returned: dict[fx.Node, Any]) -> None:
+def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
     """Carriers that grow although no attention over them was understood: still appended, packed."""
-    known = rewriting.edges()
+    known = {edge.grown for edge in rewriting.edges().values()}
     for carrier, fmt in rewriting.carriers.items():
         for user in carrier.users:
-            if fmt is None or user in known or user not in returned or kind(user) != "cat":
+            if fmt is None or user in known or kind(user) != "cat":
                 continue
-            parts = parts_of(user)
-            if _source_reason(user, returned) is None and parts[0] is carrier:
+            if _source_reason(user, returned, rewriting) is None and parts_of(user)[0] is carrier:
                 role = value_of(carrier).role
-                rewriting.lone_edges.append(CacheEdge(role, "decode", user, parts[1], carrier, fmt))
+                rewriting.lone_edges.append(_edge(role, user, fmt, returned, rewriting))

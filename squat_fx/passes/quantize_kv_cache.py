@@ -34,7 +34,14 @@ from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
 from squat_fx.passes.one_mask import one_mask, terms_of
-from squat_fx.passes.records import AttentionSite, CacheEdge, InnerInput, InnerOutput, Rewriting
+from squat_fx.passes.records import (
+    AttentionSite,
+    CacheEdge,
+    InnerInput,
+    InnerOutput,
+    Number,
+    Rewriting,
+)
 from squat_fx.passes.spelling import (
     describe,
     flat_outputs,
@@ -42,8 +49,10 @@ from squat_fx.passes.spelling import (
     memory_of,
     reads_size,
     shape_of,
+    size_of,
     sizes_of,
     source_of,
+    symbols_of,
     value_of,
     writers,
     written_by,
@@ -65,7 +74,7 @@ class QuantizeKVCache(GraphPass):
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
-            if site.kind == "decode":
+            if site.kind != "prefill":
                 reader = self._attend(site, rewriting)
             else:
                 reader = site.attention.output
@@ -73,6 +82,8 @@ class QuantizeKVCache(GraphPass):
             readers[site.value.stored].append(reader)
         stored: dict[fx.Node, list[fx.Node]] = {}
         for edge in edges.values():
+            if edge.kind == "read":
+                continue
             if edge.kind == "decode":
                 self._append(edge, readers[edge.stored], rewriting)
             else:
@@ -109,13 +120,13 @@ class QuantizeKVCache(GraphPass):
                 ops.overload("attend", site.key.fmt.layout, site.value.fmt.layout),
                 (
                     query,
-                    site.key.new,
-                    site.value.new,
+                    *((site.key.new, site.value.new) if site.kind == "decode" else (None, None)),
                     *key,
                     *value,
                     rewriting.positions(),
                     rewriting.handles.index(site.key.carrier),
                     rewriting.handles.index(site.value.carrier),
+                    _first_row(site, rewriting),
                     self._mask(site, graph),
                     attention.sinks,
                     attention.scale,
@@ -228,8 +239,9 @@ class QuantizeKVCache(GraphPass):
             return None
         for site in rewriting.sites:
             if edge.stored in (site.key.stored, site.value.stored):
-                with rewriting.graph.inserting_before(site.attention.output):
-                    return four_dim_query(site, rewriting.graph)[0]
+                graph = rewriting.graph
+                with graph.inserting_before(site.attention.output):
+                    return _newest_like(edge, four_dim_query(site, graph)[0])
         return None
 
     def _mask(self, site: AttentionSite, graph: fx.Graph, as_written: bool = True) -> Any:
@@ -259,6 +271,23 @@ class QuantizeKVCache(GraphPass):
                     torch.ops.squat_fx.valid_tokens.default, (mask, new)
                 )
         return self._valid[key]
+
+
+def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
+    """As many of the newest tokens of ``x`` as are stored of a prompt, where the graph stands."""
+    if not edge.is_window:
+        return x
+    return x.graph.node_copy(edge.stored, lambda node: x if node is edge.grown else node)
+
+
+def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
+    """The row that says where a window begins; -1 if all of the past is seen."""
+    carriers = site.key.carrier, site.value.carrier
+    if site.key.carrier not in rewriting.windows():
+        return -1
+    seen = site.seen or site.key.grown or site.key.stored
+    past = sizes_of(seen)[2] - sizes_of(site.key.new)[2]
+    return rewriting.row_of(Number(past, carriers))
 
 
 def four_dim_query(site: AttentionSite, graph: fx.Graph) -> tuple[fx.Node, bool]:
@@ -381,6 +410,13 @@ def _replace_outputs(
     first: dict[fx.Node, int] = {}
     for node in flat_outputs(rewriting.graph):
         edge = edges.get(node)
+        if edge is not None and edge.kind == "read":
+            argument = rewriting.placeholders.index(edge.carrier)
+            rewriting.outputs.append(InnerOutput("argument", argument=argument))
+            continue
+        if isinstance(node, fx.Node) and _is_known_size(value_of(node), rewriting):
+            rewriting.outputs.append(InnerOutput("number", tokens=size_of(value_of(node))))
+            continue
         if edge is None:
             rewriting.outputs.append(InnerOutput("value", first=len(inner)))
             inner.append(node)
@@ -388,7 +424,8 @@ def _replace_outputs(
         if edge.kind == "decode":
             argument = rewriting.placeholders.index(edge.carrier)
             tokens = sizes_of(edge.new)[2]
-            made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge)
+            kept = sizes_of(node)[2] if edge.is_window else None
+            made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge, kept=kept)
             rewriting.outputs.append(made)
             continue
         if node not in first:
@@ -400,6 +437,17 @@ def _replace_outputs(
     if errors is not None:
         inner.append(errors)
     rewriting.graph.output_node().args = (tuple(inner),)
+
+
+def _is_known_size(value: Any, rewriting: Rewriting) -> bool:
+    """Whether a scalar follows from the sizes of the inputs, so that no graph need compute it."""
+    if not isinstance(value, torch.SymInt) or not rewriting.handles:
+        return False
+    inputs = (value_of(node) for node in rewriting.placeholders)
+    known = {size_of(x) for x in inputs if isinstance(x, torch.SymInt)}
+    for node in rewriting.placeholders:
+        known |= set(shape_of(node) or ())
+    return symbols_of(size_of(value)) <= known
 
 
 def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -> None:

@@ -60,18 +60,25 @@ class Attention:
 class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
 
-    ``stored`` is the node returned to the caller. In a ``decode`` edge it is ``cat(past, new)`` and
-    ``past`` a carrier; in a ``prefill`` edge there is nothing packed yet. ``basis`` is given where
-    ``fmt`` is latent.
+    ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
+    its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
+    nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. ``basis``
+    is given where ``fmt`` is latent.
     """
 
     role: Role
-    kind: Literal["prefill", "decode"]
+    kind: Literal["prefill", "decode", "read"]
     stored: fx.Node
     new: fx.Node
     past: fx.Node | None
     fmt: Format
     basis: Tensor | None = field(default=None, compare=False, repr=False)
+    grown: fx.Node | None = None
+
+    @property
+    def is_window(self) -> bool:
+        """Whether only the newest tokens go back to the caller."""
+        return self.grown is not None and self.grown is not self.stored
 
     @property
     def carrier(self) -> fx.Node:
@@ -82,17 +89,21 @@ class CacheEdge:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention over past and new keys and values that will be rewritten."""
+    """One attention over past and new keys and values that will be rewritten.
+
+    ``seen`` are the keys that it reads, if those are not all of ``cat(past, new)`` but the newest.
+    """
 
     attention: Attention
     key: CacheEdge
     value: CacheEdge
     num_queries_per_kv: int
     layer: int
+    seen: fx.Node | None = None
 
     @property
     def kind(self) -> str:
-        """``"prefill"`` or ``"decode"``."""
+        """``"prefill"``, ``"decode"`` or ``"read"``."""
         return self.key.kind
 
 
@@ -166,7 +177,8 @@ class Rewriting:
         inputs: what feeds the rewritten graph's placeholders, filled by ``quantize_kv_cache``.
         outputs: how each flat output is made, likewise.
         handles: the carriers in the order of the rows of the positions tensor.
-        make_positions: gives that row's node, and for -1 the placeholder of the whole tensor.
+        numbers: what the rows after those say.
+        make_positions: gives a row's node, and for -1 the placeholder of the whole tensor.
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
         watched: the layers whose errors are the last output of the rewritten graph.
@@ -183,6 +195,7 @@ class Rewriting:
     inputs: list[InnerInput] = field(default_factory=list)
     outputs: list[InnerOutput] = field(default_factory=list)
     handles: list[fx.Node] = field(default_factory=list)
+    numbers: list[Number] = field(default_factory=list)
     make_positions: Callable[[int], Any] | None = None
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -198,10 +211,37 @@ class Rewriting:
         assert self.make_positions is not None
         return self.make_positions(-1)
 
+    def row_of(self, number: Number) -> int:
+        """The row of the positions tensor that says ``number``, made on first use."""
+        if number not in self.numbers:
+            self.numbers.append(number)
+        return len(self.handles) + self.numbers.index(number)
+
+    def windows(self) -> set[fx.Node]:
+        """Carriers of which a graph sees, or keeps, the newest tokens only."""
+        found: set[fx.Node] = set()
+        for site in self.sites:
+            if site.kind == "decode" and (site.key.is_window or site.seen is not None):
+                found |= {site.key.carrier, site.value.carrier}
+        lone = (e for e in self.lone_edges if e.is_window)
+        return found | {edge.carrier for edge in lone}
+
     def edges(self) -> dict[fx.Node, CacheEdge]:
         """All cache edges by the node that is returned."""
         found = {edge.stored: edge for site in self.sites for edge in (site.key, site.value)}
         return found | {edge.stored: edge for edge in self.lone_edges}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that the boundary tells the graph, as the first one of a row of positions.
+
+    ``size`` is an expression over the sizes of the inputs. With ``carriers``, keys and values of a
+    layer, it is the first of their tokens that is seen when the ``size`` newest are.
+    """
+
+    size: Any
+    carriers: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,13 +264,15 @@ class InnerOutput:
     """How one flat output of the compiled callable is made from the inner graph's outputs.
 
     ``kind`` is ``"value"`` (inner output ``first``), ``"appended"`` (the carrier argument
-    ``argument``, longer by ``tokens``) or ``"stored"`` (``count`` arenas from inner output
-    ``first``, holding ``tokens`` tokens).
+    ``argument``, longer by ``tokens``, of which the newest ``kept`` go on), ``"stored"`` (``count``
+    arenas from inner output ``first``, holding ``tokens`` tokens), ``"argument"`` (argument
+    ``argument`` as it is) or ``"number"`` (``tokens``).
     """
 
-    kind: Literal["value", "appended", "stored"]
+    kind: Literal["value", "appended", "stored", "argument", "number"]
     first: int = -1
     count: int = 0
     argument: int = -1
     tokens: Any = 0
     edge: CacheEdge | None = None
+    kept: Any = None

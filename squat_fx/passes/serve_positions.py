@@ -1,7 +1,7 @@
 """Serve position arithmetic on the cache length from the device.
 
 Before:
-    position_ids = arange(q) + past_len           # past_len: a size of a packed cache
+    position_ids = arange(q) + past_len           # past_len: a size of a packed cache, or an input
     cache_position = arange(past_len, past_len + 1)
 After:
     position_ids = arange(q) + positions[row, 0]  # the positions tensor that the boundary writes
@@ -16,14 +16,13 @@ Leaves alone: sizes used as sizes (masks that grow, reshapes), and arithmetic th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from squat_fx.passes.base import GraphPass
-from squat_fx.passes.records import Rewriting
+from squat_fx.passes.records import Number, Rewriting
 from squat_fx.passes.spelling import (
     argument,
     is_plain,
@@ -31,6 +30,7 @@ from squat_fx.passes.spelling import (
     operand,
     shape_of,
     size_of,
+    symbols_of,
     value_of,
 )
 
@@ -42,13 +42,13 @@ class ServePositions(GraphPass):
 
     def run(self, rewriting: Rewriting) -> int:
         """See the module's docstring."""
-        lengths = _cache_lengths(rewriting)
-        if not lengths or rewriting.make_positions is None:
+        if not rewriting.handles or rewriting.make_positions is None:
             return 0
+        rows = _Rows(rewriting)
         served = 0
         for node in list(rewriting.graph.nodes):
-            replaced = _tensor_plus_length(node, lengths, rewriting.make_positions)
-            replaced = replaced or _arange_from_length(node, lengths, rewriting.make_positions)
+            replaced = _tensor_plus_length(node, rows)
+            replaced = replaced or _arange_from_length(node, rows)
             if replaced is not None:
                 replaced.meta.update(node.meta)
                 node.replace_all_uses_with(replaced)
@@ -57,14 +57,34 @@ class ServePositions(GraphPass):
         return served
 
 
-def _cache_lengths(rewriting: Rewriting) -> dict[Any, int]:
-    """Row of the positions tensor by the symbol of a carrier's length."""
-    lengths: dict[Any, int] = {}
-    for row, carrier in enumerate(rewriting.handles):
-        shape = shape_of(carrier)
-        if shape is not None and not isinstance(shape[2], int):
-            lengths.setdefault(shape[2], row)
-    return lengths
+class _Rows:
+    """Rows of the positions tensor that begin with a scalar."""
+
+    def __init__(self, rewriting: Rewriting) -> None:
+        self._rewriting = rewriting
+        windows = rewriting.windows()
+        self._lengths: dict[Any, int] = {}
+        self._known: set[Any] = set()
+        for row, carrier in enumerate(rewriting.handles):
+            shape = shape_of(carrier)
+            if shape is not None and not isinstance(shape[2], int):
+                self._known.add(shape[2])
+                if carrier not in windows:  # a window is shorter than what was appended
+                    self._lengths.setdefault(shape[2], row)
+        for node in rewriting.placeholders:
+            if isinstance(value_of(node), torch.SymInt):
+                self._known |= symbols_of(size_of(value_of(node)))
+
+    def __call__(self, scalar: Any) -> fx.Node | None:
+        """The row's node of a scalar that is a length of a cache, or an input, or follows from
+        those; None for anything else.
+        """
+        size, positions = _symbol(scalar), self._rewriting.make_positions
+        assert positions is not None
+        if size is None or isinstance(size, int) or not symbols_of(size) <= self._known:
+            return None
+        row = self._lengths.get(size)
+        return positions(self._rewriting.row_of(Number(size)) if row is None else row)
 
 
 def _symbol(value: Any) -> Any:
@@ -80,40 +100,40 @@ def _is_integer(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.int64
 
 
-def _tensor_plus_length(
-    node: fx.Node, lengths: dict[Any, int], positions: Callable[[int], fx.Node]
-) -> fx.Node | None:
+def _tensor_plus_length(node: fx.Node, rows: _Rows) -> fx.Node | None:
     if kind(node) not in ("add", "sub") or not is_plain(node) or not _is_integer(node):
         return None
     tensor, scalar = operand(node), operand(node, 1)
-    if _symbol(tensor) in lengths and kind(node) == "add":
+    if _symbol(tensor) is not None and kind(node) == "add":
         tensor, scalar = scalar, tensor
-    row = lengths.get(_symbol(scalar))
-    if row is None or not isinstance(tensor, fx.Node) or not _is_integer(tensor):
+    if not isinstance(tensor, fx.Node) or not _is_integer(tensor):
         return None
     graph = node.graph
     with graph.inserting_before(node):
-        length = graph.call_function(torch.select, (positions(row), 0, 0))
+        row = rows(scalar)
+        if row is None:
+            return None
+        length = graph.call_function(torch.select, (row, 0, 0))
         return graph.call_function(
             torch.add if kind(node) == "add" else torch.sub, (tensor, length)
         )
 
 
-def _arange_from_length(
-    node: fx.Node, lengths: dict[Any, int], positions: Callable[[int], fx.Node]
-) -> fx.Node | None:
+def _arange_from_length(node: fx.Node, rows: _Rows) -> fx.Node | None:
     """``arange(past_len, past_len + q)`` with a number ``q``."""
     if kind(node) != "arange" or not _is_integer(node) or argument(node, 2, "step", 1) != 1:
         return None
     if len(node.args) < 2 and "end" not in node.kwargs:
         return None
-    row = lengths.get(_symbol(argument(node, 0, "start")))
     shape = shape_of(node)
-    if row is None or shape is None or not isinstance(shape[0], int):
+    if shape is None or not isinstance(shape[0], int):
         return None
     graph = node.graph
     with graph.inserting_before(node):
+        row = rows(argument(node, 0, "start"))
+        if row is None:
+            return None
         given = {k: v for k, v in node.kwargs.items() if k not in ("start", "end", "step")}
         counted = graph.call_function(torch.arange, (shape[0],), given)
-        length = graph.call_function(torch.select, (positions(row), 0, 0))
+        length = graph.call_function(torch.select, (row, 0, 0))
         return graph.call_function(torch.add, (counted, length))

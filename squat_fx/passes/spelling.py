@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import sympy
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import fx
+from torch.utils._sympy.functions import Max as TorchMax
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -219,6 +221,33 @@ def reads_size(node: fx.Node) -> bool:
     return describe(node) in (*names, "_assert_tensor_metadata")
 
 
+def newest_of(node: Any) -> fx.Node | None:
+    """``x`` of ``x[:, :, -n:]``: the newest of its tokens, or all of them."""
+    if kind(node) == "slice":
+        is_newest = argument(node, 1, "dim", 0) in (2, -2) and argument(node, 4, "step", 1) == 1
+        is_newest &= _reaches_the_end(argument(node, 3, "end"))
+        return source_of(node) if is_newest else None
+    if kind(node) != "getitem" or not isinstance(node.args[1], tuple):
+        return None
+    before, after = shape_of(source_of(node)), shape_of(node)
+    items = node.args[1]
+    if before is None or after is None or len(before) != 4 or len(after) != 4:
+        return None
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items = (*items[:at], *[slice(None)] * (5 - len(items)), *items[at + 1 :])
+    items = (*items, *[slice(None)] * (4 - len(items)))
+    others = (item for dim, item in enumerate(items) if dim != 2)
+    if any(item != slice(None) for item in others) or not isinstance(items[2], slice):
+        return None
+    is_newest = _reaches_the_end(items[2].stop) and items[2].step in (None, 1)
+    return source_of(node) if is_newest else None
+
+
+def _reaches_the_end(stop: Any) -> bool:
+    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
+
+
 def writers(node: fx.Node) -> list[fx.Node]:
     """Operations that write to the node's memory in place, through its views too."""
     found: list[fx.Node] = []
@@ -254,6 +283,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     else:
         name = describe(node)
         in_place = name.endswith("_") and not name.endswith("__")
+        in_place &= node.target not in (operator.and_, operator.or_, operator.not_)
         in_place |= node.op == "call_function" and node.target in _INPLACE_OPERATORS
         written = [operand(node) if in_place else None, node.kwargs.get("out")]
     return [x for x in written if isinstance(x, fx.Node)]
@@ -295,11 +325,53 @@ def size_of(size: Any) -> Any:
     return size
 
 
+def symbols_of(size: Any) -> AbstractSet[Any]:
+    """The symbols in a size as :func:`size_of` gives it; none in a number."""
+    return getattr(size, "free_symbols", frozenset())
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal whatever the symbols are."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return a is b or a == b or sympy.expand(a - b) == 0
+
+
+def is_at_least(size: Any, least: Any, graph: fx.Graph) -> bool:
+    """Whether ``size >= least`` whatever the symbols are, given the ranges that were guarded on;
+    adds no guard.
+    """
+    difference = sympy.expand(size - least)
+    if difference.is_number:
+        return bool(difference >= 0)
+    shapes = _shape_env(graph)
+    if shapes is None:
+        return False
+    ranges = {symbol: shapes.bound_sympy(symbol) for symbol in difference.free_symbols}
+    for choice in difference.atoms(TorchMax, sympy.Max):
+        bound = shapes.bound_sympy(choice)
+        if bound.lower == bound.upper:
+            difference = difference.xreplace({choice: bound.lower})
+    above = {
+        symbol: bound.lower + sympy.Dummy(integer=True, nonnegative=True)
+        for symbol, bound in ranges.items()
+        if bound.lower.is_finite
+    }
+    return bool(
+        shapes.bound_sympy(difference).lower >= 0
+        or sympy.expand(difference.subs(above)).is_nonnegative
+    )
+
+
+def _shape_env(graph: fx.Graph) -> Any:
+    """What is known of the symbols in a graph; None if there are none."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = value_of(node)
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                return size.node.shape_env
+    return None
 
 
 def dim_of(dim: int, shape: Sequence[Any]) -> int:

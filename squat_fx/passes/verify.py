@@ -56,7 +56,7 @@ class Verify(GraphPass):
         used = {
             made.first + i
             for made in rewriting.outputs
-            if made.kind != "appended"
+            if made.kind in ("value", "stored")
             for i in range(made.count if made.kind == "stored" else 1)
         }
         count = len(flat_outputs(rewriting.graph))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from typer.testing import CliRunner
 
 import squat_fx
 from squat_fx.cli import app
+from squat_fx.demo import silent
 from squat_fx.evaluate import attention, report, settings
-from squat_fx.evaluate.measure import Evaluation, Row, hold
+from squat_fx.evaluate.measure import Evaluation, Row, Scores, hold
 from squat_fx.evaluate.texts import Windows, spread
 from tests.conftest import randn
 from tests.models import VOCABULARY, build
@@ -38,7 +38,7 @@ def two_texts() -> Windows:
 
 
 def run(family: str, *chosen: settings.Setting, batch: int = 3) -> list[Row]:
-    evaluation = Evaluation(lambda: build(family), two_texts(), batch)
+    evaluation = Evaluation(lambda: build(family), [two_texts()], batch)
     return [evaluation.run(s, lambda _: None) for s in (settings.full(), *chosen)]
 
 
@@ -58,6 +58,16 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         spread(torch.arange(100), 3, 40, "x")
 
 
+def test_a_drifting_window_goes_on_with_the_next_text() -> None:
+    texts = {"a": torch.arange(100), "b": torch.arange(100, 200), "c": torch.arange(200, 300)}
+    drifting = Windows.cut(texts, NO_TOKENS, 2, prompt=3, tokens=1).drifting()
+    assert drifting.texts == tuple(f"{x} then {y}" for x, y in ("ab", "bc", "ca") for _ in range(2))
+    assert drifting.ids[0].tolist() == [0, 1, 2, 103, 104]
+    assert drifting.ids[5].tolist() == [250, 251, 252, 53, 54]
+    with pytest.raises(ValueError, match="of different texts need two texts"):
+        Windows.cut({"a": torch.arange(100)}, NO_TOKENS, 2, prompt=3, tokens=1).drifting()
+
+
 # settings ---------------------------------------------------------------------------------------
 
 
@@ -67,6 +77,11 @@ def test_codecs_and_widths_are_combined() -> None:
         "squat, 2 bits", "squat, 3/2 bits", 'kivi {"group_size": 64}, 2 bits',
         'kivi {"group_size": 64}, 3/2 bits', "none",
     ]  # fmt: skip
+
+
+def test_a_codec_may_have_widths_of_its_own() -> None:
+    found = settings.ours(["kivi", "polar at 3.875"], ["2", "3"])
+    assert [s.name for s in found] == ["kivi, 2 bits", "kivi, 3 bits", "polar, 3.875 bits"]
 
 
 def test_what_can_be_calibrated_is_measured_both_ways() -> None:
@@ -103,9 +118,10 @@ def test_scores_are_those_of_a_plain_forward_pass(family: str) -> None:
     expected = F.cross_entropy(
         logits.transpose(1, 2).double(), ids[:, PROMPT + 1 :], reduction="none"
     )
-    torch.testing.assert_close(full.nll, expected, rtol=1e-4, atol=1e-4)
-    assert full.kl.abs().max() == 0
-    assert full.top1.min() == 1
+    (scores,) = full.scores
+    torch.testing.assert_close(scores.nll, expected, rtol=1e-4, atol=1e-4)
+    assert scores.kl.abs().max() == 0
+    assert scores.top1.min() == 1
     assert not full.layers
 
 
@@ -123,24 +139,38 @@ def test_divergence_is_that_of_the_two_predictions() -> None:
                 logits.append(model(token, past_key_values=cache).logits[:, -1])
             found.append(torch.stack(logits, 1).double().log_softmax(-1))
     expected = F.kl_div(found[1], found[0], log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(small.kl[:3], expected, rtol=1e-4, atol=1e-7)
-    assert small.kl.mean() > 1e-5
-    assert torch.equal(small.top1[:3], (found[0].argmax(-1) == found[1].argmax(-1)).double())
-    assert small.nll.shape == full.nll.shape == (4, TOKENS)
+    (scores,) = small.scores
+    torch.testing.assert_close(scores.kl[:3], expected, rtol=1e-4, atol=1e-7)
+    assert scores.mean_kl > 1e-5
+    assert torch.equal(scores.top1[:3], (found[0].argmax(-1) == found[1].argmax(-1)).double())
+    assert scores.nll.shape == full.scores[0].nll.shape == (4, TOKENS)
 
 
 def test_batches_do_not_change_scores() -> None:
     chosen = settings.ours(["squat"], ["2"], inner="eager", residual_length=8)
     for one, all_of_them in zip(run("llama", *chosen, batch=1), run("llama", *chosen, batch=4),
                                 strict=True):  # fmt: skip
-        torch.testing.assert_close(one.nll, all_of_them.nll, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(one.kl, all_of_them.kl, rtol=1e-2, atol=1e-5)
+        found, expected = one.scores[0], all_of_them.scores[0]
+        torch.testing.assert_close(found.nll, expected.nll, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.kl, expected.kl, rtol=1e-2, atol=1e-5)
+
+
+def test_every_length_of_prompt_has_scores_of_its_own() -> None:
+    texts = {"a.txt": tokens_of(400)}
+    sets = [Windows.cut(texts, NO_TOKENS, 2, length, TOKENS) for length in (PROMPT, 70)]
+    found = []
+    for chosen in (sets, sets[1:]):
+        evaluation = Evaluation(lambda: build("llama"), chosen, 2)
+        evaluation.run(settings.full(), lambda _: None)
+        (setting,) = settings.ours(["squat"], ["2"], inner="eager", residual_length=8)
+        found.append(evaluation.run(setting, lambda _: None).record(chosen)["texts"])
+    assert list(found[0]) == [f"a.txt, prompt {PROMPT}", "a.txt, prompt 70"]
+    assert found[0]["a.txt, prompt 70"]["kl"] == pytest.approx(found[1]["a.txt, prompt 70"]["kl"])
 
 
 def test_a_hundredth_of_tokens_is_above_the_percentile() -> None:
     kl = torch.arange(1000, dtype=torch.float64).reshape(4, 250)
-    row = Row("x", kl, kl, kl, hold(DynamicCache()))
-    scores = row.scores(range(4))
+    scores = Scores(kl, kl, kl)[range(4)]
     assert (kl > scores.kl_p99).sum() == 10
     assert scores.mean_kl == 499.5
 
@@ -186,6 +216,15 @@ def test_bits_are_bytes_that_are_held() -> None:
         elements = row.held.dense / 4
         assert row.held.all_bits == pytest.approx(8 * row.held.stored / elements)
     assert none.held.packed_bits == 16
+    exact = 32 + 4  # of 52 tokens
+    learned = 2 * 16 / 52 / 2  # means and factors, of keys only
+    assert two.held.effective_bits == pytest.approx((3 * 16 + 16 * exact) / 52 + learned)
+    assert none.held.effective_bits == 16
+
+
+def test_a_setting_that_packs_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^no layer of turboquant, 2\.5 bits is packed: .*2\.5"):
+        run("llama", *settings.ours(["turboquant"], ["2.5"], inner="eager"))  # head_dim 16
 
 
 def test_what_a_cache_holds_is_measured_on_the_cache() -> None:
@@ -207,12 +246,12 @@ def test_eight_bit_floats_take_a_byte_each() -> None:
     full, small = run("llama", *found)
     assert small.held.dense == full.held.dense == full.held.stored
     assert small.held.all_bits == pytest.approx(8, abs=0.1)
-    assert 0 < small.kl.mean() < 1e-2
+    assert small.held.effective_bits == pytest.approx(8, abs=0.1)
+    assert 0 < small.scores[0].mean_kl < 1e-2
 
 
-def silent(_: str) -> Any:
-    """Progress of which nobody is told."""
-    return nullcontext(lambda _: None)
+def comparison(folder: Path, chosen: Sequence[settings.Setting]) -> report.Comparison:
+    return report.Comparison(folder, "cpu", "float32", [two_texts()], 4, chosen)
 
 
 def test_a_peer_that_refuses_a_model_is_left_out(folder: Path) -> None:
@@ -221,18 +260,12 @@ def test_a_peer_that_refuses_a_model_is_left_out(folder: Path) -> None:
 
     said: list[str] = []
     chosen = [settings.full(), settings.Setting("peer", refuse, optional=True)]
-    rows = report.run(
-        folder, "cpu", "float32", two_texts(), 4, chosen, [], silent,
-        said.append,
-    )  # fmt: skip
-    assert [row.name for row in rows] == ["full"]
+    rows = report.run(comparison(folder, chosen), silent, said.append)
+    assert [row["name"] for row in rows] == ["full"]
     assert said[-1] == "peer is left out: only full attention"
     chosen[1] = settings.Setting("ours", refuse)
     with pytest.raises(ValueError, match=r"^only full attention$"):
-        report.run(
-            folder, "cpu", "float32", two_texts(), 4, chosen, [], silent,
-            said.append,
-        )  # fmt: skip
+        report.run(comparison(folder, chosen), silent, said.append)
 
 
 # the command ------------------------------------------------------------------------------------
@@ -278,11 +311,13 @@ def test_the_command_writes_what_it_shows(evaluate: Callable[..., Any], tmp_path
     assert "words.txt, prompt 60" in done.stdout
     written = json.loads(out.read_text())
     assert written["command"].startswith(
-        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --needle 100"
+        "squat-fx eval --model tiny --text words.txt --codec squat --bits 2 --bits 4 --prompt 60 "
+        "--needle 100"
     )
     full, two, four = written["rows"]
-    assert full["texts"]["words.txt"]["kl"] == 0
-    assert 0 < four["texts"]["words.txt"]["kl"] < two["texts"]["words.txt"]["kl"]
+    scores = [row["texts"]["words.txt, prompt 60"] for row in (full, two, four)]
+    assert scores[0]["kl"] == 0
+    assert 0 < scores[2]["kl"] < scores[1]["kl"]
     assert sorted(two["attention_error"]) == ["0", "1"]
     assert two["cache_bytes"] > 0
     assert list(two["tasks"]) == ["needle in 100 tokens", "q.jsonl", "5 tokens of its own"]

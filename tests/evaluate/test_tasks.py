@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import squat_fx
-from squat_fx.evaluate.tasks import Answers, FreeRun, Needles, decode_after
+from squat_fx.evaluate.tasks import Answers, Case, FreeRun, Needles, decode_after
 from tests.models import VOCABULARY, build, prompt
 
 LEADING = torch.tensor([1])
@@ -27,8 +27,9 @@ def make_cache(model: Any) -> Any:
     return lambda: DynamicCache(config=model.config)
 
 
-def needles(length: int = 300, count: int = 3) -> Needles:
-    return Needles(encode("nothing to see here " * 40), encode, LEADING, length, count)
+def needles(length: int = 300, count: int = 3, batch: int = 1) -> Needles:
+    haystack = encode("nothing to see here " * 40)
+    return Needles.hide(haystack, encode, LEADING, length, count, batch)
 
 
 def ignore(_: float) -> None:
@@ -41,18 +42,24 @@ def no_grad() -> Any:
         yield
 
 
-def test_following_tokens_are_scored_before_they_are_seen() -> None:
-    model: Any = build("llama")
-    ids = prompt(1, 30)[0]
-    found = decode_after(model, DynamicCache(config=model.config), ids[:20], ids[20:])
-    expected = model(ids[None, :-1], use_cache=False).logits[0, 19:].double().log_softmax(-1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+def test_answers_are_scored_before_they_are_seen_whatever_the_batch() -> None:
+    model, ids = build("llama"), prompt(3, 30)
+    cases = [Case(row[:20], row[20 : 22 + i], row[22 + i : 27 + i]) for i, row in enumerate(ids)]
+    for batch in (1, 2, 3):
+        found = list(decode_after(model, make_cache(model), cases, batch))
+        for i, scored in enumerate(found):
+            logits = model(ids[i : i + 1, : 27 + i], use_cache=False).logits[0, 21 + i : -1]
+            log_probs = logits.double().log_softmax(-1)
+            expected = -log_probs.gather(1, cases[i].answer[:, None])[:, 0]
+            torch.testing.assert_close(scored.nll, expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(scored.best, log_probs.argmax(-1) == cases[i].answer)
 
 
 def test_needles_lie_at_even_depths_in_prompts_of_one_length() -> None:
     task, depths = needles(), []
     for index in range(3):
-        text, question, answer = task.case(index)
+        case = task.cases[index]
+        text, question, answer = case.prompt, case.asked, case.answer
         assert len(text) == 300
         assert text[0] == 1
         needle = encode(f"number of the {('harbour', 'library', 'orchard')[index]} is")
@@ -67,7 +74,7 @@ def test_needles_lie_at_even_depths_in_prompts_of_one_length() -> None:
 
 def test_a_text_too_short_for_a_needle_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a needle in 5000 tokens needs a text of \d+ tokens"):
-        needles(5000).case(0)
+        needles(5000)
 
 
 class Copying(torch.nn.Module):
@@ -111,13 +118,17 @@ def test_answers_are_as_likely_as_in_a_plain_forward_pass(tmp_path: Path) -> Non
     path = tmp_path / "questions.jsonl"
     lines = [{"question": f"What is {i}?", "answer": f"It is {i * i}."} for i in range(4)]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    task, model = Answers.read(path, encode, LEADING, 3), build("llama")
-    assert len(task.questions) == 3
+    task, model = Answers.read(path, encode, LEADING, 3, 60, 2), build("llama")
+    before = encode("Question: What is 3?\nAnswer: It is 9.\n\nQuestion: What is 1?\nAnswer:")
+    assert torch.equal(task.cases[1].prompt, torch.cat([LEADING, before[-59:]]))
+    assert [case.answer.tolist() for case in task.cases] == [
+        encode(f" It is {i * i}.").tolist() for i in range(3)
+    ]
     expected = []
-    for question, answer in task.questions:
-        ids = torch.cat([question, answer])[None]
-        logits = model(ids, use_cache=False).logits[0, len(question) - 1 : -1].log_softmax(-1)
-        expected.append(-logits.gather(1, answer[:, None]).mean())
+    for case in task.cases:
+        ids = torch.cat([case.prompt, case.answer])[None]
+        logits = model(ids, use_cache=False).logits[0, 59:-1].log_softmax(-1)
+        expected.append(-logits.gather(1, case.answer[:, None]).mean())
     found = task.run(model, make_cache(model), ignore)
     assert found["nll"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
@@ -127,7 +138,7 @@ def test_a_line_that_is_no_question_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "x", "answer": "y"}\n' + line, encoding="utf-8")
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: expected json with question"):
-        Answers.read(path, encode, LEADING, 5)
+        Answers.read(path, encode, LEADING, 5, 60, 2)
 
 
 def test_free_tokens_are_judged_by_the_untouched_model() -> None:

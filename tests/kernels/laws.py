@@ -76,11 +76,17 @@ class Case:
     widths: str = "uniform"  # spread: half a bit more or less than ``bits``, random: 0 to 8
     shifted: bool = False  # and scaled, values too
     calibrated: bool = False  # a basis per head instead of the fixed rotation
+    hidden: float = 0.0  # the part of the past that has left the window, if there is one
 
     @property
     def per_token(self) -> bool:
         """Whether the layout is planes/token."""
         return self.codec.layout == "planes/token"
+
+    @property
+    def first_seen(self) -> int:
+        """Where the window begins; 0 if there is none."""
+        return int(self.hidden * sum(self.chunks))
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
@@ -199,6 +205,7 @@ def random_case(
         widths=pick.choice(("uniform", "spread", "random")),
         shifted=pick.random() < 0.3,
         calibrated=pick.random() < 0.5,
+        hidden=pick.choice((0.0, 0.0, 0.02, 0.5, 0.98)),
     )
 
 
@@ -498,8 +505,9 @@ def assert_rounded_rightly(
 ) -> None:  # fmt: skip
     """Every stored number is what float64 arithmetic would round, given those stored before it.
 
-    A parameter is within one fp16 ulp; a code is the nearest level of the *stored* parameters,
-    where the true number is not within a thousandth of a step of the middle between two. With
+    A parameter is within one fp16 ulp; a code is the nearest level of the *stored* parameters (of
+    the size of its token in ``planes/token``, whose scale comes after the codes), where the true
+    number is not within a thousandth of a step of the middle between two. With
     feedback, the errors that reach a plane group are those of the stored codes before it, so that
     one code that fell to the other side of a middle is no excuse for the next.
     """
@@ -520,9 +528,14 @@ def assert_rounded_rightly(
         y = y @ reference.basis_pair(fixed["basis"], head_dim, x.device)[0].double()
         least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
-        scale = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
+        size = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
         sign = alternating_signs(x.shape[2], 0, x.device).double()
-        assert_nearest_halves(packed[1] * sign, scale[..., None], 1e-6 * largest_number)
+        size = size[..., None] * sign
+        bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
+        levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
+        scale = y.norm(dim=-1, keepdim=True) / levels.norm(dim=-1, keepdim=True)
+        scale = scale.clamp(2.0**-24, 65504.0)
+        assert_nearest_halves(packed[1] * sign, scale, 1e-6 * largest_number)
     else:
         group = fmt.token_group
         assert fmt.channel_group == 1
@@ -531,7 +544,7 @@ def assert_rounded_rightly(
         block = slice(plane * LANES, min((plane + 1) * LANES, head_dim))
         number, code, largest = y[..., block], codes[..., block], 2**bits - 1
         if fmt.layout == "planes/token":
-            unit = packed[1].double() * STEP[bits]
+            unit = size * STEP[bits]
             origin = -unit * largest / 2
         else:
             slack = 1e-6 * largest_number.amax()
@@ -645,6 +658,8 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     fmt = case.format(role)
     arenas, extent = stored(case, role)
     actual = launch.dense_past(to(arenas, device), extent, fmt).cpu()
+    later = launch.dense_past(to(arenas, device), extent, fmt, first=case.first_seen).cpu()
+    assert torch.equal(later, actual[:, :, case.first_seen :])
     expected = reference.dense_past(arenas, extent, fmt)
     assert actual.dtype == expected.dtype
     step = torch.finfo(case.dtype).eps
@@ -674,27 +689,29 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
         for head_dim in (case.key_dim, case.value_dim)
     )
     options = {
-        "mask": make_mask(case, past + case.new_len),
+        "mask": make_mask(case, past + case.new_len - case.first_seen),
         "sinks": case.randn(query.shape[1], seed=7).float() if case.sinks else None,
         "scale": 0.7 * case.key_dim**-0.5,
         "causal": case.causal,
         "softcap": case.softcap,
     }
-    expected = attention_in_float64(query, new_key, new_value, key, value, **options)
-    rounded = attention_in_the_models_dtype(query, new_key, new_value, key, value, **options)
+    sides = (new_key, new_value, key, value, case.first_seen)
+    expected = attention_in_float64(query, *sides, **options)
+    rounded = attention_in_the_models_dtype(query, *sides, **options)
 
     on_device: dict[str, Any] = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()
     }
-    positions = positions_of(key[1], value[1], device=device)
+    positions = positions_of(key[1], value[1], Extent(case.first_seen, -7), device=device)
     placed_key, placed_value = (
         (to(arenas, device), (positions, 1 + row), fmt)
         for row, (arenas, _, fmt) in enumerate((key, value))
     )
     new_key, new_value = (None if x is None else x.to(device) for x in (new_key, new_value))
     actual = launch.attend(
-        query.to(device), new_key, new_value, placed_key, placed_value, **on_device
-    ).cpu()
+        query.to(device), new_key, new_value, placed_key, placed_value,
+        first=3 if case.first_seen else -1, **on_device,
+    ).cpu()  # fmt: skip
 
     assert actual.dtype == case.dtype
     assert actual.isfinite().all()
@@ -704,19 +721,20 @@ def attending_agrees_with_float64(case: Case, device: str) -> None:
 
 
 def attention_in_float64(
-    query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side, *,
-    mask: Tensor | None, sinks: Tensor | None, scale: float, causal: int, softcap: float,
+    query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side,
+    first: int, *, mask: Tensor | None, sinks: Tensor | None, scale: float, causal: int,
+    softcap: float,
 ) -> Tensor:  # fmt: skip
     """The formula of ``reference.attention`` with nothing rounded since the numbers were stored."""
     full = []
     for (arenas, extent, fmt), new in ((key, new_key), (value, new_value)):
-        past = dense_past_in_float64(arenas, extent, fmt)
+        past = dense_past_in_float64(arenas, extent, fmt)[:, :, first:]
         both = past if new is None else torch.cat([past, new.double()], 2)
         full.append(both.repeat_interleave(query.shape[1] // both.shape[1], 1))
     scores = scale * query.double() @ full[0].mT
     scores = softcap * (scores / softcap).tanh() if softcap else scores
     q_len, kv_len = scores.shape[2:]
-    seen = torch.arange(kv_len) >= key[0].start[:, None, None, None]
+    seen = torch.arange(kv_len) >= key[0].start[:, None, None, None] - first
     if causal != reference.NO_CAUSALITY:
         offset = kv_len - q_len if causal == reference.BOTTOM_RIGHT else 0
         seen = seen & (torch.arange(kv_len) <= torch.arange(q_len)[:, None] + offset)
@@ -732,15 +750,15 @@ def attention_in_float64(
 
 
 def attention_in_the_models_dtype(
-    query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side, *,
-    mask: Tensor | None, **options,
+    query: Tensor, new_key: Tensor | None, new_value: Tensor | None, key: Side, value: Side,
+    first: int, *, mask: Tensor | None, **options,
 ) -> Tensor:  # fmt: skip
     """torch's attention over the stored numbers, rounded to the model's dtype."""
     full = []
     for side, new in ((key, new_key), (value, new_value)):
-        past = reference.dense_past(*side)
+        past = reference.dense_past(*side)[:, :, first:]
         full.append(past if new is None else torch.cat([past, new], 2))
-    seen = torch.arange(full[0].shape[2]) >= key[0].start[:, None, None, None]
+    seen = torch.arange(full[0].shape[2]) >= key[0].start[:, None, None, None] - first
     if mask is not None:
         seen = seen & mask if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
     return reference.attention(query, *full, mask=seen, **options)
@@ -816,7 +834,8 @@ def make_mask(case: Case, kv_len: int) -> Tensor | None:
     if case.mask == "none":
         return None
     if case.mask == "padding":
-        return (torch.arange(kv_len) >= torch.tensor(case.pads)[:, None])[:, None, None]
+        pads = torch.tensor(case.pads)[:, None] - case.first_seen
+        return (torch.arange(kv_len) >= pads)[:, None, None]
     visible = torch.rand(batch, 1, case.q_len, kv_len, generator=generator) < 0.8
     if case.q_len > 1:
         visible[:, :, 0] = False
@@ -824,3 +843,21 @@ def make_mask(case: Case, kv_len: int) -> Tensor | None:
         return visible
     bias = torch.randn(1, heads, 1, kv_len, generator=generator)
     return bias.masked_fill(~visible, -torch.inf).to(case.dtype)
+
+
+def learning_leaves_out(bad: float, case: Case, device: str) -> None:
+    """A key that fp16 cannot hold counts as zeros, such a number of a query as zero: the kernels
+    learn what the reference learns, and it is finite.
+    """
+    fmt = case.format("key")
+    x = case.randn(2, NUM_KV_HEADS, 70, fmt.head_dim).to(device)
+    query = case.randn(2, 2 * NUM_KV_HEADS, 70, fmt.head_dim, seed=2).to(device)
+    x[0, 0, 50, 3], query[0, 0, 40, 5] = bad, bad
+    arenas = [reference.empty_arenas(x, 0, fmt, None) for _ in range(2)]
+    found = fitting.learn(arenas[0], x, None, query, fmt, "key")
+    expected = reference.learn(arenas[1], x, None, query, fmt, "key")
+    assert found.feedback is not None
+    assert expected.feedback is not None
+    assert bool(found.feedback.isfinite().all())
+    torch.testing.assert_close(arenas[0].affine, arenas[1].affine, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.feedback, expected.feedback, rtol=1e-3, atol=1e-3)

@@ -47,6 +47,16 @@ def test_one_token_of_a_common_head_needs_no_spills(capability: int) -> None:
     assert not any(r.spills for r in resources.values())
 
 
+@pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda codec: codec.name)
+def test_a_window_needs_no_spills(codec: Codec) -> None:
+    """Gluon's kernels know no windows, and leave them to Triton's."""
+    shape = Shape(head_dim=64, bits=2, codec=codec)
+    resources = compiled(aot.attend_launches(shape, gpu="hopper", window=True), 90)
+    names = {"prepare_kernel", "attend_kernel", "merge_kernel"}
+    assert set(resources) == (names if codec == Squat() else names - {"prepare_kernel"})
+    assert not any(r.spills for r in resources.values())
+
+
 @pytest.mark.parametrize(("stored", "capability"), diagonal([(64, 3), (128, 2)], aot.CAPABILITIES))
 def test_storing_rotated_tokens_needs_no_spills(stored: tuple[int, int], capability: int) -> None:
     head_dim, bits = stored

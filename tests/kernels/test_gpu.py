@@ -247,6 +247,14 @@ def test_learning_agrees_with_float64(head_dim: int, dtype: torch.dtype, shift: 
     laws.learning_agrees_with_float64(case, "cuda", shift)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e5])
+def test_what_fp16_cannot_hold_is_not_learned_from(bad: float, dtype: torch.dtype) -> None:
+    case = replace(case_of(1), codec=Squat(), key_dim=64, bits=2, widths="uniform", dtype=dtype,
+                   calibrated=False, shifted=False, sink_length=4)  # fmt: skip
+    laws.learning_leaves_out(bad, case, "cuda")
+
+
 @pytest.mark.parametrize("queries_per_kv", [1, 3, 4, 8])
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(

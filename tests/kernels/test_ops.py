@@ -168,9 +168,10 @@ def calls(layout: str) -> list[Call]:
     for tokens, after in ((1, None), (3, [x])):
         news = (new[:, :, :tokens], new[:, :, -tokens:], None, *sides[len(both) :], fmt.codec)
         numbers.append(Call(f"append_both_.{pair}", (*both, *news, *tail, after)))
+    news, options = (query, new_key, new_value), (mask, None, 0.2, 2, 0.0)
     attention = [
-        Call(f"attend.{pair}", (query, new_key, new_value, *sides, mask, None, 0.2, 2, 0.0, *tail)),
-        Call(f"attend.{pair}", (query, None, None, *sides, None, sinks, 0.2, 0, 30.0, *tail)),
+        Call(f"attend.{pair}", (*news, *sides, -1, *options, *tail)),
+        Call(f"attend.{pair}", (query, None, None, *sides, -1, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
     made = tuple(
         tensor for role in ("key", "value") for tensor in store(format_of(layout, role), x, role)
@@ -284,14 +285,14 @@ def test_a_fake_has_the_shapes_and_dtypes_of_what_runs(
             codec, ints = fmt.codec, fmt.to_ints()
             made = ops.overload("store", fmt.layout)(x, None, x, None, role, codec, ints)
             arenas = with_basis(fmt, made)
-            read = ops.overload("dequantize", fmt.layout)(*arenas, where, 0, tokens, ints)
+            read = ops.overload("dequantize", fmt.layout)(*arenas, where, 0, 0, tokens, ints)
             whole, learned = x.repeat(1, 1, fmt.token_group, 1), learned_of(fmt, arenas)
             packed = ops.overload("quantize", fmt.layout)(whole, None, *learned, codec, ints)
             results += [made, read, packed]
             sides += arenas
         query, ints = x[:, :, :1].repeat(1, 2, 1, 1), (fmt.to_ints() for fmt in formats.values())
         attend = pair_overload("attend", layout)
-        out = attend(query, None, None, *sides, where, 0, 0, None, None, 0.1, 0, 0.0, *ints)
+        out = attend(query, None, None, *sides, where, 0, 0, -1, None, None, 0.1, 0, 0.0, *ints)
         return [*results, out]
 
     real = [laid_out(result) for result in store_and_read(x)]
@@ -320,8 +321,10 @@ def test_an_op_reads_its_own_row_of_positions(layout: str) -> None:
     side = stored(format_of(layout, "key"))
     wrong = torch.tensor([[3, 0]])
     where = torch.cat([wrong, positions(side), wrong])
-    out = ops.overload("dequantize", layout)(*side.tensors, where, 1, TOKENS, side.fmt.to_ints())
-    assert torch.equal(out, side.numbers())
+    dequantize, ints = ops.overload("dequantize", layout), side.fmt.to_ints()
+    assert torch.equal(dequantize(*side.tensors, where, 1, 0, TOKENS, ints), side.numbers())
+    out = dequantize(*side.tensors, where, 1, 7, TOKENS, ints)
+    assert torch.equal(out, side.numbers()[:, :, 7:])
 
     new = randn(BATCH, HEADS, 1, 40, seed=9)
     append = ops.overload("append_", layout)
@@ -350,12 +353,30 @@ def test_attend_reads_a_row_of_positions_for_each_side(layout: str) -> None:
     query = randn(BATCH, HEADS, 1, 40, seed=3)
     where = torch.cat([positions(value), torch.tensor([[5, 0]]), positions(key)])
     out = pair_overload("attend", layout)(
-        query, None, None, *key.tensors, *value.tensors, where, 2, 0, None, None, 0.2, 0, 0.0,
+        query, None, None, *key.tensors, *value.tensors, where, 2, 0, -1, None, None, 0.2, 0, 0.0,
         key.fmt.to_ints(), value.fmt.to_ints(),
     )  # fmt: skip
     seen = left_padding([0, 3], TOKENS)[:, None, None, :]
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key.numbers(), value.numbers(), attn_mask=seen, scale=0.2
+    )
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attend_reads_where_a_window_begins_from_a_row_of_positions(layout: str) -> None:
+    key, value = (
+        stored(format_of(layout, role), seed=i) for i, role in enumerate(("key", "value"))
+    )
+    query, first = randn(BATCH, HEADS, 1, 40, seed=3), TOKENS // 2
+    where = torch.cat([positions(key), torch.tensor([[first, 0]]), positions(value)])
+    mask = torch.arange(TOKENS - first) % 3 > 0
+    out = pair_overload("attend", layout)(
+        query, None, None, *key.tensors, *value.tensors, where, 0, 2, 1, mask, None, 0.2, 0, 0.0,
+        key.fmt.to_ints(), value.fmt.to_ints(),
+    )  # fmt: skip
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, *(x.numbers()[:, :, first:] for x in (key, value)), attn_mask=mask, scale=0.2
     )
     torch.testing.assert_close(out, expected)
 
@@ -377,3 +398,31 @@ def test_valid_tokens_expands_a_broadcast_mask() -> None:
     assert out.tolist() == [[False, True]] * 3
     out.fill_(True)
     assert mask.tolist() == [[[[True, True, False, True]]]]
+
+
+@pytest.mark.parametrize("layout", ["dense", "planes/token", "planes/channel"])
+def test_nothing_inside_an_op_is_cast_under_autocast(layout: str) -> None:
+    """Except for the query of an attention, as in torch's own."""
+    codec = {"dense": Lossless(), "planes/token": Squat(), "planes/channel": Kivi()}[layout]
+    fmt = stored_format(codec, head_dim=32)
+    x, query = randn(2, 2, 80, 32), randn(2, 4, 1, 32, seed=2)
+
+    def run() -> tuple[list[torch.Tensor], torch.Tensor]:
+        store, attend = ops.overload("store", layout), ops.overload("attend", layout, layout)
+        arenas = list(store(x, None, None, None, "value", fmt.codec, fmt.to_ints()))
+        made = dict(zip(fmt.stored_names, arenas, strict=True))
+        for name in fmt.stored_layout.shared:
+            made[name] = fmt.stored_layout.empty_fixed(fmt, name, x)
+        both = [made[name] for name in fmt.arena_names] * 2
+        positions = torch.tensor([[80, 72], [80, 72]])
+        tail = (None, None, 0.2, reference.NO_CAUSALITY, 0.0, fmt.to_ints(), fmt.to_ints())
+        return arenas, attend(query, None, None, *both, positions, 0, 1, *tail)
+
+    expected_arenas, expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        arenas, actual = run()
+        seen = torch.ops.squat_fx.valid_tokens(torch.ones(2, 1, 1, 80, dtype=torch.bool), x)
+    assert all(map(torch.equal, arenas, expected_arenas))
+    assert actual.dtype == torch.bfloat16
+    assert bool(seen.all())
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)

@@ -33,6 +33,8 @@ from squat_fx.kernels.reference import (
     Extent,
     dense_past,
     dequantize_groups,
+    drop_front,
+    drop_step,
     empty_arenas,
     quantize,
     truncate,
@@ -426,6 +428,27 @@ def some_mask(kind: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
     return randn(*shape, seed=seed + 1).masked_fill(~seen, -torch.inf)
 
 
+@given(data=st.data(), prompt=prompts(least_tokens=2))
+def test_what_is_dropped_from_the_front_is_not_missed(data: st.DataObject, prompt: Prompt) -> None:
+    """Neither by a window over what is left nor by what is appended afterwards."""
+    length, split = prompt.x.shape[2], data.draw(st.integers(1, prompt.x.shape[2] - 1))
+    first = data.draw(st.integers(0, split))
+    arenas, fmt = poisoned_arenas(prompt.x, prompt.fmt), prompt.fmt
+    write(arenas, prompt.x[:, :, :split], prompt.valid[:, :split], NOTHING, fmt)
+    extent, before = NOTHING.after(split, fmt), arenas.start.clone()
+    expected = dense_past(arenas, extent, fmt, first=first)
+    drop_front(arenas, first, fmt)
+    dropped = arenas.start - before
+    assert (dropped % drop_step(fmt) == 0).all()
+    left = first - fmt.sink_length - arenas.start
+    assert ((dropped == 0) | (left >= 0)).all()
+    assert (left < drop_step(fmt)).all()  # all that can go has gone
+    assert torch.equal(dense_past(arenas, extent, fmt, first=first), expected)
+    write(arenas, prompt.x[:, :, split:], prompt.valid[:, split:], extent, fmt)
+    after = dense_past(arenas, extent.after(length - split, fmt), fmt, first=first)
+    assert_same_numbers(after, dense_past(*stored(prompt), fmt, first=first), fmt)
+
+
 @given(
     data=st.data(),
     kind=st.sampled_from(KINDS),
@@ -458,7 +481,9 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
     value = replace(
         prompt, fmt=value_fmt, x=randn(batch, HEADS, length, value_fmt.head_dim, seed=seed + 1)
     )
-    q_len, kv_len, num_heads = max(new_tokens, 1), length + new_tokens, HEADS * per_kv
+    q_len, num_heads = max(new_tokens, 1), HEADS * per_kv
+    first = data.draw(st.just(0) | st.integers(0, length if new_tokens else length - 1))
+    kv_len = length + new_tokens - first
     query = randn(batch, num_heads, q_len, head_dim, seed=seed + 2)
     new_key = randn(batch, HEADS, new_tokens, head_dim, seed=seed + 3)
     new_value = randn(batch, HEADS, new_tokens, value_fmt.head_dim, seed=seed + 4)
@@ -478,13 +503,15 @@ def test_attend_is_attention_over_the_past_and_the_exact_new_tokens(
         new_value if new_tokens else None,
         key_side,
         value_side,
+        first=first,
         **options,
     )
+    padding = torch.cat([~prompt.valid, torch.zeros(batch, new_tokens, dtype=torch.bool)], 1)
     full = (
         query,
-        torch.cat([dense_past(*key_side), new_key], 2),
-        torch.cat([dense_past(*value_side), new_value], 2),
-        torch.cat([~prompt.valid, torch.zeros(batch, new_tokens, dtype=torch.bool)], 1),
+        torch.cat([dense_past(*key_side), new_key], 2)[:, :, first:],
+        torch.cat([dense_past(*value_side), new_value], 2)[:, :, first:],
+        padding[:, first:],
     )
     exact = exact_attention(*full, **options)
     fp32_error = (exact_attention(*full, **options, dtype=torch.float32) - exact).abs().max()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
@@ -35,7 +37,10 @@ from tests.passes.spellings import interleaved, llama, repeat_kv
 def format_site(site: AttentionSite) -> str:
     lines = [f"{site.kind} of layer {site.layer}, {site.num_queries_per_kv} queries per kv head"]
     for edge in (site.key, site.value):
-        lines.append(f"{edge.role}: {edge.stored} = past {edge.past} + new {edge.new}")
+        stored = f"newest of {edge.grown}" if edge.is_window else edge.stored
+        lines.append(f"{edge.role}: {stored} = past {edge.past} + new {edge.new}")
+    if site.seen is not None:
+        lines.append(f"sees {site.seen}")
     return "\n".join(lines)
 
 
@@ -101,15 +106,73 @@ class Variant(Cached):
         return self.attend(self, query, key, value, None), stored_key, stored_value
 
 
-def test_sliding_window_that_returns_a_slice() -> None:
-    class Sliding(Variant):
-        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
-            full = torch.cat([past_key, key], -2)
-            return full, full[:, :, -6:, :]
+class Sliding(Variant):
+    """Attends to what ``seen``, and returns what ``kept`` makes of past and new tokens."""
 
-    assert reasons(Sliding(), *examples(Sliding())) == [
+    def __init__(self, seen: Callable[[Any], Any], kept: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.seen, self.kept = seen, kept
+
+    def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+        full = torch.cat([past_key, key], -2)
+        return self.seen(full), self.kept(full)
+
+
+def whole(full: Any) -> Any:
+    return full
+
+
+def newest(full: Any) -> Any:
+    return full[:, :, -6:, :]
+
+
+def test_sliding_window_that_returns_its_newest_tokens() -> None:
+    assert_expected_inline(
+        found(Sliding(whole, newest), *examples(Cached())),
+        """\
+decode of layer 0, 2 queries per kv head
+key: newest of cat = past past_key + new transpose_1
+value: newest of cat_1 = past past_value + new transpose_2""",
+    )
+
+
+def test_sliding_window_that_attends_to_its_newest_tokens() -> None:
+    assert_expected_inline(
+        found(Sliding(newest, whole), *examples(Cached())),
+        """\
+decode of layer 0, 2 queries per kv head
+key: cat = past past_key + new transpose_1
+value: cat_1 = past past_value + new transpose_2
+sees getitem""",
+    )
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [lambda x: x[:, :, -6:], lambda x: x[..., -6:, :], lambda x: x[:, :, 4:], lambda x: x[..., :]],
+)
+def test_spellings_of_the_newest_tokens(kept: Callable[[Any], Any]) -> None:
+    rewriting = analysed(Sliding(whole, kept), examples(Cached()), Canonicalize, FindCacheEdges)
+    (site,) = rewriting.sites
+    assert site.key.is_window
+    assert site.value.is_window
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda x: x[:, :, :6],
+        lambda x: x[:, :, -6:-1],
+        lambda x: x[:, :, -6::2],
+        lambda x: x[:, :1, -6:],
+        lambda x: x[1:, :, -6:],
+    ],
+)
+def test_window_that_is_not_the_newest_tokens(kept: Callable[[Any], Any]) -> None:
+    module = Sliding(whole, kept)
+    assert reasons(module, *examples(module)) == [
         "key is a past + new concatenation that is not returned; "
-        "only a slice of it is, as in a sliding window"
+        "only a part of it is, and not its newest tokens"
     ]
 
 
@@ -139,7 +202,10 @@ def test_static_cache() -> None:
             full = past_key.index_copy(2, torch.arange(3), key)
             return full, full
 
-    expected = "key is returned but does not grow with the query, as in cross attention"
+    expected = (
+        "key is a buffer of fixed size, written by index_copy; "
+        "use a cache that grows by concatenation, such as DynamicCache"
+    )
     assert reasons(Static(), *examples(Static())) == [expected]
 
 
@@ -149,7 +215,10 @@ def test_static_cache_written_in_place() -> None:
             past_key.index_copy_(2, torch.arange(3), key)
             return past_key, past_key
 
-    expected = "key is changed in place by index_copy_ after it was made"
+    expected = (
+        "key is a buffer of fixed size, written in place by index_copy_; "
+        "use a cache that grows by concatenation, such as DynamicCache"
+    )
     assert reasons(Static(), *examples(Static())) == [expected]
 
 
@@ -231,36 +300,44 @@ def test_rotary_cat() -> None:
     assert skipped.reason == "key is concatenated on dim -1, not on dim -2"
 
 
-def test_cross_attention_whose_encoder_keys_are_returned() -> None:
-    class Cross(Cached):
-        def forward(self, x: Any, encoded: Any) -> Any:
-            query = self.heads(self.query, x)
-            key, value = self.heads(self.key, encoded), self.heads(self.value, encoded)
-            return self.attend(self, query, key, value, None), key, value
+class Cross(Cached):
+    """Keys and values come from what was encoded; ``hand_over`` makes them what is returned."""
 
-    expected = "key is returned but does not grow with the query, as in cross attention"
-    assert reasons(Cross(), tokens(3), tokens(9)) == [expected]
+    def __init__(self, hand_over: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.hand_over = hand_over
+
+    def forward(self, x: Any, encoded: Any) -> Any:
+        query = self.heads(self.query, x)
+        key = self.hand_over(self.heads(self.key, encoded))
+        value = self.hand_over(self.heads(self.value, encoded))
+        return self.attend(self, query, key, value, None), key, value
+
+
+def test_cross_attention_whose_encoder_keys_are_returned() -> None:
+    assert_expected_inline(
+        found(Cross(whole), tokens(3), tokens(9)),
+        """\
+prefill of layer 0, 2 queries per kv head
+key: transpose_1 = past None + new transpose_1
+value: transpose_2 = past None + new transpose_2""",
+    )
 
 
 def test_cross_attention_whose_encoder_keys_go_through_an_empty_cat() -> None:
-    class Cross(Cached):
-        def forward(self, x: Any, encoded: Any) -> Any:
-            query, nothing = self.heads(self.query, x), torch.tensor([])
-            key = torch.cat([nothing, self.heads(self.key, encoded)], -2)
-            value = torch.cat([nothing, self.heads(self.value, encoded)], -2)
-            return self.attend(self, query, key, value, None), key, value
-
-    expected = "key is returned but does not grow with the query, as in cross attention"
-    assert reasons(Cross(), tokens(3), tokens(9)) == [expected]
+    module = Cross(lambda new: torch.cat([torch.tensor([]), new], -2))
+    rewriting = analysed(module, (tokens(3), tokens(9)), Canonicalize, FindCacheEdges)
+    (site,) = rewriting.sites
+    assert site.kind == "prefill"
 
 
 def test_cross_attention_that_reads_its_keys_from_an_input() -> None:
-    class Cross(Cached):
+    class Reading(Cached):
         def forward(self, x: Any, key: Any, value: Any) -> Any:
             return self.attend(self, self.heads(self.query, x), key, value, None)
 
     expected = "key is read from a graph input to which nothing is appended"
-    assert reasons(Cross(), *examples(Cross())) == [expected]
+    assert reasons(Reading(), *examples(Reading())) == [expected]
 
 
 def test_attention_without_a_cache() -> None:

@@ -93,8 +93,8 @@ def test_text_of_arange_from_length() -> None:
     assert_expected_inline(
         lines_of_positions(report),
         """\
-arange_1 = torch.arange(1)
 select = torch.select(positions, 0, 0)
+arange_1 = torch.arange(1)
 select_1 = torch.select(select, 0, 0)
 add_2 = torch.add(arange_1, select_1)""",
     )

@@ -175,3 +175,11 @@ def test_the_transform_is_the_fixed_rotation(head_dim: int, in_rows: bool) -> No
             rotation_kernel[(1,)](x, there, back, fmt, tokens, launch.padded(head_dim), in_rows)
             for actual, expected in ((there, x.double() @ matrix), (back, x.double() @ matrix.T)):
                 torch.testing.assert_close(actual.double(), expected, rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_fp16_cannot_hold_is_not_learned_from(
+    bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "chunk_tokens", lambda *_: 64)
+    laws.learning_leaves_out(bad, learning(64, pads=(0, 0)), "cpu")

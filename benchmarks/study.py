@@ -1,0 +1,363 @@
+"""What the default codec should be: variants of ``squat``, one thing changed at a time.
+
+    python benchmarks/study.py --text book_pride_and_prejudice.txt \\
+        --calibration-text essays_federalist_papers.txt --prompt 1024 --prompt 128 --device cuda
+
+Every variant (:mod:`variants`) is scored on the same windows, teacher-forced, in one pass
+(:mod:`simulation`), and compared with ``squat`` as it is, window by window: the ratio of the mean
+KLs and, since windows differ far more than variants do, how many standard errors the mean of the
+differences of the logarithms is away from zero. ``kivi`` is there twice, by the arithmetic of
+squat_fx and written apart from it. A text whose name begins with ``+`` gives its second half, so
+that its first half can be calibrated on.
+
+Parameters are chosen on some texts and reported on others; which is which is for the caller to say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import command, load_model, model_folder, text_record, write_result
+from rich.console import Console
+from rich.table import Table
+from simulation import OfConfig, PlainKivi, Rounding, Simulation
+from torch import Tensor
+from variants import Statistics, Variant
+
+import squat_fx
+from squat_fx.bench.record import device_name, versions
+from squat_fx.codecs import Kivi, SquatPaper
+from squat_fx.evaluate import together
+from squat_fx.evaluate.measure import Scores, records_by_text, score
+from squat_fx.evaluate.numbers import standard_error
+from squat_fx.evaluate.texts import Windows, leading_tokens, text_tokens
+
+BASE = "squat"
+
+
+def _calibrated(
+    weight: float = 0.5, joint: bool = False, inner: bool = True, **options: Any
+) -> Callable[[Statistics], Variant]:
+    def build(statistics: Statistics) -> Variant:
+        return Variant(calibration=statistics.calibration(weight, joint, inner), **options)
+
+    return build
+
+
+Build = Rounding | Callable[[Statistics], Rounding]
+
+VARIANTS: dict[str, Build] = {
+    BASE: Variant(),
+    "kivi G=32": OfConfig(squat_fx.Config(codec=Kivi(32))),
+    "kivi G=32, written apart": PlainKivi(),
+    "kivi G=128": OfConfig(squat_fx.Config(codec=Kivi(128))),
+    "calibrated": _calibrated(),
+    # scale and levels
+    "before: reach 0.75, scale not mended": Variant(reach=(0.75, 1.0), norm=""),
+    "scale not mended": Variant(norm=""),
+    "scale of least squares": Variant(norm="fit"),
+    "unbiased scale": Variant(norm="unbiased"),
+    "scale of values not mended": Variant(value_norm=""),
+    "scale of values of least squares": Variant(value_norm="fit"),
+    "unbiased scale of values": Variant(value_norm="unbiased"),
+    "scale searched": Variant(norm="search"),
+    "scale searched with the queries' metric": Variant(norm="search", weighted_search=True),
+    "levels reach 0.5": Variant(reach=(0.5, 1.0)),
+    "levels reach 0.75": Variant(reach=(0.75, 1.0)),
+    "levels reach 1": Variant(reach=(1.0, 1.0)),
+    "levels stretched by 0.9": Variant(stretch=0.9),
+    "levels stretched by 1.1": Variant(stretch=1.1),
+    "levels stretched by 1.2": Variant(stretch=1.2),
+    "Lloyd-Max levels": Variant(uniform=False),
+    "3 bits": Variant(key_bits=3, value_bits=3),
+    "3 bits, levels reach 0": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.0)),
+    "3 bits, levels reach 0.6": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.6)),
+    "3 bits, levels reach 0.8": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.8)),
+    "3 bits, scale not mended": Variant(key_bits=3, value_bits=3, norm=""),
+    "3 bits, unbiased scale": Variant(key_bits=3, value_bits=3, norm="unbiased"),
+    "3 bits, Lloyd-Max levels": Variant(key_bits=3, value_bits=3, uniform=False),
+    "kivi G=32, 3 bits": OfConfig(squat_fx.Config(codec=Kivi(32), bits=3)),
+    "kivi G=128, 3 bits": OfConfig(squat_fx.Config(codec=Kivi(128), bits=3)),
+    "4 bits": Variant(key_bits=4, value_bits=4),
+    "4 bits, levels reach 0": Variant(key_bits=4, value_bits=4, reach=(0.0, 0.0)),
+    "4 bits, levels reach 0.6": Variant(key_bits=4, value_bits=4, reach=(0.0, 0.6)),
+    "4 bits, levels reach 0.8": Variant(key_bits=4, value_bits=4, reach=(0.0, 0.8)),
+    "4 bits, scale not mended": Variant(key_bits=4, value_bits=4, norm=""),
+    "4 bits, unbiased scale": Variant(key_bits=4, value_bits=4, norm="unbiased"),
+    "4 bits, Lloyd-Max levels": Variant(key_bits=4, value_bits=4, uniform=False),
+    "4 bits, lambda' 10": Variant(key_bits=4, value_bits=4, strength=10.0),
+    "4 bits, blocks of 4": Variant(key_bits=4, value_bits=4, block=4),
+    "4 bits, feedback for appended tokens": Variant(key_bits=4, value_bits=4, appended=True),
+    "4 bits, 64 sinks": Variant(key_bits=4, value_bits=4, sinks=64),
+    "K5 V4": Variant(key_bits=5, value_bits=4),
+    "kivi G=32, 4 bits": OfConfig(squat_fx.Config(codec=Kivi(32), bits=4)),
+    "kivi G=128, 4 bits": OfConfig(squat_fx.Config(codec=Kivi(128), bits=4)),
+    # feedback
+    "lambda' 0": Variant(strength=0.0),
+    "lambda' 0.3": Variant(strength=0.3),
+    "lambda' 2": Variant(strength=2.0),
+    "lambda' 4": Variant(strength=4.0),
+    "lambda' 10": Variant(strength=10.0),
+    "lambda' 100": Variant(strength=100.0),
+    "blocks of 4": Variant(block=4),
+    "blocks of 8": Variant(block=8),
+    "blocks of 32": Variant(block=32),
+    "rank 4": Variant(rank=4),
+    "rank 16": Variant(rank=16),
+    "feedback for appended tokens": Variant(appended=True),
+    "queries of the last 256 tokens": Variant(newest=256),
+    "queries of the last 64 tokens": Variant(newest=64),
+    # frame
+    "no mean": Variant(center=False),
+    "0.9 of the mean": Variant(center=0.9),
+    "mean with the first tokens": Variant(center_sinks=True),
+    "mean of values too": Variant(center_values=True),
+    "no factors": Variant(smooth=0.0),
+    "factors, exponent 1/8": Variant(smooth=0.125),
+    "factors, exponent 3/16": Variant(smooth=0.1875),
+    "factors, exponent 3/8": Variant(smooth=0.375),
+    "factors, exponent 1/2": Variant(smooth=0.5),
+    "factors of any size": Variant(power_of_two=False),
+    "rotated 16 channels at a time": Variant(rotate=16),
+    "not rotated": Variant(rotate=1),
+    "trusted by half at 32 tokens": Variant(shrink=32),
+    "trusted by half at 128 tokens": Variant(shrink=128),
+    # values
+    "factors of values": Variant(smooth_values=True),
+    "feedback for values 1": Variant(value_strength=1.0),
+    "feedback for values 4": Variant(value_strength=4.0),
+    # calibration
+    "calibrated, w 0": _calibrated(0.0),
+    "calibrated, w 0.25": _calibrated(0.25),
+    "calibrated, w 0.75": _calibrated(0.75),
+    "calibrated, w 1": _calibrated(1.0),
+    "calibrated, one basis for all heads": _calibrated(joint=True),
+    "calibrated, no rotation inside": _calibrated(inner=False),
+    "calibrated, no feedback": _calibrated(strength=0.0),
+    "calibrated, lambda' 4": _calibrated(strength=4.0),
+    "calibrated, w 0, lambda' 4": _calibrated(0.0, strength=4.0),
+    "calibrated, factors before it": _calibrated(smooth_latent=True),
+    "calibrated, levels reach 0": _calibrated(reach=(0.0, 0.0)),
+    "calibrated, levels reach 0.75 and 1": _calibrated(reach=(0.75, 1.0)),
+    "calibrated, levels reach 0.6": _calibrated(reach=(0.6, 0.6)),
+    "calibrated, scale not mended": _calibrated(norm=""),
+    "calibrated, unbiased scale": _calibrated(norm="unbiased"),
+    "calibrated, 4 bits": _calibrated(key_bits=4, value_bits=4),
+    "calibrated, 4 bits, levels reach 0": _calibrated(key_bits=4, value_bits=4, reach=(0.0, 0.0)),
+    "calibrated, K3 V2": _calibrated(key_bits=3),
+    "calibrated, K3 V2, levels reach 0": _calibrated(key_bits=3, reach=(0.0, 0.0)),
+    "calibrated, 1.5 bits, levels reach 0": _calibrated(
+        key_bits=1.5, value_bits=1.5, reach=(0.0, 0.0)
+    ),
+    "calibrated, 1.5 bits": _calibrated(key_bits=1.5, value_bits=1.5),
+    "calibrated, K1.5 V2": _calibrated(key_bits=1.5),
+    # widths
+    "K3 V1": Variant(key_bits=3, value_bits=1),
+    "K2.5 V1.5": Variant(key_bits=2.5, value_bits=1.5),
+    "K1.5 V2.5": Variant(key_bits=1.5, value_bits=2.5),
+    "K1 V3": Variant(key_bits=1, value_bits=3),
+    "K3 V2": Variant(key_bits=3),
+    "K2 V3": Variant(value_bits=3),
+    "K4 V2": Variant(key_bits=4),
+    "K2 V4": Variant(value_bits=4),
+    # what stays exact
+    "no sinks": Variant(sinks=0),
+    "1 sink": Variant(sinks=1),
+    "16 sinks": Variant(sinks=16),
+    "64 sinks": Variant(sinks=64),
+    "residual 0": Variant(residual=0),
+    "residual 16": Variant(residual=16),
+    "residual 128": Variant(residual=128),
+    "first and last 2 layers exact": Variant(exact_layers=(0, 1, -1, -2)),
+    "K2.5 V2 in the first half of the layers, K1.5 V2 in the second": Variant(
+        by_half=((2.5, 2.0), (1.5, 2.0))
+    ),
+    "K1.5 V2 in the first half of the layers, K2.5 V2 in the second": Variant(
+        by_half=((1.5, 2.0), (2.5, 2.0))
+    ),
+    "first 2 layers exact": Variant(exact_layers=(0, 1)),
+    "last 2 layers exact": Variant(exact_layers=(-1, -2)),
+    # the paper's own
+    "squat_paper G=32, blocks of 64": OfConfig(squat_fx.Config(codec=SquatPaper(32, block=64))),
+    "squat_paper G=32, blocks of 32": OfConfig(squat_fx.Config(codec=SquatPaper(32, block=32))),
+    "squat_paper G=32": OfConfig(squat_fx.Config(codec=SquatPaper(32))),
+    "squat_paper G=32, lambda' 100": OfConfig(
+        squat_fx.Config(codec=SquatPaper(32, strength=100.0))
+    ),
+    "squat_paper G=32, as published": OfConfig(
+        squat_fx.Config(codec=SquatPaper(32, strength=1e-3, relative=False, block=64))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a process must know to score variants; picklable.
+
+    Attributes:
+        folder: of the model.
+        device: where it runs.
+        sets: windows.
+        batch: windows that go through together.
+        calibration: windows ``[windows, tokens]`` to calibrate on.
+        names: which variants.
+    """
+
+    folder: Path
+    device: str
+    sets: list[Windows]
+    batch: int
+    calibration: Tensor
+    names: list[str]
+
+    def start(self) -> Callable[[int], dict[str, Any]]:
+        """What scores variants by number."""
+        model = load_model(self.folder).to(self.device)
+        truths = [
+            [self._predict(model, None, windows, ids) for ids in windows.ids.split(self.batch)]
+            for windows in self.sets
+        ]
+
+        @cache
+        def statistics() -> Statistics:
+            found = Statistics()
+            simulation = Simulation(found, self.calibration.shape[1])
+            with torch.no_grad(), simulation.of(model):
+                for ids in self.calibration.split(self.batch):
+                    model(ids.to(self.device), use_cache=False, logits_to_keep=1)
+            return found
+
+        def measure(number: int) -> dict[str, Any]:
+            name = self.names[number]
+            built = VARIANTS[name]
+            rounding: Any = built if hasattr(built, "groups") else built(statistics())  # pyright: ignore
+            scores = [
+                self._score(model, rounding, windows, truth)
+                for windows, truth in zip(self.sets, truths, strict=True)
+            ]
+            return {"name": name, "texts": records_by_text(scores, self.sets)}
+
+        return measure
+
+    def _predict(
+        self, model: Any, rounding: Rounding | None, windows: Windows, ids: Tensor
+    ) -> list[Tensor]:
+        """Log-probabilities after each token behind the prompt, a tensor for each window."""
+        with torch.no_grad(), Simulation(rounding, windows.prompt).of(model):
+            out = model(ids[:, :-1].to(self.device), use_cache=False, logits_to_keep=windows.tokens)
+        return [logits.log_softmax(-1) for logits in out.logits]
+
+    def _score(
+        self, model: Any, rounding: Rounding, windows: Windows, truths: list[list[Tensor]]
+    ) -> Scores:
+        found = []
+        for ids, truth in zip(windows.ids.split(self.batch), truths, strict=True):
+            predicted = self._predict(model, rounding, windows, ids)
+            for row, log_probs, full in zip(ids, predicted, truth, strict=True):
+                following = row[windows.prompt + 1 :].to(self.device)
+                found.append(score(log_probs.double(), full.double(), following).cpu())
+        return Scores(*torch.stack(found, 1))
+
+
+def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[float, float]:
+    """The ratio of the mean KLs, and the mean difference of their logarithms over windows in
+    standard errors.
+    """
+    mine, other = (x["texts"][label] for x in (row, base))
+    pairs = zip(mine["kl_by_window"], other["kl_by_window"], strict=True)
+    logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
+    spread = standard_error(logs)
+    return mine["kl"] / other["kl"], mean(logs) / spread if spread else 0.0
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """A row for each variant: its KL on each text, the ratio to the base, standard errors."""
+    base = next(row for row in rows if row["name"] == BASE)
+    labels = list(base["texts"])
+    table = Table("", *labels, box=None)
+    for row in rows:
+        cells = []
+        for label in labels:
+            ratio, errors = against(row, base, label)
+            cells.append(f"{row['texts'][label]['kl']:.5f}  {ratio:.3f} ({errors:+.1f})")
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def _tokens(folder: Path, text: Path, second_half: bool) -> Tensor:
+    ids = text_tokens(folder, text)
+    return ids[len(ids) // 2 :] if second_half else ids
+
+
+def main(
+    text: Annotated[list[str], typer.Option(help="UTF-8 text, or + and one; repeat.")],
+    calibration_text: Annotated[Path, typer.Option(help="Its first half is calibrated on.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Hugging Face model folder; SmolLM2-135M when left out.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Names of variants; repeat.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
+    prompt: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; repeat.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens after it, all scored.", min=1)] = 256,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Windows in a pass.", min=1)] = 8,
+    processes: Annotated[int, typer.Option(help="Processes side by side.", min=1)] = 1,
+    keep: Annotated[Path | None, typer.Option(help="Folder of rows to go on with.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How long it may take.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the json.")] = None,
+) -> None:
+    """Score variants of squat against it."""
+    folder = model_folder(model)
+    leading = leading_tokens(folder)
+    paths = [Path(name.removeprefix("+")) for name in text]
+    found = {
+        f"{'second half of ' * name.startswith('+')}{path.name}": _tokens(
+            folder, path, name.startswith("+")
+        )
+        for name, path in zip(text, paths, strict=True)
+    }
+    sets = [
+        Windows.cut(found, leading, windows, length, tokens) for length in prompt or [1024, 128]
+    ]
+    half = text_tokens(folder, calibration_text)
+    half = half[: len(half) // 2]
+    calibration = Windows.cut({"": half}, leading, 8, 1023, 0).ids
+    names = [name for name in VARIANTS if not only or name == BASE or name in only]
+    study = Study(folder, device, sets, batch, calibration, names)
+    rows: dict[int, dict[str, Any]] = {}
+    with TemporaryDirectory() as scratch:
+        kept = keep or Path(scratch)
+        for number, row in together.run(study.start, len(names), processes, kept, seconds):
+            if "error" in row:
+                typer.echo(f"{names[number]}: {row['error']}", err=True)
+                continue
+            rows[number] = row
+            kls = ", ".join(f"{x['kl']:.5f}" for x in row["texts"].values())
+            typer.echo(f"{names[number]}: {kls}", err=True)
+    ordered = [row for _, row in sorted(rows.items())]
+    Console(width=200).print(table_of(ordered))
+    options = {"windows": windows, "tokens": tokens, "device": device, "batch": batch}
+    options |= {"calibration_text": calibration_text}
+    result = {
+        "command": command("study.py", model, out, texts=paths, prompts=prompt, **options),
+        "versions": versions(),
+        "device": device_name(),
+        "model": folder.name,
+        "texts": [text_record(path) for path in paths],
+        "rows": ordered,
+    }
+    write_result(out, json.loads(json.dumps(result, default=str)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
