@@ -18,6 +18,7 @@ from squat_fx.guard import with_raised
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
+from squat_fx.static_caches import let_static_caches_grow
 
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
@@ -63,6 +64,8 @@ class Compiled:
             self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
+        if not torch.compiler.is_compiling():
+            let_static_caches_grow(args, kwargs, self.report)
         if self._takes_limit:
             result = self._compiled(*args, **kwargs)
         else:
@@ -107,6 +110,7 @@ def compile(
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
+    share_layers: bool = True,
     strict: bool = False,
 ) -> Target:
     """Give a model or a function a packed KV cache.
@@ -135,6 +139,7 @@ def compile(
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,
+        share_layers=share_layers,
         strict=strict,
     )
     if isinstance(model_or_fn, nn.Module):

@@ -27,6 +27,7 @@ from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import memory_of, value_of, written_by
+from squat_fx.regions import compile_by_region
 from squat_fx.replay import Moving, is_number
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
@@ -134,7 +135,7 @@ def _compile_rewritten(
     inner_name = _available_inner(config, inner_examples)
     compiler = _inner_compiler(config, inner_examples)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
-    inner = compiler(rewriting.module, inner_examples)
+    inner = _compile_inner(rewriting, inner_examples, fakes, config, compiler)
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
         inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
@@ -167,6 +168,25 @@ def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
 
     return run
+
+
+def _compile_inner(
+    rewriting: Rewriting,
+    examples: list[Any],
+    fakes: Sequence[Any],
+    config: Config,
+    compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Compile the rewritten graph, layers that are alike once."""
+    if not config.share_layers or compiler is _run_as_it_is:
+        return compiler(rewriting.module, examples)
+    like = [
+        fakes[fed.index] if fed.kind == "argument" else example
+        for fed, example in zip(rewriting.inputs, examples, strict=True)
+    ]
+    kinds = [fed.kind for fed in rewriting.inputs]
+    positions = kinds.index("positions") if "positions" in kinds else None
+    return compile_by_region(rewriting.module, examples, like, positions, compiler)
 
 
 def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
@@ -379,12 +399,16 @@ def _available_inner(config: Config, examples: Sequence[Any]) -> str:
     return "eager"
 
 
+def _run_as_it_is(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    return module.forward
+
+
 def _inner_compiler(
     config: Config, examples: Sequence[Any]
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     name = _available_inner(config, examples)
     if name == "eager":
-        return lambda module, _: module.forward
+        return _run_as_it_is
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 

@@ -303,8 +303,9 @@ class Boundary:
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._sizes[position](args)
                     handle = QuantizedKV.from_arenas(
-                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis
-                    )
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis,
+                        made.edge.grows,
+                    )  # fmt: skip
                     stored[made.first] = self._report.track(handle)
                     del arenas
                 out.append(stored[made.first])

@@ -48,6 +48,7 @@ class Config:
         calibration: from :func:`squat_fx.calibrate`, for codecs that take one (``squat`` does).
         inner: what compiles the rewritten graph.
         cuda_graphs: record static decode graphs as CUDA graphs, and replay them.
+        share_layers: compile layers that are alike once, instead of the graph as a whole.
         strict: raise where an attention is left alone or a graph cannot be compiled, instead of
             running it as it was.
 
@@ -69,6 +70,7 @@ class Config:
     calibration: Calibration | None = None
     inner: Inner = "inductor"
     cuda_graphs: bool = False
+    share_layers: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:

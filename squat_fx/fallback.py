@@ -16,7 +16,6 @@ from torch import Tensor
 from squat_fx.config import Config
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import TOKENS
 
 
 def pack_dense_caches(
@@ -26,8 +25,7 @@ def pack_dense_caches(
     was one.
     """
     found = False
-    mask = kwargs.get("attention_mask")
-    for cache in _caches(args, kwargs, result):
+    for cache, mask in _caches(args, kwargs, result):
         layers = cache.layers
         for index, layer in enumerate(layers):
             if _is_dense(layer):
@@ -37,27 +35,33 @@ def pack_dense_caches(
     return found
 
 
-def _caches(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Any]:
+def _caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Each cache, with the mask over its tokens if there is one."""
     seen: set[int] = set()
-    candidates = (*args, *kwargs.values(), getattr(result, "past_key_values", None))
-    for candidate in candidates:
-        cache = getattr(candidate, "self_attention_cache", candidate)
-        layers = getattr(cache, "layers", None)
-        if (
-            isinstance(layers, list)
-            and id(cache) not in seen
-            and all(hasattr(x, "keys") for x in layers)
-        ):
-            seen.add(id(cache))
-            yield cache
+    mask = kwargs.get("attention_mask")
+    for candidate in (*args, *kwargs.values(), getattr(result, "past_key_values", None)):
+        found = [(candidate, mask)]
+        if hasattr(candidate, "cross_attention_cache"):
+            decoder_mask = kwargs.get("decoder_attention_mask")
+            found = [(candidate.self_attention_cache, decoder_mask)]
+            found.append((candidate.cross_attention_cache, mask))
+        for cache, its_mask in found:
+            layers = getattr(cache, "layers", None)
+            if (
+                isinstance(layers, list)
+                and id(cache) not in seen
+                and all(hasattr(x, "keys") for x in layers)
+            ):
+                seen.add(id(cache))
+                yield cache, its_mask
 
 
 def _is_dense(layer: Any) -> bool:
-    """Whether a cache layer holds growing dense keys and values: no static buffer, no sliding
-    window.
-    """
+    """Whether a cache layer holds growing dense keys and values, and no static buffer."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    if getattr(layer, "is_sliding", False) or getattr(layer, "is_compileable", False):
+    if getattr(layer, "is_compileable", False):
         return False
     if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
         return False
@@ -75,10 +79,10 @@ def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report
     formats = config.formats(index, layers, keys.shape[1], keys.shape[3], values.shape[3])
     if isinstance(formats, str):
         return False
-    valid = None
-    if isinstance(mask, Tensor) and mask.shape == (keys.shape[0], keys.shape[TOKENS]):
-        valid = mask.bool()
-        valid = None if bool(valid.all()) else valid
+    valid, (batch, _, tokens, _) = None, keys.shape
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch:
+        newest = mask[:, -tokens:].bool()  # all of them, unless the layer is a sliding window
+        valid = None if newest.shape[1] < tokens or bool(newest.all()) else newest
     basis = config.basis(index, formats[0], keys.device)
     with torch.inference_mode(False), torch.no_grad():
         packed = QuantizedKV.from_dense(keys, formats[0], "key", valid, basis=basis)

@@ -113,14 +113,17 @@ class QuantizedKV(Tensor):
         fmt: Format,
         role: Role,
         basis: Tensor | None = None,
+        grows: bool = True,
     ) -> QuantizedKV:
-        """A handle over what the op ``store`` returned for ``length`` tokens."""
+        """A handle over what the op ``store`` returned for ``length`` tokens; there is room for
+        more if it ``grows``.
+        """
         made = dict(zip(fmt.stored_names, arenas, strict=True))
         layout = fmt.stored_layout
         for name in layout.shared:
             made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
         extent = Extent(0, 0).after(length, fmt)
-        capacity = grown_capacity(length, 0)
+        capacity = grown_capacity(length, 0) if grows else grown_capacity(0, length)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
         return cls(Storage.pooled(stored, extent, fmt, role, capacity), length)
 
@@ -199,7 +202,7 @@ class QuantizedKV(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         # Dynamo guards on each tensor at every call, and what is packed never looks different.
-        return ["dense"], (self._storage.fmt, self._storage.role)
+        return ["dense"], self._storage.described
 
     @staticmethod
     def __tensor_unflatten__(
@@ -208,12 +211,14 @@ class QuantizedKV(Tensor):
         storage = Storage.outline(inner["dense"], size[TOKENS], *context)
         return QuantizedKV(storage, size[TOKENS])
 
-    def __getattr__(self, name: str) -> Tensor:
-        # Dynamo reads the flattened tensor, and arenas if it asks for them, as attributes.
-        storage = self.__dict__.get("_storage")
-        if storage is not None and name in storage:
-            return storage[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    @property
+    def dense(self) -> Tensor:
+        """The exact tokens, which Dynamo asks for by this name.
+
+        No ``__getattr__``: Dynamo's guards ask every handle at every call for four attributes that
+        it does not have.
+        """
+        return self._storage["dense"]
 
     @classmethod
     def __torch_dispatch__(
@@ -229,6 +234,8 @@ class QuantizedKV(Tensor):
         if FakeTensor in kinds:
             # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is
             # never looked at.
+            if func is aten.cat.default and (longer := _fake_cat(*args, **kwargs)) is not None:
+                return longer
             return _call_dense(func, args, kwargs, lambda h: h._storage["dense"].new_empty(h.shape))
         if kinds - {Tensor, torch.nn.Parameter}:
             raise ValueError(
@@ -315,6 +322,26 @@ class QuantizedKV(Tensor):
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
         source = self.writable_storage()
         return QuantizedKV(source.copy(batch), source.length, first=self.first)
+
+
+def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """The fake ``cat`` of a handle and new tokens; None where that is for torch to judge.
+
+    Torch compares sizes that are symbols one by one, which takes longer than all else that is
+    traced of a cache.
+    """
+    first, *others = tensors
+    if not isinstance(first, QuantizedKV) or not _is_dim(dim, TOKENS) or len(others) != 1:
+        return None
+    dense, new = first._storage["dense"], others[0]
+    if new.dim() != 4 or new.dtype != dense.dtype or new.device != dense.device:
+        return None
+    sizes = [(dense.shape[i], new.shape[i]) for i in (0, 1, 3)]
+    if not all(type(a) is type(b) is int and a == b for a, b in sizes):
+        return None
+    shape = list(first.shape)
+    shape[TOKENS] = first.shape[TOKENS] + new.shape[TOKENS]
+    return dense.new_empty(shape)
 
 
 def _dynamic_marks() -> dict[str, Any]:

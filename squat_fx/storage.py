@@ -38,6 +38,7 @@ class Storage:
     Attributes:
         fmt: the stored format.
         role: ``"key"`` or ``"value"``.
+        described: both of them.
         length, watermark: see :mod:`squat_fx.kernels.reference`.
         dropped: every row starts at this position or later.
     """
@@ -47,6 +48,7 @@ class Storage:
     ) -> None:
         self.fmt = fmt
         self.role: Role = role
+        self.described = (fmt, role)
         self.length = extent.length
         self.watermark = extent.watermark
         self.dropped = dropped
@@ -60,6 +62,7 @@ class Storage:
         storage = cls.__new__(cls)
         storage.fmt, storage.role, storage.length, storage.watermark = fmt, role, length, 0
         storage.dropped = 0
+        storage.described = (fmt, role)
         storage._arenas, storage._leases = {"dense": dense}, []
         return storage
 
@@ -156,13 +159,13 @@ class Storage:
         """
         if self.fits(new_tokens):
             return
-        if self.can_drop(self.first_read):
-            self._drop_front(self.first_read)
-            if self.fits(new_tokens):
-                return
         needed = self.length + new_tokens - self.dropped
         try:
-            self._grow(needed)
+            if self.can_drop(self.first_read):
+                self._drop_front(self.first_read)
+                needed = self.length + new_tokens - self.dropped
+            if not self.fits(new_tokens):
+                self._grow(needed)
         except torch.OutOfMemoryError as error:
             error.add_note(
                 f"while a cache of {self.role}s with {self.length} tokens grew to hold {needed}; "
@@ -240,8 +243,8 @@ class Storage:
 
     def used(self) -> dict[str, Tensor]:
         """Copies of the arenas by name, without room for more tokens."""
-        written = self.watermark - self.dropped
-        slots = -(-written // self.fmt.token_group) * self.fmt.token_group
+        tokens = max(self.watermark - self.dropped, 0)
+        slots = -(-tokens // self.fmt.token_group) * self.fmt.token_group
         used = {}
         for name, arena in self._arenas.items():
             if name in self.fmt.packed_names:

@@ -340,10 +340,12 @@ def drop_front(arenas: Arenas, first: int, fmt: Format) -> None:
         source = ((slots + steps) % arena.shape[2])[:, None, :, None]
         return arena.gather(2, source.expand_as(arena))
 
-    for name, arena in zip(fmt.packed_names, arenas.packed, strict=True):
-        arena.copy_(moved(arena, dropped // fmt.tokens_per_slot(name)))
     ring = dense[:, :, fmt.sink_length :]
-    ring.copy_(moved(ring, dropped))
+    steps = [dropped // fmt.tokens_per_slot(name) for name in fmt.packed_names]
+    places = [*zip(arenas.packed, steps, strict=True), (ring, dropped)]
+    after = [moved(*place) for place in places]  # all of them, before anything has changed
+    for (arena, _), numbers in zip(places, after, strict=True):
+        arena.copy_(numbers)
     arenas.start.add_(dropped[:, 0].to(arenas.start.dtype))
 
 

@@ -46,6 +46,7 @@ from squat_fx.passes.spelling import (
     writers,
 )
 
+ROLES: tuple[Role, Role] = ("key", "value")
 _HEADS = {("heads",), ("heads", "repeat")}
 Returned = dict[fx.Node, Any]
 GROW = "use a cache that grows by concatenation, such as DynamicCache"
@@ -102,7 +103,7 @@ def _site(
     rewriting: Rewriting,
 ) -> AttentionSite | str:
     followed: list[Followed] = []
-    for role, node in (("key", attention.key), ("value", attention.value)):
+    for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
             return f"{role} {found}"
@@ -114,15 +115,21 @@ def _site(
     queries = _queries_per_kv(attention, key, value)
     if isinstance(queries, str):
         return queries
-    for role, found in (("key", key), ("value", value)):
+    for role, found in zip(ROLES, followed, strict=True):
         if reason := _buffer_reason(found.source, attention):
             return f"{role} {reason}"
     _, heads, _, key_dim = sizes_of(key.source)
     formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
     if isinstance(formats, str):
         return formats
-    key_edge = _edge("key", key.source, formats[0], returned, rewriting)
-    value_edge = _edge("value", value.source, formats[1], returned, rewriting)
+    edges = [
+        _edge(role, source, fmt, returned, rewriting)
+        for role, source, fmt in zip(ROLES, (key.source, value.source), formats, strict=True)
+    ]
+    key_edge, value_edge = (
+        replace(edge, grows=edge.kind != "prefill" or _grows_with_the_query(attention, edge.new))
+        for edge in edges
+    )
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
@@ -183,7 +190,7 @@ def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) ->
 
 def _buffer_reason(stored: fx.Node, attention: Attention) -> str | None:
     """Whether what is returned is an input of the same shape with something written into it."""
-    if kind(stored) == "cat" or same_size(sizes_of(attention.query)[-2], sizes_of(stored)[2]):
+    if kind(stored) == "cat" or _grows_with_the_query(attention, stored):
         return None
     seen, stack = {stored}, [stored]
     while stack:
@@ -252,6 +259,10 @@ def _edge(
         fmt = fmt if arriving is None else arriving
         return CacheEdge(role, "decode", stored, new, past, fmt, grown=grown)
     return CacheEdge(role, "prefill", stored, new, None, fmt, grown=grown)
+
+
+def _grows_with_the_query(attention: Attention, new: fx.Node) -> bool:
+    return same_size(sizes_of(attention.query)[-2], sizes_of(new)[2])
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:

@@ -62,8 +62,9 @@ class CacheEdge:
 
     ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
-    nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. ``basis``
-    is given where ``fmt`` is latent.
+    nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
+    from elsewhere than the query does not grow afterwards. ``basis`` is given where ``fmt`` is
+    latent.
     """
 
     role: Role
@@ -74,6 +75,7 @@ class CacheEdge:
     fmt: Format
     basis: Tensor | None = field(default=None, compare=False, repr=False)
     grown: fx.Node | None = None
+    grows: bool = True
 
     @property
     def is_window(self) -> bool:

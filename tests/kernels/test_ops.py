@@ -155,8 +155,8 @@ def calls(layout: str) -> list[Call]:
         ),
         Call(f"append_.{name}", (*key.tensors, new[:, :, :1], None, *where, fmt.codec, ints)),
         Call(f"append_.{name}", (*key.tensors, new, valid[:, :40], *where, fmt.codec, ints, [x])),
-        Call(f"dequantize.{name}", (*key.tensors, *where, TOKENS, ints)),
-        Call(f"dequantize.{name}", (*key.tensors, *where, 7, ints)),
+        Call(f"dequantize.{name}", (*key.tensors, *where, 0, TOKENS, ints)),
+        Call(f"dequantize.{name}", (*key.tensors, *where, 2, 7, ints)),
     ]
     tail = (key.fmt.to_ints(), value.fmt.to_ints())
     query = randn(BATCH, 2 * HEADS, 3, 40, seed=3)
@@ -370,7 +370,7 @@ def test_attend_reads_where_a_window_begins_from_a_row_of_positions(layout: str)
     )
     query, first = randn(BATCH, HEADS, 1, 40, seed=3), TOKENS // 2
     where = torch.cat([positions(key), torch.tensor([[first, 0]]), positions(value)])
-    mask = torch.arange(TOKENS - first) % 3 > 0
+    mask = (torch.arange(TOKENS - first) % 3 > 0)[None]
     out = pair_overload("attend", layout)(
         query, None, None, *key.tensors, *value.tensors, where, 0, 2, 1, mask, None, 0.2, 0, 0.0,
         key.fmt.to_ints(), value.fmt.to_ints(),
@@ -416,7 +416,7 @@ def test_nothing_inside_an_op_is_cast_under_autocast(layout: str) -> None:
         both = [made[name] for name in fmt.arena_names] * 2
         positions = torch.tensor([[80, 72], [80, 72]])
         tail = (None, None, 0.2, reference.NO_CAUSALITY, 0.0, fmt.to_ints(), fmt.to_ints())
-        return arenas, attend(query, None, None, *both, positions, 0, 1, *tail)
+        return arenas, attend(query, None, None, *both, positions, 0, 1, -1, *tail)
 
     expected_arenas, expected = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,0 +1,67 @@
+"""Static caches of transformers: let them grow.
+
+A ``StaticCache`` allocates dense buffers for all tokens that may ever come, so that shapes do not
+change. Packed caches have static graphs without that, so before a call the static layers of such a
+cache are exchanged for growing ones with what they hold, and their buffers are free. The cache
+stays the object it is; it is no longer ``is_compileable``, and may hold more tokens than was said.
+
+Layers that hold a linear-attention state as well are left alone, with a note.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from squat_fx.report import Report
+
+GROWING = {"StaticLayer": "DynamicLayer", "StaticSlidingWindowLayer": "DynamicSlidingWindowLayer"}
+GREW = (
+    "a static cache grows instead: its layers were exchanged for growing ones, which are packed, "
+    "and its dense buffers are free"
+)
+
+
+def let_static_caches_grow(args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> None:
+    """Exchange the static layers of every cache among the arguments."""
+    for layers in _layers_of_caches(args, kwargs):
+        for index, layer in enumerate(layers):
+            if not getattr(layer, "is_compileable", False) or not hasattr(layer, "max_cache_len"):
+                continue
+            if type(layer).__name__ in GROWING:
+                layers[index] = growing_layer(layer)
+                report.note(GREW)
+            else:
+                report.note(f"a layer {type(layer).__name__} is static and left alone")
+
+
+def growing_layer(layer: Any) -> Any:
+    """A growing layer with the tokens of a static one."""
+    make = getattr(sys.modules[type(layer).__module__], GROWING[type(layer).__name__])
+    slides = bool(layer.is_sliding)
+    grown = make(sliding_window=layer.max_cache_len) if slides else make()
+    if not layer.is_initialized:
+        return grown
+    tokens = layer.cumulative_length_int if slides else int(layer.cumulative_length)
+    if not tokens:
+        return grown
+    held = min(tokens, layer.max_cache_len)
+    kept = slice(max(held - layer.max_cache_len + 1, 0) if slides else 0, held)
+    grown.lazy_initialization(layer.keys, layer.values)
+    grown.keys, grown.values = (x[:, :, kept].clone() for x in (layer.keys, layer.values))
+    if slides:
+        grown.cumulative_length = tokens
+    return grown
+
+
+def _layers_of_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Any]]:
+    for candidate in (*args, *kwargs.values()):
+        for cache in (
+            candidate,
+            getattr(candidate, "self_attention_cache", None),
+            getattr(candidate, "cross_attention_cache", None),
+        ):
+            layers = getattr(cache, "layers", None)
+            if isinstance(layers, list) and type(cache).__module__.startswith("transformers."):
+                yield layers
