@@ -15,7 +15,7 @@ from squat_fx.config import Config
 
 OPTIONS = (
     "bits, codec, key_bits, value_bits, residual_length, sink_length, skip_layers, exact_layers, "
-    "layer_bits, guard, guard_threshold, calibration, inner, cuda_graphs, strict"
+    "layer_bits, guard, guard_threshold, calibration, inner, cuda_graphs, share_layers, strict"
 )
 
 
