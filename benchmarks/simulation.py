@@ -77,7 +77,7 @@ class Rounding(Protocol):
 
 
 class Simulation:
-    """An attention function of transformers; layers with a sliding window attend as they are."""
+    """An attention function of transformers: causal, over everything or a sliding window."""
 
     def __init__(self, rounding: Rounding | None, prompt: int) -> None:
         self._rounding = rounding
@@ -107,23 +107,31 @@ class Simulation:
     ) -> tuple[Tensor, None]:
         """Shapes are those of :class:`Rounding`; returns ``[batch, tokens, heads, head_dim]``."""
         assert self._rounding is not None
-        if options.get("sliding_window"):
-            sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-            return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-        rounding, tokens = self._rounding, key.shape[2]
-        site = Site(module.layer_idx, module, self._prompt, rounding.residual, rounding.sinks)
-        rounded = rounding(site, query, key, value)
-        prompt = slice(0, self._prompt)
+        prompt, device = self._prompt, key.device
+        window = options.get("sliding_window") or key.shape[2]
+        seen = None if window >= prompt else visible(prompt, 0, window, device)
         of_prompt = F.scaled_dot_product_attention(
-            query[:, :, prompt], key[:, :, prompt], value[:, :, prompt],
-            is_causal=True, scale=scaling, enable_gqa=True,
+            query[:, :, :prompt], key[:, :, :prompt], value[:, :, :prompt],
+            attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True,
         )  # fmt: skip
+        # Of a prompt that is longer than the window, only what the next token sees is stored.
+        first = max(prompt - window + 1, 0)
+        query, key, value = (x[:, :, first:] for x in (query, key, value))
+        prompt, tokens, rounding = prompt - first, key.shape[2], self._rounding
+        site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks)
         of_steps = _steps(
-            query[:, :, self._prompt :], key, value, *rounded,
-            *_packed(site, tokens, rounding.groups(site, key), key.device),
-            scaling or key.shape[-1] ** -0.5,
+            query[:, :, prompt:], key, value, *rounding(site, query, key, value),
+            *_packed(site, tokens, rounding.groups(site, key), device),
+            visible(tokens, prompt, window, device), scaling or key.shape[-1] ** -0.5,
         )  # fmt: skip
         return torch.cat([of_prompt, of_steps], 2).transpose(1, 2).contiguous(), None
+
+
+def visible(tokens: int, first: int, window: int, device: torch.device) -> Tensor:
+    """Bool ``[tokens - first, tokens]``: what each token from ``first`` on may attend to."""
+    t = torch.arange(first, tokens, device=device)[:, None]
+    i = torch.arange(tokens, device=device)[None]
+    return (i <= t) & (t - i < window)
 
 
 def _packed(
@@ -146,15 +154,14 @@ def _steps(
     rounded_value: Tensor,
     key_is_packed: Tensor,
     value_is_packed: Tensor,
+    visible: Tensor,
     scale: float,
 ) -> Tensor:
     """Attention of the tokens after the prompt."""
-    steps, tokens = key_is_packed.shape
     query = query.unflatten(1, (key.shape[1], -1))
     exact, rounded = (query @ x[:, :, None].mT for x in (key, rounded_key))
     scores = torch.where(key_is_packed, rounded, exact) * scale
-    future = torch.ones(steps, tokens, dtype=torch.bool, device=key.device).triu(tokens - steps + 1)
-    probs = scores.masked_fill_(future, -torch.inf).softmax(-1)
+    probs = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
     out = (probs * ~value_is_packed) @ value[:, :, None]
     out += (probs * value_is_packed) @ rounded_value[:, :, None]
     return out.flatten(1, 2)

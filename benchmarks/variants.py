@@ -47,13 +47,14 @@ class Variant:
         smooth_values: whether channels of values get factors from the output projection.
         rotate: channels that a rotation mixes; 0: all, 1: none.
         reach: how far levels reach at 2 bits, at 3 and more; in largest numbers of a token. None:
-            (0, 1).
+            (0, 1), and (0.75, 1) where plane groups have different widths.
         stretch: what the scale that codes are found with is multiplied by.
         uniform: evenly spaced levels; False: Lloyd-Max levels, a table in the kernels.
         norm: how a token's scale is mended after rounding: "" (not), "norm" (keeps the norm),
             "fit" (least squares), "unbiased" (keeps the product with the token itself, beside which
             "norm" is half-way to "fit"), "search" (the best of nine scales, then least squares).
-        value_norm: the same of values; None: as of keys.
+        value_norm: the same of values.
+        mend_mixed: whether scales are mended where plane groups have different widths, too.
         weighted_search: whether the search weighs errors with the queries' metric.
         value_strength: ``lambda'`` of feedback in the metric of the output projection, all tokens.
         calibration: latent bases of keys by layer, in place of the rotation.
@@ -82,7 +83,8 @@ class Variant:
     stretch: float = 1.0
     uniform: bool = True
     norm: str = "norm"
-    value_norm: str | None = None
+    value_norm: str = "unbiased"
+    mend_mixed: bool = False
     weighted_search: bool = False
     value_strength: float = 0.0
     calibration: Mapping[int, LayerCalibration] | None = None
@@ -201,8 +203,8 @@ class Variant:
                 h = _metric(back @ gram @ back.mT, self.value_strength)
                 matrix = feedback_matrix(h, self.block)
         y = ((value - mean) / factor) @ pair[0]
-        norm = self.norm if self.value_norm is None else self.value_norm
-        rounded = self._round(y, spread_widths(head_dim, bits), norm, matrix, None)
+        widths = spread_widths(head_dim, bits)
+        rounded = self._round(y, widths, self.value_norm, matrix, None)
         return (rounded @ pair[1]) * factor + mean
 
     # levels ---------------------------------------------------------------------------------------
@@ -216,7 +218,8 @@ class Variant:
         weights: Tensor | None,
     ) -> Tensor:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
-        low, high = self.reach or (0.0, 1.0)
+        is_mixed = len(set(widths)) > 1
+        low, high = self.reach or ((0.75, 1.0) if is_mixed else (0.0, 1.0))
         size = y.square().mean(-1, keepdim=True).sqrt()
         reach = [low if w == 2 else high if w > 2 else 0.0 for w in widths]
         scale = size
@@ -226,6 +229,8 @@ class Variant:
             least = torch.tensor(least, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
             scale = torch.maximum(size, (y.abs() * least).amax(-1, keepdim=True))
         scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF)
+        if is_mixed and not self.mend_mixed:
+            scale, norm = scale.half().float(), ""
         if norm != "search":
             return _mended(y, self._with_scale(y, scale, widths, matrix), norm, scale)
         best, least_error = None, None

@@ -18,7 +18,7 @@ from squat_fx.guard import with_raised
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
-from squat_fx.static_caches import let_static_caches_grow
+from squat_fx.static_caches import with_growing_caches
 
 RECOMPILE_LIMIT = (
     64  # graphs per callable; five ordinary generate() calls reach torch's default of 8
@@ -58,6 +58,8 @@ class Compiled:
             self._target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
+    # What is compiled around this calls it; its own graphs would take no packed cache.
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
         if self.report.raised != self._raised:
@@ -65,7 +67,7 @@ class Compiled:
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if not torch.compiler.is_compiling():
-            let_static_caches_grow(args, kwargs, self.report)
+            kwargs = with_growing_caches(args, kwargs, self.report)
         if self._takes_limit:
             result = self._compiled(*args, **kwargs)
         else:

@@ -143,8 +143,8 @@ def _compile_rewritten(
         if config.cuda_graphs and is_static(fakes, rewriting.inputs, _batch_symbols(fakes, handles))
         else None,
         [
-            (number.size, tuple(placeholders.index(node) for node in number.carriers))
-            for number in rewriting.numbers
+            (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
+            for row, number in rewriting.numbers
         ],
         Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
         if rewriting.watched
@@ -200,14 +200,15 @@ def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
     output = rewriting.graph.output_node().args[0]
     flat, spec = pytree.tree_flatten(output, is_leaf=lambda x: x is None)
     positions: list[fx.Node] = []
-    rewriting.handles = list(rewriting.carriers)
+    rewriting.rows = list(rewriting.carriers)
 
     def make_positions(row: int) -> fx.Node:
         graph = rewriting.graph
         if not positions:
             first = rewriting.placeholders[0]
             with graph.inserting_before(first):
-                node = graph.placeholder("positions")
+                taken = any(node.target == "positions" for node in rewriting.placeholders)
+                node = graph.placeholder("squat_fx_positions" if taken else "positions")
             node._dynamo_source = _source("squat_fx_positions")  # pyright: ignore[reportAttributeAccessIssue]
             positions.append(node)
         if row < 0:
@@ -316,7 +317,7 @@ def _fake_positions(rewriting: Rewriting, fakes: Sequence[Any]) -> Any:
         return None
     like = handles[0]._storage["dense"]
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        rows = len(handles) + len(rewriting.numbers)
+        rows = len(rewriting.rows)
         return torch.zeros((rows, 2), dtype=torch.int64, device=like.device)
 
 

@@ -22,7 +22,8 @@ from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import TOKENS, Storage
+from squat_fx.storage import Storage
+from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
 
@@ -76,10 +77,11 @@ class Carrier:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of positions after those of the carriers: :class:`squat_fx.passes.records.Number` in
+    """A row of positions among those of the carriers: :class:`squat_fx.passes.records.Number` in
     terms of a call's arguments.
     """
 
+    place: int
     size: Size
     carriers: tuple[int, ...]
 
@@ -102,7 +104,7 @@ class Boundary:
         examples: Sequence[Any],
         report: Report,
         moving: Moving | None = None,
-        numbers: Sequence[tuple[Any, tuple[int, ...]]] = (),
+        numbers: Sequence[tuple[int, Any, tuple[int, ...]]] = (),
         watch: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._inner = inner
@@ -132,7 +134,9 @@ class Boundary:
             if o.kind in ("stored", "number")
         }
         self._stores = any(o.kind == "stored" for o in outputs)
-        self._rows = tuple(Row(Size(size, examples), carriers) for size, carriers in numbers)
+        self._rows = tuple(
+            Row(place, Size(size, examples), carriers) for place, size, carriers in numbers
+        )
         self._windows = {i for row in self._rows for i in row.carriers}
         self._windows |= {c.index for c in self._carriers if c.kept is not None}
         packed = {fed.index for fed in inputs if fed.kind == "arena"}
@@ -180,7 +184,8 @@ class Boundary:
             x, edge = out[carrier.index], carrier.edge
             if not isinstance(x, QuantizedKV):
                 if edge is not None:
-                    packed = QuantizedKV.from_dense(x, edge.fmt, edge.role, basis=edge.basis)
+                    kind = handle_type(edge.token_dim)
+                    packed = kind.from_dense(x, edge.fmt, edge.role, given=edge.constant)
                     out[carrier.index] = packed
             elif x.first and carrier.index not in self._windows:
                 out[carrier.index] = x.from_its_first()
@@ -244,20 +249,22 @@ class Boundary:
         return gathered
 
     def _positions(self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]) -> Tensor:
-        """What is written of each carrier, then other numbers; int64 ``[rows, 2]`` on the CPU."""
+        """What is written of each carrier, other numbers in their places; int64 ``[rows, 2]`` on
+        the CPU.
+        """
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
             rows.append(
                 (storage.length, storage.watermark)
                 if storage
-                else (args[carrier.index].shape[TOKENS], 0)
+                else (args[carrier.index].shape[args[carrier.index].token_dim], 0)
             )
         for row in self._rows:
             number = row.size(args)
             if row.carriers:
                 number = staged[row.carriers[0]][0].length - number
-            rows.append((number, 0))
+            rows.insert(row.place, (number, 0))
         return torch.tensor(rows, dtype=torch.int64)
 
     def _finish(
@@ -283,7 +290,8 @@ class Boundary:
                 first = args[carrier.index].first
                 if carrier.kept is not None:
                     first = storage.length - carrier.kept(args)
-                handle = QuantizedKV(storage, storage.length, first=first)
+                kind = type(args[carrier.index])
+                handle = kind(storage, storage.length, first=first)
                 appended[carrier.index] = self._report.track(handle)
         stored: dict[int, QuantizedKV] = {}
         out: list[Any] = []
@@ -302,8 +310,8 @@ class Boundary:
                     arenas = results[made.first : made.first + made.count]
                     results[made.first : made.first + made.count] = [None] * made.count
                     length = self._sizes[position](args)
-                    handle = QuantizedKV.from_arenas(
-                        arenas, length, made.edge.fmt, made.edge.role, made.edge.basis,
+                    handle = handle_type(made.edge.token_dim).from_arenas(
+                        arenas, length, made.edge.fmt, made.edge.role, made.edge.constant,
                         made.edge.grows,
                     )  # fmt: skip
                     stored[made.first] = self._report.track(handle)

@@ -20,6 +20,7 @@ from squat_fx.codecs.feedback import query_gram
 from squat_fx.config import Config
 from squat_fx.passes import Rewriting, find_attentions
 from squat_fx.passes.quantize_kv_cache import four_dim_query
+from squat_fx.pool import TOKENS
 
 Text = str | Tensor | Mapping[str, Any]
 UNTRACED = "torch.compile traced no graph; torch._dynamo.reset() lets it try again"
@@ -120,7 +121,10 @@ def _tapped(
     taps = []
     with graph.inserting_before(output):
         for site in sites:
-            taps.append((site.key.stored, four_dim_query(site, graph)[0]))
+            key = site.key.stored
+            if site.key.token_dim != TOKENS:
+                key = graph.call_function(torch.transpose, (key, 1, 2))
+            taps.append((key, four_dim_query(site, graph)))
     output.args = ((output.args[0], tuple(taps)),)
     rewriting.module.recompile()
     numbers = [site.layer for site in sites]

@@ -73,28 +73,62 @@ def demo(
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or `demo`.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face model folder, a config.json, an architecture such as `gemma2` or "
+            "`LlamaForCausalLM`, or `demo`."
+        ),
+    ],
     bits: Bits = 2,
+    attention: Annotated[
+        str | None, typer.Option(help="`sdpa` or `eager`; by default what transformers chooses.")
+    ] = None,
 ) -> None:
-    """Say which attentions of a model would use the small cache, and why the others would not."""
+    """Say which attentions of a model would use the small cache, and why the others would not.
+
+    Of a config or an architecture a tiny random model is built: what is said does not depend on
+    weights.
+    """
     with one_sentence_errors():
         import torch
 
         check_options(bits)
-        folder = Path(model).expanduser()
-        if model != "demo" and not folder.is_dir():
-            raise DemoError(
-                f"there is no folder {model}; give the folder of a Hugging Face model, or `demo`"
-            )
         stay_offline()
-        if model == "demo":
-            folder = smollm2.smollm2_folder(late_progress)
-        with late_progress("Loading the model"):
-            loaded = smollm2.load_model(folder)
-        tokens = torch.arange(1, 17, device=loaded.device)[None]
+        with late_progress("Building the model"):
+            found = model_to_explain(model, attention)
+        tokens = torch.arange(1, 17, device=next(found.parameters()).device)[None]
         with late_progress("Tracing"):
-            report = squat_fx.explain(loaded, {"input_ids": tokens}, bits=bits)
+            report = squat_fx.explain(found, {"input_ids": tokens}, bits=bits)
     typer.echo(str(report))
+
+
+def model_to_explain(name: str, attention: str | None) -> Any:
+    """The model that a folder, a config file, an architecture's name or `demo` stands for."""
+    from squat_fx import tiny
+
+    if name == "demo":
+        return smollm2.load_model(smollm2.smollm2_folder(late_progress))
+    path = Path(name).expanduser()
+    if path.is_dir() and (not (path / "config.json").exists() or holds_weights(path)):
+        loaded = smollm2.load_model(path)
+        if attention is not None:
+            loaded.set_attn_implementation(attention)
+        return loaded
+    try:
+        if path.exists():
+            return tiny.model_of_config(path, attention)
+        return tiny.model_named(name, attention)
+    except (OSError, ValueError, TypeError) as error:
+        raise DemoError(
+            f"{error}; give the folder of a Hugging Face model, a config.json, an architecture, or "
+            "`demo`"
+        ) from error
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a model folder has more than a config."""
+    return any(file.suffix in (".safetensors", ".bin", ".gguf") for file in folder.iterdir())
 
 
 @bench.command("kernel")
@@ -120,14 +154,22 @@ def bench_kernel(
 @bench.command("tune")
 def bench_tune(
     out: Annotated[Path, typer.Option(help="Where to write the choices.")] = Path("tuning.json"),
+    cache: Annotated[
+        list[str] | None, typer.Option(help="One of `bench kernel`'s; repeat. All of them.")
+    ] = None,
 ) -> None:
     """The fastest tiles of attention on this GPU, for the variable SQUAT_FX_TUNING."""
     with one_sentence_errors():
-        require_gpu("bench tune")
         from squat_fx.bench import tune
+        from squat_fx.bench.kernel import CODECS
         from squat_fx.kernels import tuning
 
-        tuning.write(out, tune.measure(say))
+        known = [name for name, *_ in CODECS]
+        for name in cache or ():
+            if name not in known:
+                raise DemoError(f"--cache must be one of {', '.join(known)}, got {name!r}")
+        require_gpu("bench tune")
+        tuning.write(out, tune.measure(say, cache or known))
     typer.echo(f"wrote {out}; use it with {tuning.VARIABLE}={out}")
 
 

@@ -41,7 +41,8 @@ def _caches(
     """Each cache, with the mask over its tokens if there is one."""
     seen: set[int] = set()
     mask = kwargs.get("attention_mask")
-    for candidate in (*args, *kwargs.values(), getattr(result, "past_key_values", None)):
+    candidates: list[Any] = [*args, *kwargs.values(), getattr(result, "past_key_values", None)]
+    for candidate in candidates:
         found = [(candidate, mask)]
         if hasattr(candidate, "cross_attention_cache"):
             decoder_mask = kwargs.get("decoder_attention_mask")
@@ -76,6 +77,8 @@ def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report
     keys, values = layer.keys, layer.values
     if keys.requires_grad or values.requires_grad:
         return False
+    if "rotary" in config.resolved_codec.taps("key"):
+        return False  # only a graph says how keys were turned
     formats = config.formats(index, layers, keys.shape[1], keys.shape[3], values.shape[3])
     if isinstance(formats, str):
         return False
@@ -85,7 +88,7 @@ def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report
         valid = None if newest.shape[1] < tokens or bool(newest.all()) else newest
     basis = config.basis(index, formats[0], keys.device)
     with torch.inference_mode(False), torch.no_grad():
-        packed = QuantizedKV.from_dense(keys, formats[0], "key", valid, basis=basis)
+        packed = QuantizedKV.from_dense(keys, formats[0], "key", valid, given=basis)
         layer.keys = report.track(packed)
         layer.values = report.track(QuantizedKV.from_dense(values, formats[1], "value", valid))
     return True

@@ -113,8 +113,8 @@ def rewrite_module(
     handles = [placeholders.index(node) for node in rewriting.handles]
     values = [value_of(node) for node in placeholders]
     numbers = [
-        (number.size, tuple(placeholders.index(node) for node in number.carriers))
-        for number in rewriting.numbers
+        (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
+        for row, number in rewriting.numbers
     ]
     watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
     boundary = Boundary(
@@ -160,8 +160,9 @@ def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> 
         if not isinstance(x, Tensor):
             return x
         sizes = [DimDynamic.DYNAMIC] * x.dim()
-        if x.dim() == 4 and any(_appends_to(node, user) for user in node.users):
-            sizes[1] = sizes[3] = DimDynamic.STATIC
+        token_dims = {d for u in node.users if (d := _appended_dim(node, u)) is not None}
+        for token_dim in token_dims if x.dim() == 4 else ():
+            sizes[3 - token_dim] = sizes[3] = DimDynamic.STATIC
         return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     placeholders = graph_module.graph.find_nodes(op="placeholder")
@@ -176,15 +177,17 @@ def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> 
         ) from error
 
 
-def _appends_to(past: fx.Node, node: fx.Node) -> bool:
-    """Whether ``node`` is ``cat([past, new], -2)``."""
+def _appended_dim(past: fx.Node, node: fx.Node) -> int | None:
+    """The dim of tokens, 1 or 2, if ``node`` is ``cat([past, new])`` on it."""
     parts = parts_of(node) if kind(node) == "cat" else ()
-    return len(parts) == 2 and parts[0] is past and argument(node, 1, "dim", 0) in (2, -2)
+    if len(parts) != 2 or parts[0] is not past:
+        return None
+    return {1: 1, 2: 2, -2: 2, -3: 1}.get(argument(node, 1, "dim", 0))
 
 
 def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
-    """Inputs that are a past: concatenated to on dim -2, and the result is returned, or the newest
-    tokens of it.
+    """Inputs that are a past: concatenated to on the dim of tokens, and the result is returned, or
+    the newest tokens of it.
     """
     pasts = graph.find_nodes(op="placeholder")
     returned = returned_nodes(graph)
@@ -192,5 +195,8 @@ def _carriers(graph: fx.Graph) -> dict[fx.Node, Format | None]:
         past: None
         for past in pasts
         if len(shape_of(past) or ()) == 4
-        and any(_appends_to(past, user) and part_returned(user, returned) for user in past.users)
+        and any(
+            _appended_dim(past, user) is not None and part_returned(user, returned)
+            for user in past.users
+        )
     }

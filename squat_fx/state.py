@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -46,6 +46,7 @@ class QuantizedKV(Tensor):
     _storage: Storage
     _pending: Tensor | None
     _lease: Lease
+    token_dim: ClassVar[int] = TOKENS
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
@@ -55,21 +56,22 @@ class QuantizedKV(Tensor):
     ) -> QuantizedKV:
         """The tokens ``first`` to ``length`` of ``storage``, the ``pending`` ones counted."""
         dense = storage["dense"]
-        shape = (dense.shape[0], dense.shape[1], length - first, dense.shape[3])
+        shape = [dense.shape[0], dense.shape[1], dense.shape[1], dense.shape[3]]
+        shape[cls.token_dim] = length - first
         # An inference tensor is no base of views: autograd would make a crop hold on to the longer
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         is_set = is_fake or torch.is_inference_mode_enabled()
         with contextlib.nullcontext() if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
-                cls, shape, dtype=dense.dtype, device=dense.device
+                cls, tuple(shape), dtype=dense.dtype, device=dense.device
             )
         handle._storage = storage
         handle._pending = pending
         if not is_fake:
             stored = length - (0 if pending is None else pending.shape[TOKENS])
             handle._lease = storage.lease(stored, first)
-            vars(handle).update(_dynamic_marks())
+            vars(handle).update(_dynamic_marks(cls.token_dim))
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +85,7 @@ class QuantizedKV(Tensor):
         role: Role,
         valid: Tensor | None = None,
         query: Tensor | None = None,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> QuantizedKV:
         """Pack ``x`` ``[batch, heads, tokens, head_dim]``.
 
@@ -92,8 +94,9 @@ class QuantizedKV(Tensor):
             valid: bool ``[batch, tokens]``, False for padding.
             query: ``[batch, num_heads, tokens, head_dim]``, for codecs that look at the queries of
                 a prompt.
-            basis: fp32 ``[2, heads, head_dim, head_dim]`` if ``fmt.latent``: the calibrated basis
-                and its inverse.
+            given: what the layout is given. If ``fmt.latent``: the calibrated basis and its
+                inverse, fp32 ``[2, heads, head_dim, head_dim]``. In ``latent/rope``: the angle by
+                which each pair of channels turns from token to token, in radians.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
@@ -101,9 +104,9 @@ class QuantizedKV(Tensor):
             )
         with torch.inference_mode(False), torch.no_grad():
             arenas = ops.overload("store", fmt.layout)(
-                x, valid, query, basis, role, fmt.codec, fmt.to_ints()
+                x, valid, query, given, role, fmt.codec, fmt.to_ints()
             )
-            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, basis)
+            return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, given)
 
     @classmethod
     def from_arenas(
@@ -112,7 +115,7 @@ class QuantizedKV(Tensor):
         length: int,
         fmt: Format,
         role: Role,
-        basis: Tensor | None = None,
+        given: Tensor | None = None,
         grows: bool = True,
     ) -> QuantizedKV:
         """A handle over what the op ``store`` returned for ``length`` tokens; there is room for
@@ -121,7 +124,7 @@ class QuantizedKV(Tensor):
         made = dict(zip(fmt.stored_names, arenas, strict=True))
         layout = fmt.stored_layout
         for name in layout.shared:
-            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if basis is None else basis
+            made[name] = layout.empty_fixed(fmt, name, made["dense"]) if given is None else given
         extent = Extent(0, 0).after(length, fmt)
         capacity = grown_capacity(length, 0) if grows else grown_capacity(0, length)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
@@ -158,8 +161,9 @@ class QuantizedKV(Tensor):
 
     def from_its_first(self) -> QuantizedKV:
         """The same tokens in a storage that begins with them; what is packed is rounded again."""
-        basis = self._storage["basis"] if self.format.latent else None
-        return QuantizedKV.from_dense(self.dequantize(), self.format, self.role, basis=basis)
+        given = self.format.stored_layout.given
+        kept = None if given is None else self._storage[given]
+        return self.from_dense(self.dequantize(), self.format, self.role, given=kept)
 
     def writable_storage(self, new_tokens: int = 0) -> Storage:
         """The storage, with this handle as its newest reader and nothing pending: append in place
@@ -204,12 +208,12 @@ class QuantizedKV(Tensor):
         # Dynamo guards on each tensor at every call, and what is packed never looks different.
         return ["dense"], self._storage.described
 
-    @staticmethod
+    @classmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: Any, size: Any, stride: Any
+        cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> QuantizedKV:
-        storage = Storage.outline(inner["dense"], size[TOKENS], *context)
-        return QuantizedKV(storage, size[TOKENS])
+        length = size[cls.token_dim]
+        return cls(Storage.outline(inner["dense"], length, *context), length)
 
     @property
     def dense(self) -> Tensor:
@@ -242,11 +246,16 @@ class QuantizedKV(Tensor):
                 "a QuantizedKV reached a graph that was not compiled with backend='squat'; "
                 "compile it with that backend, or pass cache.dequantize()"
             )
-        if (packed := PACKED_OPS.get(func)) is not None:
-            result = packed(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return _call_dense(func, args, kwargs, QuantizedKV.dequantize)
+        result = cls._stay_packed(func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        return _call_dense(func, args, kwargs, lambda h: h.dequantize())
+
+    @classmethod
+    def _stay_packed(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``func`` makes of packed tensors; ``NotImplemented`` where they must be dense."""
+        packed = PACKED_OPS.get(func)
+        return NotImplemented if packed is None else packed(func, *args, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # Python's indexing would write into a copy.
@@ -295,6 +304,7 @@ class QuantizedKV(Tensor):
             "watermark": storage.watermark,
             "dropped": storage.dropped,
             "first": self.first,
+            "token_dim": self.token_dim,
         }
         return storage.used(), state
 
@@ -316,12 +326,17 @@ class QuantizedKV(Tensor):
         dropped = state["dropped"]
         capacity = grown_capacity(extent.length - dropped, 0)
         storage = Storage.pooled(stored, extent, fmt, state["role"], capacity, dropped)
-        return cls(storage, extent.length, first=state["first"])
+        kind = HANDLE_TYPES[state["token_dim"]]
+        return kind(storage, extent.length, first=state["first"])
 
     def _copied(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> QuantizedKV:
         """A handle with a storage of its own; ``batch`` selects or repeats rows."""
         source = self.writable_storage()
-        return QuantizedKV(source.copy(batch), source.length, first=self.first)
+        return type(self)(source.copy(batch), source.length, first=self.first)
+
+
+HANDLE_TYPES: dict[int, type[QuantizedKV]] = {TOKENS: QuantizedKV}
+"""The carriers by the dim of their tokens; :mod:`squat_fx.token_major` adds one."""
 
 
 def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
@@ -331,7 +346,7 @@ def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     traced of a cache.
     """
     first, *others = tensors
-    if not isinstance(first, QuantizedKV) or not _is_dim(dim, TOKENS) or len(others) != 1:
+    if type(first) is not QuantizedKV or not _is_dim(dim, TOKENS) or len(others) != 1:
         return None
     dense, new = first._storage["dense"], others[0]
     if new.dim() != 4 or new.dtype != dense.dtype or new.device != dense.device:
@@ -344,19 +359,19 @@ def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return dense.new_empty(shape)
 
 
-def _dynamic_marks() -> dict[str, Any]:
-    """The attributes by which Dynamo knows that the dim ``TOKENS`` of a tensor varies.
+def _dynamic_marks(dim: int) -> dict[str, Any]:
+    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies.
 
     ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
     grow.
     """
-    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor().items()}
+    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor(dim).items()}
 
 
-@lru_cache(maxsize=1)
-def _marks_of_a_tensor() -> dict[str, Any]:
-    marked = torch.empty((1,) * (TOKENS + 1))
-    torch._dynamo.maybe_mark_dynamic(marked, TOKENS)
+@lru_cache(maxsize=2)
+def _marks_of_a_tensor(dim: int) -> dict[str, Any]:
+    marked = torch.empty((1,) * (dim + 1))
+    torch._dynamo.maybe_mark_dynamic(marked, dim)
     return dict(vars(marked))
 
 

@@ -11,10 +11,13 @@ Layers that hold a linear-attention state as well are left alone, with a note.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from squat_fx.report import Report
+from squat_fx.storage import TOKENS
 
 GROWING = {"StaticLayer": "DynamicLayer", "StaticSlidingWindowLayer": "DynamicSlidingWindowLayer"}
 GREW = (
@@ -23,17 +26,42 @@ GREW = (
 )
 
 
-def let_static_caches_grow(args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> None:
-    """Exchange the static layers of every cache among the arguments."""
+def with_growing_caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], report: Report
+) -> dict[str, Any]:
+    """Exchange the static layers of every cache among the arguments; ``kwargs`` with masks that are
+    as long as those caches are now.
+    """
+    held: dict[str, int] = {}
     for layers in _layers_of_caches(args, kwargs):
         for index, layer in enumerate(layers):
             if not getattr(layer, "is_compileable", False) or not hasattr(layer, "max_cache_len"):
                 continue
-            if type(layer).__name__ in GROWING:
-                layers[index] = growing_layer(layer)
-                report.note(GREW)
-            else:
+            if type(layer).__name__ not in GROWING:
                 report.note(f"a layer {type(layer).__name__} is static and left alone")
+                continue
+            layers[index] = growing_layer(layer)
+            report.note(GREW)
+            keys = layers[index].keys
+            tokens = 0 if keys is None else keys.shape[TOKENS]
+            held.setdefault("sliding" if layer.is_sliding else "full", tokens)
+    if not held:
+        return kwargs
+    masks = {name: x for name, x in kwargs.items() if name.endswith("attention_mask")}
+    return kwargs | {name: _fitted(mask, held) for name, mask in masks.items()}
+
+
+def _fitted(mask: Any, held: Mapping[str, int], kind: str = "") -> Any:
+    """A mask that ``generate()`` made for a static cache, one for each kind of layer or one for
+    all, without what comes after the new tokens.
+    """
+    if type(mask) is dict:
+        return {name: _fitted(x, held, name) for name, x in mask.items()}
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    slides = kind in ("sliding_attention", "chunked_attention") or "full" not in held
+    tokens = held.get("sliding" if slides else "full", 0)
+    return mask[..., : tokens + mask.shape[-2]]
 
 
 def growing_layer(layer: Any) -> Any:

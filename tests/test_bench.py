@@ -75,7 +75,8 @@ def test_tuning_keeps_the_fastest_tiles_of_each_class(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(kernel, "attend", attend)
     lines: list[str] = []
-    found = tune.measure(lines.append)
+    names = [name for name, *_ in kernel.CODECS]
+    found = tune.measure(lines.append, names)
     assert [(c.layout, c.row_bytes, c.head_dim) for c in found] == [
         ("planes/channel", 32, 128), ("planes/token", 32, 128), ("planes/token", 48, 128),
         ("planes/token", 64, 128),
@@ -84,6 +85,13 @@ def test_tuning_keeps_the_fastest_tiles_of_each_class(monkeypatch: pytest.Monkey
     assert [c.tiles for c in found] == [2, 2, 3, 4]
     assert any("does not run: out of resource" in line for line in lines)
     assert tuning.choice("planes/token", 32, 128) == tuning.TABLE[0]
+    assert [c.row_bytes for c in tune.measure(lines.append, ["squat 4 bits"])] == [64]
+
+
+def test_tuning_knows_the_caches_of_the_benchmark() -> None:
+    assert "--cache must be one of squat 2 bits, squat" in refused(
+        squat("tune", "--cache", "squat 5 bits")
+    )
 
 
 def test_a_picture_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

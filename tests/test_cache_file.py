@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import squat_fx
 from squat_fx import QuantizedKV, cache_file
@@ -118,6 +118,19 @@ def test_tokens_that_wait_and_cropped_ones(path: Path) -> None:
     squat_fx.save_cache(path, [grown, cropped])
     for loaded, numbers in zip(squat_fx.load_cache(path), expected, strict=True):
         assert torch.equal(loaded.dequantize(), numbers)
+
+
+def test_a_cache_of_an_encoder_and_a_decoder(path: Path) -> None:
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        part.update(randn(1, 2, 9, 4), randn(1, 2, 9, 4), 0)
+    cache.is_updated[0] = True
+    squat_fx.save_cache(path, cache)
+    loaded = squat_fx.load_cache(path)
+    assert isinstance(loaded, EncoderDecoderCache)
+    assert loaded.is_updated == {0: True}
+    held = loaded.cross_attention_cache.layers[0].keys
+    assert torch.equal(held, cache.cross_attention_cache.layers[0].keys)
 
 
 def test_a_cache_that_holds_nothing_yet(path: Path) -> None:

@@ -168,7 +168,7 @@ def test_it_lowers_the_error_of_the_scores() -> None:
     codec, errors = Squat(strength=0), []
     for widths, basis in ((2, None), (found.widths(2), found.matrices)):
         fmt = make_format(codec, codec_spec(codec), "key", 64, widths, 0, 0, basis is not None)
-        handle = QuantizedKV.from_dense(x, fmt, "key", basis=basis)
+        handle = QuantizedKV.from_dense(x, fmt, "key", given=basis)
         assert fmt.packed_bits_per_element() == 2.25
         errors.append(float(((handle.dequantize() - x) @ query.mT).square().mean()))
     assert errors[1] < 0.5 * errors[0]

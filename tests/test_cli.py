@@ -445,6 +445,30 @@ def test_explain_of_a_folder_without_a_model_says_what_to_give(tmp_path):
     assert_one_sentence(squat("explain", str(tmp_path)), str(tmp_path), "config.json")
 
 
+@needs_transformers
+def test_explain_of_an_architecture_says_what_its_layers_are():
+    result = squat("explain", "Gemma2ForCausalLM", "--bits", "4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("prefill graph (eager, ")
+    assert "layers 1: keys squat 4 bits per token" in result.stdout
+
+
+@needs_transformers
+def test_explain_of_a_config_has_its_layers(tiny_llama, tmp_path):
+    tiny_llama.config.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        result = squat("explain", str(path), "--attention", "eager")
+        assert result.exit_code == 0, result.output
+        layers = tiny_llama.config.num_hidden_layers
+        assert f"{layers} attentions rewritten" in result.stdout
+
+
+@needs_transformers
+def test_explain_of_a_misspelled_architecture_names_the_nearest():
+    result = squat("explain", "lama")
+    assert_one_sentence(result, "lama is no causal-LM architecture", "did you mean llama")
+
+
 def test_comparison_counts_the_tokens_before_the_first_difference():
     def generation(*tokens: int) -> demo.Generation:
         return demo.Generation(tokens, "", 1.0, cache=None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import squat_fx
-from squat_fx.codecs import Codec, Kvarn, Qjl, Think, TurboQuant
+from squat_fx.codecs import Codec, Kvarn, Qjl, Svdq, Think, TurboQuant
 from tests.choose import full
 from tests.models import FAMILIES, SCENARIOS, build, prompt
 
@@ -75,7 +75,7 @@ def test_eight_bits_answer_as_the_dense_cache_within_rounding(family: str) -> No
     assert errors[2] > 5 * errors[8], errors
 
 
-@pytest.mark.parametrize("codec", [Kvarn(32), Think(ratio=0.0)], ids=lambda c: c.name)
+@pytest.mark.parametrize("codec", [Kvarn(32), Think(ratio=0.0), Svdq()], ids=lambda c: c.name)
 def test_eight_bits_of_other_layouts_answer_within_rounding(codec: Codec) -> None:
     torch._dynamo.reset()
     expected = logits(build("llama"))
@@ -85,6 +85,31 @@ def test_eight_bits_of_other_layouts_answer_within_rounding(codec: Codec) -> Non
     assert report.rewritten > 0, str(report)
     assert report.eager_calls == 0, str(report)
     assert error < 0.02, error
+
+
+def test_keys_behind_padding_are_turned_back_and_forth() -> None:
+    """Rows whose positions begin at their first token, and cropping behind the prompt."""
+    torch._dynamo.reset()
+    ids, mask = prompt(3, 160), torch.ones(3, 160, dtype=torch.long)
+    mask[1, :50], mask[2, :121] = 0, 0
+    found = []
+    for options in (None, {"bits": 8, "codec": "svdq", "residual_length": 8, "inner": "eager"}):
+        model = build("llama")
+        model = model if options is None else squat_fx.compile(model, **options)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for first, last in ((0, 140), (140, 150), (150, 151), (151, 152), (146, 147)):
+                if cropped := cache.get_seq_length() - first:
+                    cache.crop(-cropped)
+                positions = mask[:, :last].cumsum(1)[:, first:] - 1
+                out = model(
+                    ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache,
+                    position_ids=positions.clamp(min=0), use_cache=True,
+                )  # fmt: skip
+                found.append(out.logits[:, -1])
+    expected, actual = torch.stack(found[:5]), torch.stack(found[5:])
+    assert squat_fx.report(model).rewritten > 0, str(squat_fx.report(model))
+    assert ((actual - expected).norm() / expected.norm()).item() < 0.02
 
 
 @pytest.mark.parametrize(

@@ -820,7 +820,7 @@ def test_two_handles_of_a_layer_hold_one_basis_between_them(learned: QuantizedKV
     other = learned.index_select(0, torch.tensor([1]))
     del learned
     gc.collect()
-    more = [QuantizedKV.from_dense(randn(3, 2, 60, 16), other.format, "key", basis=basis)
+    more = [QuantizedKV.from_dense(randn(3, 2, 60, 16), other.format, "key", given=basis)
             for _ in range(2 if other.format.latent else 0)]  # fmt: skip
     assert all(handle.basis is basis for handle in more)
     assert torch.equal(basis, kept)

@@ -102,7 +102,7 @@ def compiled_append(new_tokens: int, fails: bool, kept: int | None = None) -> Bo
         [0],
         [],
         Report(),
-        numbers=[] if kept is None else [(kept, (0,))],
+        numbers=[] if kept is None else [(1, kept, (0,))],
     )
 
 

@@ -15,18 +15,22 @@ from transformers import PreTrainedModel
 
 import squat_fx
 from squat_fx import QuantizedKV
-from tests.choose import full
+from tests.choose import diagonal, full
 from tests.models import build, greedy, prompt
 from tests.uses import LEFT_DENSE, USES, generate, prefilled, steps, tiny
 
 OPTIONS: dict[str, Any] = {"inner": "eager", "residual_length": 8}
-ELSEWHERE = {"greedy", "beam", "prompt_lookup", "left_padded_batch", "chat"}
-"""Uses that ``test_models`` compares for all families."""
+ELSEWHERE = {
+    "greedy", "beam", "prompt_lookup", "left_padded_batch", "chat", "chunked_prefill",
+    "several_samples",
+}  # fmt: skip
+"""Uses that ``test_models`` compares for all families, or that others are like."""
 LIKE_GREEDY = {
     "greedy", "sampling", "several_samples", "beam_sampling", "streaming", "returned_dict",
-    "embeddings", "guidance", "text_pipeline", "chunked_prefill",
+    "embeddings", "guidance", "text_pipeline", "chunked_prefill", "prompt_lookup", "crop",
+    "autocast_for_a_while",
 }  # fmt: skip
-"""Uses that do nothing else to a cache."""
+"""Uses that do to a cache what others do, too."""
 
 
 def caches_of(cache: Any) -> list[Tensor]:
@@ -91,8 +95,7 @@ def test_a_2_bit_cache_stays_packed_and_answers_are_finite(
     assert all(isinstance(x, QuantizedKV) for x in held)
 
 
-@pytest.mark.parametrize("draft_is_packed", [False, True])
-@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize(("draft_is_packed", "do_sample"), diagonal([False, True], [False, True]))
 def test_assisted_decoding(
     draft_is_packed: bool, do_sample: bool, dense: PreTrainedModel, lossless: PreTrainedModel
 ) -> None:
@@ -115,7 +118,7 @@ def test_assisted_decoding(
         assert squat_fx.report(assistant).rewritten > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, *full(torch.float32)])
 def test_every_precision(dtype: torch.dtype) -> None:
     """Exact storage is exact in each; 2 bits are small in each."""
     expected = generate(tiny().to(dtype), prompt(2, 40), 24)

@@ -9,7 +9,7 @@ where the GPU is full, then tiles of a share where one sequence has it for itsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,16 @@ TILES = [(128, 2), (128, 3), (64, 2), (64, 3), (64, 4), (32, 3), (32, 4)]
 TILES_OF_SHARES = (1, 2, 3, 4, 8)
 
 
-def measure(log: Callable[[str], None]) -> list[Choice]:
-    """The fastest choice for each class of shapes; what was preferred before is forgotten."""
+def measure(log: Callable[[str], None], caches: Sequence[str]) -> list[Choice]:
+    """The fastest choice for each class of shapes; what was preferred before is forgotten.
+
+    Args:
+        log: is told what is timed.
+        caches: names of ``bench.kernel.CODECS``.
+    """
     found: dict[tuple[str, int, int], Choice] = {}
     tuning.prefer()
-    for name, codec, bits in CODECS:
+    for name, codec, bits in (row for row in CODECS if row[0] in caches):
         formats = [stored_format(format_of(codec, role, bits, FULL.head_dim)) for role in ROLES]
         row_bytes = max(fmt.row_size for fmt in formats)
         shape = (codec.layout, row_bytes, FULL.head_dim)

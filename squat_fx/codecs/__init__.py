@@ -23,6 +23,7 @@ from squat_fx.codecs.polar_rope import PolarRope
 from squat_fx.codecs.qjl import Qjl
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
+from squat_fx.codecs.svdq import Svdq
 from squat_fx.codecs.think import Think
 from squat_fx.codecs.turboquant import TurboQuant
 from squat_fx.layouts import Format
@@ -37,6 +38,7 @@ CODECS: dict[str, type[Codec]] = {
     PolarRope.name: PolarRope,
     TurboQuant.name: TurboQuant,
     Qjl.name: Qjl,
+    Svdq.name: Svdq,
     Lossless.name: Lossless,
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "Role",
     "Squat",
     "SquatPaper",
+    "Svdq",
     "Think",
     "TurboQuant",
     "codec_class",

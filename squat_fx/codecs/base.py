@@ -12,7 +12,7 @@ from torch import Tensor
 from squat_fx.layouts import LAYOUTS, Format
 
 Role = Literal["key", "value"]
-Tap = Literal["query"]
+Tap = Literal["query", "rotary"]
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,14 @@ class Codec:
         raise NotImplementedError
 
     def taps(self, role: Role) -> frozenset[Tap]:
-        """What the codec wants to see of the prompt besides the tensor that it stores."""
+        """What the codec wants to see of the prompt besides the tensor that it stores: its queries,
+        or the angles by which its keys were turned, without which a layer is left alone.
+        """
         return frozenset()
+
+    def details(self, role: Role) -> tuple[int, ...]:
+        """``Format.details``: numbers of which only the layout knows what they mean."""
+        return ()
 
     def affine(self, role: Role) -> bool:
         """Whether :meth:`fit` gives offsets and factors, for the layout ``planes/token``."""
@@ -205,4 +211,6 @@ def make_format(
         sink_length=sink_length,
         affine=layout == "planes/token" and codec.affine(role),
         latent=latent,
+        unbiased=layout == "planes/token" and role == "value",
+        details=codec.details(role),
     )

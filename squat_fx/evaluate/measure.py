@@ -26,7 +26,6 @@ from squat_fx.evaluate.numbers import digits, standard_error
 from squat_fx.evaluate.settings import Setting
 from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
-from squat_fx.kernels.reference import Extent
 
 
 @dataclass(frozen=True)
@@ -201,6 +200,7 @@ class Evaluation:
         self._batch = batch
         # Log-probabilities [batch, vocabulary] by step, of each batch of each set.
         self._reference: list[list[list[Tensor]]] = [[] for _ in sets]
+        self._is_known = False
         self._seen: dict[int, Seen] = {}
         self._dense: Held | None = None  # the full cache
 
@@ -216,8 +216,10 @@ class Evaluation:
         times: list[float] = []
         started = time.perf_counter()
         held, layers, scores = None, {}, []
+        is_reference = not self._is_known
+        if is_reference:
+            self._reference = [[] for _ in self._sets]
         for windows, reference in zip(self._sets, self._reference, strict=True):
-            is_reference = not reference
             found = torch.zeros(3, *windows.shape, dtype=torch.float64)
             for number, ids in enumerate(windows.ids.split(self._batch)):
                 is_first = held is None
@@ -248,6 +250,7 @@ class Evaluation:
                 self._dense = self._dense or held
             scores.append(Scores(*found))
         assert held is not None
+        self._is_known = True
         seconds = time.perf_counter() - started
         tasks = {task.name: task.run(model, make_cache, advance) for task in self._tasks}
         ms = 1e3 * median(times)
@@ -310,10 +313,13 @@ def effective_bits(handles: Sequence[squat_fx.QuantizedKV]) -> float:
     bits, elements = 0.0, 0
     for handle in handles:
         storage, fmt = handle._storage, handle.format
-        numbers = handle.numel() // handle.shape[2]  # of a token
-        packed = Extent(storage.length, storage.watermark).packed(0, fmt)
-        bits += numbers * packed * fmt.packed_bits_per_element()
-        bits += numbers * 16 * (handle.shape[2] - packed)
+        tokens = handle.shape[2]  # a sliding window has forgotten the first ones
+        numbers = handle.numel() // tokens  # of a token
+        start = int(storage["start"].min())
+        end = start + fmt.sink_length + storage.extent.packed(start, fmt)
+        exact = storage.length - end + max(start + fmt.sink_length - (storage.length - tokens), 0)
+        bits += numbers * (tokens - exact) * fmt.packed_bits_per_element()
+        bits += numbers * 16 * exact
         bits += sum(8 * storage[name].nbytes for name in fmt.stored_layout.fixed)
         elements += handle.numel()
     return bits / elements

@@ -3,8 +3,8 @@
 Compiling a model for a cache takes a processor several seconds, and the GPU waits; so processes
 work side by side. Each measures the untouched model, then takes the next setting that none has
 taken, each on one of the GPUs. What they have in common is a folder: ``3.taken`` says that a
-process has taken setting 3, ``3.json`` is its row. A folder that is there already is gone on with: what it has is not measured
-again.
+process has taken setting 3, ``3.json`` is its row. A folder that is there already is gone on with:
+what it has is not measured again.
 """
 
 from __future__ import annotations

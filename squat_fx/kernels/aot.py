@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from squat_fx.codecs import Codec, Format, Kivi, Role, Squat, SquatPaper, codec_spec, make_format
 from squat_fx.kernels import fit, launch
 from squat_fx.kernels.reference import Arenas, Extent, empty_arenas
+from squat_fx.layouts.rotary import Rotation
 
 ROLES: tuple[Role, ...] = ("key", "value")
 CAPABILITIES = (80, 90)
@@ -227,13 +228,17 @@ class Shape:
     dtype: torch.dtype = torch.float16
     codec: Codec = field(default_factory=Kivi)
     latent: bool = False  # keys have a calibrated basis
+    rotation: Rotation | None = None  # keys are turned back, for codecs that ask for it
 
     def format(self, role: Role) -> Format:
         """How ``role`` is stored."""
         latent = self.latent and role == "key"
-        return make_format(
+        fmt = make_format(
             self.codec, codec_spec(self.codec), role, self.head_dim, self.bits, 32, 4, latent
         )
+        if self.rotation is None or "rotary" not in self.codec.taps(role):
+            return fmt
+        return fmt.stored_layout.with_rotation(fmt, self.rotation)
 
     def tokens(self, count: int, heads: int = 2) -> Tensor:
         """``[batch, heads, count, head_dim]``."""
@@ -260,6 +265,7 @@ def attend_launches(
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
     gpu: str = "",
+    softcap: float = 0.0,
     window: bool = False,
 ) -> list[Launch]:
     """Attention of ``q_len`` queries over a past and as many new tokens.
@@ -270,6 +276,7 @@ def attend_launches(
         sinks: logits of the heads.
         gpu: ``""`` has Triton's kernels alone, ``"ampere"`` Gluon's too where they apply,
             ``"hopper"`` also launches that begin early.
+        softcap: of scores.
         window: whether the older tokens are not seen.
     """
     key, value = (
@@ -279,7 +286,7 @@ def attend_launches(
     with recorded() as launches, _capable(gpu):
         launch.attend(
             query, new, new, key, value, first=1 if window else -1,
-            mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=0.0,
+            mask=mask, sinks=sinks, scale=1.0, causal=0, softcap=softcap,
         )  # fmt: skip
     return launches
 

@@ -22,47 +22,49 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from squat_fx.kernels import gluon_attend_token
-from squat_fx.kernels.gluon_attend_token import (
+from squat_fx.kernels import gluon_tiles
+from squat_fx.kernels.gluon_tiles import (
     CODES,
     ROWS,
     SCALES_IN_MEMORY,
     SCORES,
-    TOKENS,
     WEIGHT_ROWS,
     WEIGHT_TOKENS,
     WEIGHTS,
     copy_scales,
     copy_to_shared,
-    copy_words,
+    copy_tokens,
+    is_split,
     key_words,
+    num_terms,
+    plane_output,
+    split_lanes,
+    term_codes,
+    term_exponent,
+    term_plane,
+    tile_memory,
     value_words,
-    word_memory,
 )
 from squat_fx.kernels.triton_attend import places_of_rows, whole_groups
-from squat_fx.kernels.triton_attend_token import (
-    LOG2_E,
-    code_factor,
-    wait_for_previous_launch,
-)
+from squat_fx.kernels.triton_attend_token import LOG2_E
 from squat_fx.kernels.triton_planes import (
     StoredFormat,
-    half_codes,
     num_planes,
     packed_tokens,
-    plane_exponent,
+    wait_for_previous_launch,
 )
 
 PARAMETERS_IN_MEMORY = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 CODE_CHANNELS = gl.constexpr(gl.SliceLayout(0, CODES.value))
 LN_2 = gl.constexpr(0.6931471805599453)
+BLOCK_M = 8  # query rows
 SHORTEST_TILE = 32
 
 
 def takes(key: StoredFormat, value: StoredFormat) -> bool:
-    """Whether tokens are rows of whole 16-bit words, and groups whole tiles and plane groups."""
+    """Whether rows can be copied, and groups are whole tiles and plane groups."""
     return (
-        all(map(gluon_attend_token.takes, (key, value)))
+        all(map(gluon_tiles.takes, (key, value)))
         and key.channel_group == value.token_group == 1
         and key.token_group % SHORTEST_TILE == 0
         and value.channel_group % 16 == 0
@@ -72,9 +74,9 @@ def takes(key: StoredFormat, value: StoredFormat) -> bool:
 
 
 @gluon.constexpr_function
-def scale_factor(fmt, plane):
+def scale_factor(fmt, term):
     """What scales of keys are multiplied with: large ones stay halves, small ones normal."""
-    return 2.0 ** (2 - plane_exponent(fmt, plane))
+    return 2.0 ** (2 - term_exponent(fmt, term))
 
 
 SCORE_FACTOR = gl.constexpr(2.0**22)  # takes the factors of codes and of scales back
@@ -87,9 +89,9 @@ def num_groups(fmt):
 
 
 @gluon.constexpr_function
-def first_plane(fmt, group):
-    """The first plane group of a value's group of channels."""
-    return min(group * fmt.channel_group // 16, fmt.num_planes)
+def first_term(fmt, group):
+    """The first term of a value's group of channels."""
+    return sum(16 * term.plane < group * fmt.channel_group for term in fmt.terms)
 
 
 @gluon.constexpr_function
@@ -106,12 +108,12 @@ def copy_tile(
     """Begin to copy the tokens from ``slot`` on: words, scales and zero points."""
     key_memory, value_memory, key_scales, key_zeros, value_scales, value_zeros = memory
     row = head * key.capacity + slot
-    copy_words(key_memory, stage, key.qdata, row, BLOCK_N - 1, KEY, BLOCK_N)
+    copy_tokens(key_memory, stage, key.qdata, row, BLOCK_N - 1, KEY, BLOCK_N)
     group = head * (key.capacity // KEY.token_group) + slot // KEY.token_group
     copy_scales(key_scales, stage, key.scale, group * KEY.head_dim, KEY.head_dim)
     copy_scales(key_zeros, stage, key.zero_point, group * KEY.head_dim, KEY.head_dim)
     row = head * value.capacity + slot
-    copy_words(value_memory, stage, value.qdata, row, BLOCK_N - 1, VALUE, BLOCK_N)
+    copy_tokens(value_memory, stage, value.qdata, row, BLOCK_N - 1, VALUE, BLOCK_N)
     copy_parameters(value_scales, stage, value.scale, row, VALUE, BLOCK_N)
     copy_parameters(value_zeros, stage, value.zero_point, row, VALUE, BLOCK_N)
 
@@ -202,10 +204,13 @@ def attend_tile(
         offset = mma_v2(zero, query[j], offset)
     offset = gl.max(offset, 0) * (1.0 / SCORE_FACTOR)
     scores = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SCORES) + offset[None, :]
-    for j in gl.static_range(num_planes(KEY)):
-        scale = key_scales.index(stage).slice(16 * j, 16).load(WEIGHT_TOKENS)
-        scale = scale * gl.full([16], scale_factor(KEY, j), gl.float16, WEIGHT_TOKENS)
-        scores = mma_v2(half_codes(k_words, j, KEY, True), query[j] * scale[:, None], scores)
+    for i in gl.static_range(num_terms(KEY)):
+        scale = key_scales.index(stage).slice(16 * term_plane(KEY, i), 16).load(WEIGHT_TOKENS)
+        scale = scale * gl.full([16], scale_factor(KEY, i), gl.float16, WEIGHT_TOKENS)
+        scaled = query[term_plane(KEY, i)] * scale[:, None]
+        if is_split(KEY, i):
+            scaled = split_lanes(scaled, WEIGHTS)
+        scores = mma_v2(term_codes(k_words, i, 0, KEY), scaled, scores)
     scores *= row_factor[None, :]
     new_max = gl.maximum(running_max, gl.max(scores, 0))
     alpha = gl.exp2(running_max - new_max)[None, :]
@@ -220,9 +225,9 @@ def attend_tile(
         zero = gl.broadcast(zero, ones)[0]
         new_zeros += (zeros[g] * alpha + mma_v2(zero, p, nothing),)
         weights = p * group_parameters(value_scales, stage, g, 0, WEIGHTS, VALUE)
-        for j in gl.static_range(first_plane(VALUE, g), first_plane(VALUE, g + 1)):
-            tile = mma_v2(half_codes(v_words, j, VALUE, True), weights, nothing)
-            new_acc += (acc[j] * alpha + tile,)
+        for i in gl.static_range(first_term(VALUE, g), first_term(VALUE, g + 1)):
+            tile = mma_v2(term_codes(v_words, i, 1, VALUE), weights, nothing)
+            new_acc += (acc[i] * alpha + tile,)
     return new_acc, new_zeros, total, new_max
 
 
@@ -260,8 +265,8 @@ def swapped_attend_kernel(
         gl.store(partial_sum + out, gl.zeros([BLOCK_M], gl.float32, ROWS), keep_row)
     else:
         memory = (
-            word_memory(KEY, STAGES, BLOCK_N),
-            word_memory(VALUE, STAGES, BLOCK_N),
+            tile_memory(KEY, STAGES, BLOCK_N),
+            tile_memory(VALUE, STAGES, BLOCK_N),
             gl.allocate_shared_memory(gl.float16, [STAGES, KEY.head_dim], SCALES_IN_MEMORY),
             gl.allocate_shared_memory(gl.float16, [STAGES, KEY.head_dim], SCALES_IN_MEMORY),
             parameter_memory(VALUE, STAGES, BLOCK_N),
@@ -278,7 +283,7 @@ def swapped_attend_kernel(
         )
         row_factor = size * (scale * LOG2_E * SCORE_FACTOR)
         acc = ()
-        for _ in gl.static_range(num_planes(VALUE)):
+        for _ in gl.static_range(num_terms(VALUE)):
             acc += (gl.zeros([16, BLOCK_M], gl.float32, SCORES),)
         zeros = ()
         for _ in gl.static_range(num_groups(VALUE)):
@@ -305,11 +310,11 @@ def swapped_attend_kernel(
 
         gl.store(partial_sum + out, gl.max(total, 0), mask=keep_row)
         gl.store(partial_max + out, running_max * LN_2, mask=keep_row)
-        lane = gl.arange(0, 16, TOKENS)
         pointers = partial + out[None, :] * VALUE.head_dim
         for j in gl.static_range(num_planes(VALUE)):
-            x = acc[j] * (1.0 / code_factor(VALUE, j)) + zeros[group_of(VALUE, j)]
-            channel = (16 * j + lane)[:, None]
-            gl.store(pointers + channel, x, mask=keep_row[None, :] & (channel < VALUE.head_dim))
+            x, channel = plane_output(acc, j, VALUE)
+            x += zeros[group_of(VALUE, j)]
+            keep = keep_row[None, :] & (channel < VALUE.head_dim)[:, None]
+            gl.store(pointers + channel[:, None], x, mask=keep)
     if DEPENDENT:
         wait_for_previous_launch()

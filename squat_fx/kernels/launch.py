@@ -23,8 +23,10 @@ from triton.runtime.jit import JITFunction
 
 from squat_fx.codecs import Kivi, Qjl, codec_from_spec
 from squat_fx.kernels import (
+    chosen,
     gluon_attend_channel,
     gluon_attend_token,
+    gluon_tiles,
     reference,
     triton_append,
     triton_attend,
@@ -66,10 +68,19 @@ def attend(
     causal: int,
     softcap: float,
 ) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.attend`; two or three launches.
+    """See :func:`squat_fx.kernels.reference.attend`; two or three launches, but torch operations
+    where a query chooses its keys.
 
     ``first`` is the row of positions that says where a window begins, -1 if all tokens are seen.
     """
+    if key[2].stored_layout.chooses and query.shape[2] == 1:
+        sides = (
+            chosen.Side(arenas, *positions[row].unbind(), fmt, new)
+            for (arenas, (positions, row), fmt), new in ((key, new_key), (value, new_value))
+        )
+        hidden = key[1][0][first, 0] if first >= 0 else 0
+        options = {"first": hidden, "mask": mask, "sinks": sinks, "scale": scale, "causal": causal}
+        return chosen.attend_chosen(query, *sides, **options, softcap=softcap)
     (key_arenas, (positions, key_row), key_format), (value_arenas, (_, value_row), _) = key, value
     key_constant, value_constant = stored_format(key[2]), stored_format(value[2])
     query = contiguous_channels(query)
@@ -178,7 +189,14 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
     q_len, head_dim = work.query.shape[2], work.formats[1].head_dim
     swapped = None
     per_channel = all(fmt.layout == "planes/channel" for fmt in work.formats)
-    if per_channel and _tokens_take_rows(work) and gluon_attend_channel.takes(*work.formats):
+    plain = work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0
+    few = (
+        plain
+        and not work.is_window
+        and work.rows <= gluon_attend_channel.BLOCK_M
+        and _tokens_take_rows(work)
+    )
+    if per_channel and few and gluon_attend_channel.takes(*work.formats):
         swapped = _choice("planes/channel", work).for_group(work.formats[0].token_group)
         shares = 1
         lefts = _chosen_shares(swapped, work) + shares
@@ -198,7 +216,7 @@ def _attend_per_channel(work: _Attention, key_row: int, value_row: int, most_tok
             work.query, work.key, work.value, work.positions, key_row, value_row, *left,
             work.num_kv_heads, q_len, work.scale, work.strides()[0],
             *work.formats, work.queries_per_kv, TILES=swapped.tiles,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
+            BLOCK_M=gluon_attend_channel.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             num_warps=1, **_early(device),
         )  # fmt: skip
     block_d = triton_attend.MERGE_BLOCK_D
@@ -214,11 +232,14 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     block_m, num_warps = triton_attend_token.tile(work.rows)
     blocks = triton.cdiv(work.rows, block_m)
     swapped = None
-    if _tokens_take_rows(work) and all(map(gluon_attend_token.takes, work.formats)):
-        swapped = _choice("planes/token", work)
+    if _tokens_take_rows(work) and all(map(gluon_tiles.takes, work.formats)):
+        block_m, swapped = gluon_attend_token.tile(
+            work.rows, *work.formats, _choice("planes/token", work)
+        )
+        blocks = triton.cdiv(work.rows, block_m)
     block_n = triton_attend_token.BLOCK_N
     if swapped is not None:
-        shares = _chosen_shares(swapped, work)
+        shares = _chosen_shares(swapped, work, blocks)
     else:
         shares = num_shares(work.heads * blocks, work.key.capacity, block_n, device)
     left = work.partial(shares + 1)  # the last is that of the exact tokens
@@ -228,11 +249,13 @@ def _attend_per_token(work: _Attention, row: int) -> None:
     if swapped is None or work.key.basis is not None:
         latent_query = _prepare(work, row, left, shares, with_exact=swapped is None)
     if swapped is not None:
-        gluon_attend_token.swapped_attend_kernel[(work.heads, 1, 1 + shares)](
+        gluon_attend_token.swapped_attend_kernel[(work.heads, blocks, 1 + shares)](
             work.query, *work.new, work.key, work.value, work.positions, row,
-            *latent_query, *left, work.num_kv_heads, q_len, work.new_len, work.scale,
-            *work.strides()[:3], *work.formats, work.queries_per_kv, TILES=swapped.tiles,
-            BLOCK_M=gluon_attend_token.BLOCK_M, BLOCK_N=swapped.block_n, STAGES=swapped.stages,
+            work.first_row, work.mask, *latent_query, *left,
+            work.num_kv_heads, q_len, work.new_len, work.scale,
+            *work.strides(), *work.formats, work.queries_per_kv, work.causal, work.softcap,
+            WINDOW=work.is_window, TILES=swapped.tiles, BLOCK_M=block_m,
+            BLOCK_N=swapped.block_n, STAGES=swapped.stages,
             EXACT_BLOCK_N=gluon_attend_token.EXACT_BLOCK_N, PADDED_D=padded(work.widest),
             num_warps=1, **_early(device),
         )  # fmt: skip
@@ -296,9 +319,7 @@ def _tokens_take_rows(work: _Attention) -> bool:
     """Whether the Gluon kernels take this attention, if they take its formats."""
     return (
         work.query.dtype in (torch.float16, torch.bfloat16)
-        and (work.mask is None and work.causal == reference.NO_CAUSALITY and work.softcap == 0)
-        and not work.is_window
-        and work.rows <= gluon_attend_token.BLOCK_M
+        and work.rows <= gluon_attend_token.LARGEST_BLOCK_M
         and work.key.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and work.value.capacity % gluon_attend_token.CAPACITY_MULTIPLE == 0
         and runs_gluon(work.query.device)
@@ -529,7 +550,8 @@ def _pack_in_torch(
         valid = valid.view(torch.bool).expand(new.shape[0], -1).gather(1, column) | (
             position < length
         )
-    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback)
+    first = before + fmt.sink_length + start
+    found = reference.quantize(leaving, valid, fmt, arenas.fixed, feedback, first_position=first)
     for name, arena, codes in zip(fmt.packed_names, arenas.packed, found, strict=True):
         step = fmt.tokens_per_slot(name)
         # Wrapped around, slots that are not there stay distinct, so that each is written once.
@@ -568,10 +590,10 @@ def _choice(layout: str, work: _Attention) -> tuning.Choice:
     return tuning.choice(layout, max(fmt.row_size for fmt in work.formats), work.widest)
 
 
-def _chosen_shares(chosen: tuning.Choice, work: _Attention) -> int:
-    """Shares of its launch."""
+def _chosen_shares(chosen: tuning.Choice, work: _Attention, blocks: int = 1) -> int:
+    """Shares of its launch, which has so many blocks of query rows."""
     return num_shares(
-        work.heads, work.key.capacity, chosen.block_n, work.query.device,
+        work.heads * blocks, work.key.capacity, chosen.block_n, work.query.device,
         chosen.tiles, chosen.programs,
     )  # fmt: skip
 
@@ -671,6 +693,11 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
             "arenas must be contiguous; pass the whole storage, not a slice of its tokens"
         )
     qdata, *parameters = arenas.packed
+    named: dict[str, Tensor] = {}
+    if not constant.per_token:
+        named = {name: t for name, t in arenas.fixed.items() if name in Stored._fields}
+        learned = [named.pop(name) for name in ("scale", "zero_point") if name in named]
+        parameters = learned + parameters
     scale, zero_point, extra = (*parameters, None, None, None)[:3]
     capacity = qdata.shape[2]
     if capacity * max(constant.row_size, constant.head_dim) >= 2**31:
@@ -679,11 +706,11 @@ def stored(arenas: Arenas, constant: StoredFormat) -> Stored:
         )
     layout = (qdata, scale, zero_point, arenas.dense, arenas.start, capacity)
     if not constant.per_token:
-        fixed = next(iter(arenas.fixed.values()), None)
-        if fixed is None:
+        fixed = next((t for n, t in arenas.fixed.items() if n not in Stored._fields), None)
+        if fixed is None and not arenas.fixed:
             made_for = constant.head_dim, constant.widths, qdata.device
             fixed = LAYOUTS[constant.layout].constant(*made_for)
-        return Stored(*layout, extra=extra, fixed=fixed)
+        return Stored(*layout, extra=extra, fixed=fixed, **named)
     affine, basis = arenas.affine if constant.affine else None, arenas.basis
     if basis is None or not basis.numel():
         return Stored(*layout, affine=affine)

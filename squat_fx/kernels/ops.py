@@ -125,12 +125,12 @@ def _declare_stored(layout: str, prefix: str) -> str:
     return ", ".join(f"Tensor {prefix}{name}" for name in stored_names(layout))
 
 
-def _completed(tensors: Sequence[Tensor], basis: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
-    """All arenas of a role, of those that ``store`` made and the basis that it was given."""
+def _completed(tensors: Sequence[Tensor], given: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
+    """All arenas of a role: those that ``store`` made and the one that all sequences share."""
     made = dict(zip(fmt.stored_names, tensors, strict=True))
     for name in fmt.stored_layout.shared:
         empty = fmt.stored_layout.empty_fixed(fmt, name, made["dense"])
-        made[name] = empty if basis is None else basis
+        made[name] = empty if given is None else given
     return tuple(made[name] for name in fmt.arena_names)
 
 
@@ -206,13 +206,13 @@ def _ops_of(layout: str) -> list[Op]:
         x: Tensor,
         valid: Tensor | None,
         query: Tensor | None,
-        basis: Tensor | None,
+        given: Tensor | None,
         role: Role,
         codec: str,
         format: list[int],
     ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
-        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, basis)
+        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, given)
         fit = _learn(x.device)(arenas, x, valid, query, fmt, role)
         _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
         by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
@@ -265,7 +265,7 @@ def _ops_of(layout: str) -> list[Op]:
         ),
         (
             f"store.{name}",
-            "(Tensor x, Tensor? valid, Tensor? query, Tensor? basis, str role, str codec, "
+            "(Tensor x, Tensor? valid, Tensor? query, Tensor? given, str role, str codec, "
             f"int[] {name}_format) -> {_returns(len(made))}",
             store,
             fake_store,
@@ -347,11 +347,11 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
         ).contiguous()
 
     def attend_error(query: Tensor, output: Tensor, *args: Any) -> Tensor:
-        basis, mask, sinks, scale, causal, softcap, *formats = args[made:]
+        given, mask, sinks, scale, causal, softcap, *formats = args[made:]
         implementation = _implementation(query.device)
         sides = []
         for layout, tensors, shared, ints in zip(
-            layouts, (args[:made_keys], args[made_keys:made]), (basis, None), formats, strict=True
+            layouts, (args[:made_keys], args[made_keys:made]), (given, None), formats, strict=True
         ):
             fmt = Format.from_ints(layout, "", ints)
             arenas = Arenas.of(fmt, _completed(tensors, shared, fmt))
@@ -409,7 +409,7 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             f"attend_error.{name}",
             "(Tensor query, Tensor output, "
             f"{_declare_stored(key_layout, 'key_')}, {_declare_stored(value_layout, 'value_')}, "
-            "Tensor? key_basis, Tensor? mask, Tensor? sinks, float scale, "
+            "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
             f"int causal, float softcap, {formats}) -> Tensor",
             attend_error,
             fake_attend_error,

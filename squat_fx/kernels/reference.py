@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
+from squat_fx.kernels import chosen
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
@@ -143,19 +144,26 @@ def quantize(
     fixed: Fixed = NOTHING,
     feedback: Tensor | None = None,
     first_slot: int = 0,
+    first_position: int | Tensor = 0,
 ) -> tuple[Tensor, ...]:
     """Pack ``x`` ``[batch, heads, tokens, head_dim]``, ``tokens`` a multiple of ``token_group``,
-    for the slots from ``first_slot`` on; valid ``[batch, tokens]``.
+    for the slots from ``first_slot`` on; valid ``[batch, tokens]``. ``first_position`` is that of
+    the first token, a number or int64 ``[batch, 1]``.
     """
     codec = codec_from_spec(fmt.codec)
-    return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, first_slot)
+    place = first_slot, first_position
+    return fmt.stored_layout.quantize(x, valid, fmt, codec, fixed, feedback, *place)
 
 
 def dequantize_groups(
-    packed: tuple[Tensor, ...], fmt: Format, out: Tensor, fixed: Fixed = NOTHING
+    packed: tuple[Tensor, ...],
+    fmt: Format,
+    out: Tensor,
+    fixed: Fixed = NOTHING,
+    first_position: int = 0,
 ) -> Tensor:
     """Undo :func:`quantize` into ``out`` ``[batch, heads, tokens, head_dim]``; fp32 arithmetic."""
-    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out)
+    return fmt.stored_layout.dequantize_into(packed, fmt, fixed, out, first_position)
 
 
 # reading and writing arenas -----------------------------------------------------------------------
@@ -186,7 +194,8 @@ def dense_past(
         if count:
             packed = _packed_slots(arenas, rows, 0, count, fmt)
             target = row_tokens[:, :, sinks : sinks + count]
-            dequantize_groups(packed, fmt, target, arenas.fixed_of(rows, fmt))
+            fixed = arenas.fixed_of(rows, fmt)
+            dequantize_groups(packed, fmt, target, fixed, start + fmt.sink_length)
         ring = _ring_slots(count, tokens - sinks, fmt, dense.device)
         row_tokens[:, :, sinks + count :] = dense[rows].index_select(2, ring)
         if hidden:
@@ -204,18 +213,24 @@ def learn(
     codec = codec_from_spec(fmt.codec)
     if type(codec).fit is Codec.fit and type(codec).fit_format is Codec.fit_format:
         return NO_FIT
-    token = torch.arange(new.shape[2], device=new.device)[None]
-    if valid is None:
-        keep = (token >= fmt.sink_length).expand(new.shape[0], -1)
-    else:
+    token = torch.arange(new.shape[2], device=new.device)
+    first = token.new_full((new.shape[0],), fmt.sink_length)  # of the tokens that may be packed
+    if valid is not None:
         valid = valid.view(torch.bool).expand(new.shape[0], -1)
-        keep = valid & (token - valid.int().argmax(1)[:, None] >= fmt.sink_length)
+        first += valid.int().argmax(1)
+    keep = token >= first[:, None]
+    keep = keep if valid is None else keep & valid
     basis = arenas.basis if fmt.latent else None
     if query is not None:
         query = query.where(query.abs() <= LARGEST_HALF, 0.0) if codec.taps(role) else None
     usable = (new.abs() <= LARGEST_HALF).all(-1, keepdim=True)
-    fit = codec.fit_format(role, fmt, new.where(usable, 0.0), query, keep, basis)
-    for name, learned in fit.fixed.items():
+    x = fmt.stored_layout.to_frame(new.where(usable, 0.0), fmt, arenas.fixed)
+    fit = codec.fit_format(role, fmt, x, query, keep, basis)
+    after = Extent(0, 0).after(new.shape[2], fmt)
+    packed = (after.watermark - first).clamp(min=0) // fmt.token_group * fmt.token_group
+    packed = packed if valid is None else packed * valid.any(1)
+    of_layout = fmt.stored_layout.learned(new, first, packed, fmt)
+    for name, learned in (*fit.fixed.items(), *of_layout.items()):
         if arenas.fixed[name].numel():
             arenas.fixed[name].copy_(learned)
     return fit
@@ -285,7 +300,8 @@ def _pack_leaving(
         known = valid.new_ones((valid.shape[0], in_ring - first))
         valid = torch.cat([known, valid[:, skip : skip + end - in_ring]], 1)
     slots = _packed_slots(arenas, rows, first, end, fmt)
-    packed = quantize(leaving, valid, fmt, arenas.fixed_of(rows, fmt), feedback, first)
+    place = first, start + fmt.sink_length + first
+    packed = quantize(leaving, valid, fmt, arenas.fixed_of(rows, fmt), feedback, *place)
     for slot, numbers in zip(slots, packed, strict=True):
         slot.copy_(numbers)
 
@@ -319,10 +335,13 @@ def truncate(arenas: Arenas, before: Extent, after: Extent, fmt: Format) -> None
         group = _packed_slots(arenas, slice(row, row + 1), kept, kept + fmt.token_group, fmt)
         out = arenas.dense.new_empty((1, arenas.dense.shape[1], fmt.token_group, fmt.head_dim))
         fixed = arenas.fixed_of(slice(row, row + 1), fmt)
-        numbers = dequantize_groups(group, fmt, out, fixed)[0, :, :left]
+        first = start + fmt.sink_length + kept
+        numbers = dequantize_groups(group, fmt, out, fixed, first)[0, :, :left]
         arenas.dense[row].index_copy_(
             1, _ring_slots(kept, kept + left, fmt, numbers.device), numbers
         )
+    ends = [start + fmt.sink_length + after.packed(start, fmt) for start in starts]
+    fmt.stored_layout.forget(arenas.fixed, arenas.start.new_tensor(ends))
 
 
 def drop_front(arenas: Arenas, first: int, fmt: Format) -> None:
@@ -356,9 +375,9 @@ def drop_step(fmt: Format) -> int:
     return math.lcm(fmt.token_group, 2)
 
 
-def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None = None) -> Arenas:
+def empty_arenas(like: Tensor, capacity: int, fmt: Format, given: Tensor | None = None) -> Arenas:
     """Unwritten arenas with room for ``capacity`` packed tokens, for tensors like ``like``
-    ``[batch, heads, _, head_dim]``.
+    ``[batch, heads, _, head_dim]``; ``given`` is what the layout makes one of the fixed ones of.
     """
     batch, heads = like.shape[:2]
     packed = tuple(
@@ -373,8 +392,8 @@ def empty_arenas(like: Tensor, capacity: int, fmt: Format, basis: Tensor | None 
     layout = fmt.stored_layout
     fixed = {
         name: layout.empty_fixed(fmt, name, like)
-        if basis is None or name not in layout.shared
-        else basis
+        if given is None or name != layout.given
+        else layout.place_given(fmt, given, like)
         for name in layout.fixed
     }
     return Arenas(packed, dense, start, fixed)
@@ -490,6 +509,13 @@ def attend(
 
     The mask and the causality count from ``first``.
     """
+    if key[2].stored_layout.chooses and query.shape[2] == 1:
+        sides = (
+            chosen.Side(arenas, extent.length, extent.watermark, fmt, new)
+            for (arenas, extent, fmt), new in ((key, new_key), (value, new_value))
+        )
+        options = {"first": first, "mask": mask, "sinks": sinks, "scale": scale, "causal": causal}
+        return chosen.attend_chosen(query, *sides, **options, softcap=softcap)
     if key[2].layout == value[2].layout == "planes/token" and query.shape[2] <= FEW_QUERIES:
         return _attend_latent(
             query,

@@ -97,6 +97,13 @@ def places_of_rows(row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV: tl.
 
 
 @triton.jit
+def rows_of_mask(batch, query_head, query_token, mask_strides):
+    """Where the rows of a mask begin."""
+    heads = batch * mask_strides[0] + query_head * mask_strides[1]
+    return heads + query_token.to(tl.int64) * mask_strides[2]
+
+
+@triton.jit
 def rows_of_block(
     block, batch, kv_head, num_kv_heads, q_len, mask_strides,
     QUERIES_PER_KV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -106,8 +113,7 @@ def rows_of_block(
     query_token, query_head, keep, out = places_of_rows(
         row, batch, kv_head, num_kv_heads, q_len, QUERIES_PER_KV
     )
-    mask_row = (batch * mask_strides[0] + query_head * mask_strides[1])[:, None]
-    mask_row += query_token.to(tl.int64)[:, None] * mask_strides[2]
+    mask_row = rows_of_mask(batch, query_head, query_token, mask_strides)[:, None]
     return row, query_token, query_head, keep, mask_row, out
 
 
@@ -177,7 +183,7 @@ def attend_tile(
         )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - key_start, BLOCK_N, KEY)
-    words = load_packed(key, head, slot, packed, lane, KEY)
+    words = load_packed(key, head, slot, column, packed, lane, KEY)
     scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in tl.static_range(num_planes(KEY)):
         if MIXED:
@@ -214,7 +220,7 @@ def attend_tile(
         )
     else:
         group, keep_group = tile_groups(slot, packed, tile_position - value_start, BLOCK_N, VALUE)
-    words = load_packed(value, head, slot, packed, lane, VALUE)
+    words = load_packed(value, head, slot, column, packed, lane, VALUE)
     new_acc = ()
     for j in tl.static_range(num_planes(VALUE)):
         if MIXED:

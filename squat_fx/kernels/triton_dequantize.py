@@ -54,7 +54,7 @@ def dequantize_kernel(
     slot = position - start - FORMAT.sink_length
     packed = keep & (slot >= 0) & (slot < count)
     exact = exact_rows(stored, None, 0, 0, head, position, start, length, FORMAT)
-    words = load_packed(stored, head, slot, packed, lane, FORMAT)
+    words = load_packed(stored, head, slot, position, packed, lane, FORMAT)
     for j in tl.static_range(num_planes(FORMAT)):
         channel = 16 * j + lane
         x = any_plane(stored, words, exact, head, slot, packed, keep, lane, j, FORMAT)

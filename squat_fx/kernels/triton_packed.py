@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from squat_fx.kernels.triton_dual import dual_planes
+from squat_fx.kernels.triton_latent import latent_planes
 from squat_fx.kernels.triton_levels import levels_planes
 from squat_fx.kernels.triton_planes import load_words, unpack_plane
 from squat_fx.kernels.triton_polar import polar_planes
@@ -20,9 +21,9 @@ from squat_fx.kernels.triton_signs import signs_planes
 
 
 @triton.jit
-def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
-    """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in: a tuple
-    of words of codes, or of numbers, each ``[N, 16]``.
+def load_packed(stored, head, slot, position, keep, lane, fmt: tl.constexpr):
+    """What :func:`packed_plane` finds the plane groups of packed ``slot`` ``[N, 1]`` in, which
+    holds the token at ``position``: a tuple of words of codes, or of numbers, each ``[N, 16]``.
     """
     if fmt.layout == "planes/dual":
         loaded = dual_planes(stored, head, slot, keep, lane, fmt)
@@ -32,6 +33,8 @@ def load_packed(stored, head, slot, keep, lane, fmt: tl.constexpr):
         loaded = levels_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "signs/token":
         loaded = signs_planes(stored, head, slot, keep, lane, fmt)
+    elif fmt.layout == "latent/rope" or fmt.layout == "latent/sparse":
+        loaded = latent_planes(stored, head, slot, position, keep, lane, fmt)
     elif fmt.layout == "polar/token":
         loaded = polar_planes(stored, head, slot, keep, lane, fmt)
     elif fmt.layout == "polar/pairs":

@@ -17,7 +17,7 @@ Arenas are contiguous; numbers are computed in fp32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import triton
@@ -25,10 +25,17 @@ import triton.language as tl
 from torch import Tensor
 
 from squat_fx.codecs import Format
+from squat_fx.kernels.operands import (
+    WORD_SHIFT,
+    Term,
+    TokenRow,
+    best_exponent,
+    terms_of,
+    token_row,
+    unpack_ptx,
+)
 from squat_fx.layouts.planes import LANES
-from squat_fx.layouts.symmetric import STEP, least_scale
-
-WORD_SHIFT = 6  # brings the six upper bits of a word to where a half has its mantissa
+from squat_fx.layouts.symmetric import STEP, are_mixed, least_scales
 
 
 class Stored(NamedTuple):
@@ -36,6 +43,7 @@ class Stored(NamedTuple):
 
     ``basis`` is fp32 ``[2, heads, head_dim, head_dim]``: ``basis_stride`` elements lie between two
     heads, ``inverse`` ones before the inverse. None: the fixed rotation (``triton_hadamard.py``).
+    Fixed arenas of other layouts are in the field of their name, or else ``fixed``.
     """
 
     qdata: Tensor
@@ -50,6 +58,10 @@ class Stored(NamedTuple):
     inverse: int = 0
     extra: Tensor | None = None
     fixed: Tensor | None = None
+    center: Tensor | None = None
+    frequency: Tensor | None = None
+    outlier: Tensor | None = None
+    outlier_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,12 @@ class StoredFormat:
     It carries the piece table, so that kernels are compiled anew when the table changes:
     ``pieces[plane]`` lists ``(word, shift in the word, mask, shift in the code)``; None says that
     qdata holds the numbers themselves. What is left of the lanes after ``whole_bytes``, in
-    ``sections`` of so many bits, counts as one more byte.
+    ``sections`` of so many bits, counts as one more byte. ``token_row`` and ``terms`` are the same
+    for tensor cores (``operands.py``).
 
     ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
-    distance of its levels and ``least_scales[plane]`` what its largest number asks of the scale.
+    distance of its levels and ``least_scales[plane]`` what its largest number asks of the size;
+    ``mended`` says that a scale is not the size, and ``unbiased`` what it keeps.
     """
 
     layout: str
@@ -71,11 +85,15 @@ class StoredFormat:
     pieces: tuple[tuple[tuple[int, int, int, int], ...], ...] | None
     whole_bytes: int
     sections: tuple[int, ...]
+    token_row: TokenRow
+    terms: tuple[Term, ...]
     row_size: int
     widths: tuple[int, ...]
     per_token: bool
     steps: tuple[float, ...]
     least_scales: tuple[float, ...]
+    mended: bool
+    unbiased: bool
     affine: bool
     levels: float
     token_group: int
@@ -84,6 +102,15 @@ class StoredFormat:
     sink_length: int
     ring_length: int
     residual_length: int
+    details: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: every launch looks its kernel up by it."""
+        return hash(repr(self))
 
     @property
     def dense_length(self) -> int:
@@ -96,33 +123,20 @@ class StoredFormat:
         return tuple(dict.fromkeys(word for word, *_ in self.pieces[plane]))
 
     def exponent(self, plane: int) -> int:
-        """How far above bit 0 a code stays when it is masked out of its words: a half takes 10
-        bits. Best nothing moves; else by ``WORD_SHIFT`` bits, a move that plane groups share.
-        """
+        """How far above bit 0 a code stays when it is masked out of its words."""
         assert self.pieces is not None
-        moves = [(shift, code_shift) for _, shift, _, code_shift in self.pieces[plane]]
-
-        def cost(exponent: int) -> int:
-            distances = (shift - code_shift - exponent for shift, code_shift in moves)
-            return sum({0: 0, WORD_SHIFT: 1}.get(distance, 2) for distance in distances)
-
-        return min(range(11 - max(self.widths[plane], 1)), key=cost)
+        return best_exponent(self.pieces[plane], WORD_SHIFT) if self.pieces[plane] else 0
 
     def unpack_asm(self, plane: int) -> str:
         """PTX that masks a plane group out of its words; a register has two lanes."""
         assert self.pieces is not None
-        lines, words = [], self.words(plane)
-        for index, (word, shift, mask, code_shift) in enumerate(self.pieces[plane]):
-            place = code_shift + self.exponent(plane)
-            source, target = f"${1 + words.index(word)}", "t" if index else "$0"
-            if shift != place:
-                move = "shr" if shift > place else "shl"
-                lines.append(f"{move}.b32 t, {source}, {abs(shift - place)};")
-                source = "t"
-            lines.append(f"and.b32 {target}, {source}, {(mask << place) * 0x10001};")
-            if index:
-                lines.append("or.b32 $0, $0, t;")
-        return "{ .reg .b32 t; " + " ".join(lines) + " }"
+        words, exponent = self.words(plane), self.exponent(plane)
+        return unpack_ptx(
+            [
+                (words.index(word), shift, mask, code_shift + exponent)
+                for word, shift, mask, code_shift in self.pieces[plane]
+            ]
+        )
 
 
 @lru_cache(maxsize=256)
@@ -143,6 +157,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         whole_bytes, sections = planes.whole_bytes, planes.sections
         levels = float(2 ** planes.widths[0] - 1)
     per_token = fmt.layout == "planes/token"
+    row = token_row(whole_bytes, sections)
     return StoredFormat(
         layout=fmt.layout,
         head_dim=fmt.head_dim,
@@ -150,11 +165,15 @@ def stored_format(fmt: Format) -> StoredFormat:
         pieces=pieces,
         whole_bytes=whole_bytes,
         sections=sections,
+        token_row=row,
+        terms=terms_of(pieces or (), row.sources),
         row_size=row_size,
         widths=fmt.widths,
         per_token=per_token,
         steps=tuple(STEP[bits] for bits in fmt.widths) if per_token else (),
-        least_scales=tuple(least_scale(bits) for bits in fmt.widths) if per_token else (),
+        least_scales=least_scales(fmt.widths) if per_token else (),
+        mended=per_token and not are_mixed(fmt.widths),
+        unbiased=fmt.unbiased,
         affine=fmt.affine,
         levels=levels,
         token_group=fmt.token_group,
@@ -163,6 +182,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         sink_length=fmt.sink_length,
         ring_length=fmt.ring_length,
         residual_length=fmt.residual_length,
+        details=fmt.details,
     )
 
 

@@ -9,9 +9,9 @@ are computed, bit for bit as there):
 over the valid numbers of a group. ``planes/token`` (``layouts/symmetric.py``):
 
     y = ((x - offset) / factor) @ basis
-    size = max(sqrt(mean(y**2)), max(|y| * least_scale(bits)))
+    size = max(sqrt(mean(y**2)), max(|y| * least_scale))
     code = clamp(round_half_even(y / (size * step) + zero), 0, 2**bits - 1)
-    scale = |y| / |step * (code - zero)|, fp16, negative in odd slots
+    scale = size, mended, fp16, negative in odd slots
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
 (``codecs/feedback.py``). Tokens are a tuple of plane groups, fp32 ``[T, 16]``: what a plane group
@@ -332,16 +332,17 @@ def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.conste
     total = tl.sum(squares, 1, keep_dims=True)
     size = tl.maximum(tl.sqrt(total / fmt.head_dim), asked)
     size = tl.minimum(tl.maximum(size, SMALLEST_TOKEN_SCALE), LARGEST_HALF)
+    if not fmt.mended:
+        size = size.to(tl.float16).to(tl.float32)
     per_unit = 1.0 / tl.where(slot % 2 == 0, size, -size)
-    of_levels = tl.zeros_like(squares)
+    kept = tl.zeros_like(squares)
     words = no_words(slot, fmt)
     if feedback is None:
         for j in tl.static_range(num_planes(fmt)):
             if largest_code(fmt, j) > 0:
                 level = planes[j] * (per_unit * (1.0 / step(fmt, j))) + largest_code(fmt, j) / 2
                 words = add_levels(words, level, lane, j, fmt)
-                rounded = level_in_units(level, lane, j, fmt)
-                of_levels += rounded * rounded
+                kept = add_kept(kept, planes[j], level_in_units(level, j, fmt), lane, j, fmt)
     else:
         units = ()
         for j in tl.static_range(num_planes(fmt)):
@@ -358,29 +359,44 @@ def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.conste
             if largest_code(fmt, j) > 0:
                 level = units[j] * (1.0 / step(fmt, j)) + largest_code(fmt, j) / 2
                 words = add_levels(words, level, lane, j, fmt)
-                rounded = level_in_units(level, lane, j, fmt)
-                of_levels += rounded * rounded
+                rounded = level_in_units(level, j, fmt)
+                kept = add_kept(kept, planes[j], rounded, lane, j, fmt)
                 error += rounded
             if ahead:
                 units = feed_back_units(units, error, matrices, j, fmt)
                 matrices = next_matrices
             else:
                 units = feed_back(units, error, feedback, j, fmt)
-    scale = tl.sqrt(total / tl.sum(of_levels, 1, keep_dims=True))
-    scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF).to(tl.float16)
+    scale = size
+    if fmt.mended:
+        kept = tl.sum(kept, 1, keep_dims=True)
+        total = total * per_unit * per_unit
+        if fmt.unbiased:
+            scale *= total / tl.maximum(kept * per_unit, SMALLEST_TOKEN_SCALE)
+        else:
+            scale *= tl.sqrt(total / tl.maximum(kept, SMALLEST_TOKEN_SCALE))
+        scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF)
+    scale = scale.to(tl.float16)
     scale = tl.where(slot % 2 == 0, scale, -scale)
     tl.store(stored.scale + head * stored.capacity + slot, scale, mask=keep)
     store_words(stored, head, slot, keep, lane, words, fmt)
 
 
 @triton.jit
-def level_in_units(level, lane, plane: tl.constexpr, fmt: tl.constexpr):
-    """What the code nearest to a level stands for in units of a scale; zero beside the head."""
+def level_in_units(level, plane: tl.constexpr, fmt: tl.constexpr):
+    """What the code nearest to a level stands for, in units of a scale."""
     code = nearest_level(level, plane, fmt) - ROUND_TO_INTEGER
-    rounded = (code - largest_code(fmt, plane) / 2) * step(fmt, plane)
-    if 16 * plane + 16 > fmt.head_dim:
-        rounded = tl.where(16 * plane + lane < fmt.head_dim, rounded, 0.0)
-    return rounded
+    return (code - largest_code(fmt, plane) / 2) * step(fmt, plane)
+
+
+@triton.jit
+def add_kept(kept, number, rounded, lane, plane: tl.constexpr, fmt: tl.constexpr):
+    """Add what a plane group keeps of its length, or of its product with itself."""
+    if fmt.mended:
+        if 16 * plane + 16 > fmt.head_dim:
+            rounded = tl.where(16 * plane + lane < fmt.head_dim, rounded, 0.0)
+        kept += rounded * (number if fmt.unbiased else rounded)
+    return kept
 
 
 @triton.jit

@@ -60,9 +60,12 @@ class Choice:
 
     def for_group(self, tokens: int) -> Choice:
         """The same with tiles that lie in groups of so many tokens: shorter ones, more at once."""
-        block_n = math.gcd(tokens, self.block_n)
-        halvings = (self.block_n // block_n).bit_length() - 1
-        return replace(self, block_n=block_n, stages=self.stages + halvings)
+        return self.halved((self.block_n // math.gcd(tokens, self.block_n)).bit_length() - 1)
+
+    def halved(self, times: int = 1) -> Choice:
+        """The same with shorter tiles, more of them at once; none is shorter than 16 tokens."""
+        times = min(times, (self.block_n // min(BLOCKS)).bit_length() - 1)
+        return replace(self, block_n=self.block_n >> times, stages=self.stages + times)
 
 
 H200 = "H200, Triton 3.6, (32, 8, 128, 8192)"

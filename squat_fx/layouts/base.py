@@ -13,8 +13,18 @@ from squat_fx.layouts.planes import PlaneLayout, spread_widths
 if TYPE_CHECKING:
     from squat_fx.codecs.base import Codec
     from squat_fx.layouts.format import Format
+    from squat_fx.layouts.rotary import Rotation
 
 Fixed = Mapping[str, Tensor]
+
+
+def positions_from(first: int | Tensor, tokens: int, device: torch.device) -> Tensor:
+    """The positions of ``tokens`` neighbours: int64 ``[tokens]``, or ``[batch, 1, tokens]`` where
+    rows begin at different ones, ``[batch, 1]``.
+    """
+    if isinstance(first, Tensor):
+        first = first[:, None]
+    return first + torch.arange(tokens, device=device)
 
 
 class StoredLayout:
@@ -29,17 +39,22 @@ class StoredLayout:
             ``qdata``.
         fixed: the arenas that are made once, at the store, and only read from then on,
             ``[batch, heads, ...]``.
-        shared: those among ``fixed`` that all sequences share, and that the store is given.
+        given: the one among ``fixed`` that the store is given, if there is one.
+        shared: ``(given,)`` where all sequences share it; else the store copies it to each.
         values: the layout of values beside keys of this one; its own name or another's.
         whole_bits: whether all channels have the same width.
+        chooses: whether a single query attends to packed keys that :mod:`squat_fx.kernels.chosen`
+            chooses, and not to all.
     """
 
     name: ClassVar[str]
     packed: ClassVar[tuple[str, ...]]
     fixed: ClassVar[tuple[str, ...]] = ()
+    given: ClassVar[str | None] = None
     shared: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[str]
     whole_bits: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
         """``Format.widths`` for ``bits`` on average; here the width of each plane group.
@@ -76,6 +91,32 @@ class StoredLayout:
         shape = self.fixed_shape(fmt, name, *like.shape[:2])
         return like.new_zeros(shape, dtype=self.dtype(fmt, name, like.dtype))
 
+    def place_given(self, fmt: Format, given: Tensor, like: Tensor) -> Tensor:
+        """The fixed arena that is made of what the store is given, for tensors like ``like``."""
+        return given
+
+    def with_rotation(self, fmt: Format, rotation: Rotation) -> Format:
+        """``fmt`` for keys that went through a rotary embedding; layouts that do not turn them back
+        have no other.
+        """
+        return fmt
+
+    def to_frame(self, x: Tensor, fmt: Format, fixed: Fixed) -> Tensor:
+        """A prompt ``[batch, heads, tokens, head_dim]`` as codecs learn from it."""
+        return x
+
+    def learned(self, x: Tensor, first: Tensor, packed: Tensor, fmt: Format) -> Fixed:
+        """What the layout itself keeps of a prompt ``[batch, heads, tokens, head_dim]``: fixed
+        arenas by name. Of each row the tokens from ``first`` on are packed, ``packed`` of them,
+        int64 ``[batch]``.
+        """
+        return {}
+
+    def forget(self, fixed: Fixed, end: Tensor) -> None:
+        """Drop what :meth:`learned` kept of positions from ``end`` ``[batch]`` on, in place: other
+        tokens come there.
+        """
+
     def constant(
         self, head_dim: int, widths: tuple[int, ...], device: torch.device
     ) -> Tensor | None:
@@ -109,6 +150,7 @@ class StoredLayout:
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """The packed arenas of ``x``, for the slots from ``first_slot`` on.
 
@@ -122,15 +164,28 @@ class StoredLayout:
             fixed: the fixed arenas.
             feedback: see :class:`squat_fx.codecs.Fit`.
             first_slot: where the first token is stored.
+            first_position: the position of the first token, as :mod:`squat_fx.kernels.reference`
+                counts them; int64 ``[batch, 1]`` where rows differ. It stays when slots move.
         """
         raise NotImplementedError
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """Undo :meth:`quantize`: fp32 ``[batch, heads, tokens, head_dim]``."""
         raise NotImplementedError
 
     def dequantize_into(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        out: Tensor,
+        first_position: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_position))

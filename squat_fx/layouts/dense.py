@@ -47,10 +47,17 @@ class Dense(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """``x`` as it is."""
         return (x.contiguous(),)
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """The numbers as they are."""
         return packed[0]

@@ -23,8 +23,9 @@ class Format:
 
     What ``widths`` are the layout says; in bit planes a width for each plane group of 16 channels.
     In the layout ``planes/token``, ``affine`` says that the channels of packed tokens are shifted
-    and scaled, and ``latent`` that packed tokens are in a basis of their head instead of the fixed
-    rotation.
+    and scaled, ``latent`` that packed tokens are in a basis of their head instead of the fixed
+    rotation, and ``unbiased`` what their scales keep, see :mod:`squat_fx.layouts.symmetric`.
+    ``details`` are numbers of which only the layout knows what they mean.
     """
 
     layout: str
@@ -37,6 +38,8 @@ class Format:
     sink_length: int
     affine: bool = False
     latent: bool = False
+    unbiased: bool = False
+    details: tuple[int, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Format:
         # Nothing of it changes, and the same object is compared faster: Dynamo keeps a copy of it,
@@ -108,8 +111,9 @@ class Format:
 
     def to_ints(self) -> list[int]:
         """The flat form in which ops take a format; the layout is the op's overload and the codec
-        its own argument.
+        its own argument. Where there are details, minus their number comes before them.
         """
+        details = (-len(self.details), *self.details) if self.details else ()
         return [
             self.head_dim,
             self.token_group,
@@ -118,6 +122,8 @@ class Format:
             self.sink_length,
             int(self.affine),
             int(self.latent),
+            int(self.unbiased),
+            *details,
             *self.widths,
         ]
 
@@ -125,7 +131,9 @@ class Format:
     def from_ints(cls, layout: str, codec: str, ints: list[int]) -> Format:
         """Undo :meth:`to_ints`."""
         head_dim, token_group, channel_group, residual_length, sink_length, *rest = ints
-        affine, latent, *widths = rest
+        affine, latent, unbiased, *widths = rest
+        count = -widths[0] if widths and widths[0] < 0 else 0
+        details, widths = widths[1 : 1 + count], widths[1 + count if count else 0 :]
         return cls(
             layout,
             codec,
@@ -137,6 +145,8 @@ class Format:
             sink_length,
             bool(affine),
             bool(latent),
+            bool(unbiased),
+            tuple(details),
         )
 
 

@@ -61,6 +61,7 @@ class LevelsPerToken(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded in the rotated frame; padding is zeros. A codec with ``norm_correction=False``
         stores the scale without it.
@@ -73,7 +74,13 @@ class LevelsPerToken(StoredLayout):
         codes, scale = quantize_tokens(x @ there, fmt.widths, correct)
         return pack(codes, fmt.widths), scale
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)
         back = rotation_pair(fmt.head_dim, codes.device)[1]

@@ -65,6 +65,7 @@ class PlanesPerChannel(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded by the codec, group by group."""
         if valid is not None:
@@ -78,7 +79,13 @@ class PlanesPerChannel(StoredLayout):
         parameters = (p.squeeze(5).squeeze(3) for p in (scale, zero_point))
         return pack(codes, fmt.widths), *parameters
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
         codes = unpack(qdata, fmt.head_dim, fmt.widths).float()
@@ -86,11 +93,16 @@ class PlanesPerChannel(StoredLayout):
         return numbers.flatten(-2)[..., : fmt.head_dim].flatten(2, 3)
 
     def dequantize_into(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        out: Tensor,
+        first_position: int = 0,
     ) -> Tensor:
         """Without memory beside ``out`` where its numbers are fp32 in whole groups."""
         if out.dtype != torch.float32 or fmt.head_dim % fmt.channel_group:
-            return super().dequantize_into(packed, fmt, fixed, out)
+            return super().dequantize_into(packed, fmt, fixed, out, first_position)
         qdata, scale, zero_point = packed
         codes = unpack(qdata, fmt.head_dim, fmt.widths, out)
         _times_and_plus(grouped(codes, fmt), scale, zero_point)

@@ -62,6 +62,7 @@ class PlanesDual(PlanesPerChannel):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Balanced and rounded by the codec, tile by tile, in the rotated frame."""
         rotated = x.float() @ rotation_pair(fmt.head_dim, x.device)[0]
@@ -86,7 +87,13 @@ class PlanesDual(PlanesPerChannel):
         )
         return pack(codes.reshape(x.shape), fmt.widths), *parameters
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths).unflatten(2, (-1, fmt.token_group))
         scale, zero_point, factor = (
@@ -99,10 +106,15 @@ class PlanesDual(PlanesPerChannel):
         return rotated @ rotation_pair(fmt.head_dim, rotated.device)[1]
 
     def dequantize_into(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        out: Tensor,
+        first_position: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_position))
 
 
 def _of_tiles(fmt: Format, name: str) -> bool:

@@ -69,6 +69,7 @@ class PlanesPruned(PlanesPerChannel):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """The kept channels, rounded by the codec."""
         channels = fixed["channels"].long().expand(-1, -1, x.shape[2], -1)
@@ -79,7 +80,13 @@ class PlanesPruned(PlanesPerChannel):
         parameters = (p.squeeze(5).squeeze(3) for p in (scale, zero_point))
         return pack(codes.squeeze(5).flatten(2, 3), fmt.widths), *parameters
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
         codes = unpack(qdata, kept_channels(fmt), fmt.widths).float()
@@ -90,10 +97,15 @@ class PlanesPruned(PlanesPerChannel):
         return out.scatter_(3, fixed["channels"].long().expand_as(kept), kept)
 
     def dequantize_into(
-        self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed, out: Tensor
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        out: Tensor,
+        first_position: int = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
-        return out.copy_(self.dequantize(packed, fmt, fixed))
+        return out.copy_(self.dequantize(packed, fmt, fixed, first_position))
 
 
 def kept_channels(fmt: Format) -> int:

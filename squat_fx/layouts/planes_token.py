@@ -34,6 +34,7 @@ class PlanesPerToken(StoredLayout):
     name: ClassVar[str] = "planes/token"
     packed: ClassVar[tuple[str, ...]] = ("qdata", "scale")
     fixed: ClassVar[tuple[str, ...]] = ("affine", "basis")
+    given: ClassVar[str | None] = "basis"
     shared: ClassVar[tuple[str, ...]] = ("basis",)
     values: ClassVar[str] = "planes/token"
 
@@ -69,13 +70,20 @@ class PlanesPerToken(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Rounded in the latent frame; no token depends on another, padding or not."""
         latent = to_latent(x, fixed.get("affine"), fixed.get("basis"))
-        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot)
+        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot, fmt.unbiased)
         return pack(codes, fmt.widths), scale
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)
         latent = dequantize_tokens(codes, packed[1], fmt.widths)

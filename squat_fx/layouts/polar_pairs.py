@@ -80,6 +80,7 @@ class PolarPairs(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`."""
         pairs = x.float().unflatten(2, (-1, fmt.token_group)).unflatten(-1, (2, -1))
@@ -98,7 +99,13 @@ class PolarPairs(StoredLayout):
         qdata = pack(torch.cat(codes, -1), self.planes(fmt).widths)
         return qdata, torch.cat(scales, -1), torch.cat(zero_points, -1)
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
         planes, pairs = self.planes(fmt), fmt.head_dim // 2

@@ -87,13 +87,20 @@ class PolarPerToken(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """See :meth:`StoredLayout.quantize`; no token depends on another, padding or not."""
         cosines, sines = fixed["codebook"].float().unbind(2)
         latent = to_latent(x)
         return polar_tree.quantize_blocks(latent, cosines, sines, fmt.widths)
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, radius = packed
         cosines, sines = fixed["codebook"].float().unbind(2)

@@ -85,6 +85,7 @@ class SignsPerToken(StoredLayout):
         fixed: Fixed,
         feedback: Tensor | None = None,
         first_slot: int = 0,
+        first_position: int | Tensor = 0,
     ) -> tuple[Tensor, ...]:
         """Padding is zeros: it is nobody's outlier."""
         sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)
@@ -100,7 +101,13 @@ class SignsPerToken(StoredLayout):
         signs = sign_bits(x - outside, sketch_dim), sign_bits(outside, outlier_dim)
         return torch.cat(signs, -1), torch.cat([norm_of(x), norm_of(outside)], -1), channels
 
-    def dequantize(self, packed: tuple[Tensor, ...], fmt: Format, fixed: Fixed) -> Tensor:
+    def dequantize(
+        self,
+        packed: tuple[Tensor, ...],
+        fmt: Format,
+        fixed: Fixed,
+        first_position: int = 0,
+    ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)
         qdata, norm, channels = packed

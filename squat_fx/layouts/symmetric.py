@@ -3,17 +3,22 @@
     size  = max(sqrt(mean(y**2)), max(|y| * reach / (step * zero)))
     zero  = (2**bits - 1) / 2
     code  = clamp(round(y / (size * step) + zero), 0, 2**bits - 1)
-    scale = |y| / |step * (code - zero)|, negative in every other slot      fp16, one per token
-    y'    = scale * step * (code - zero)
+    y'    = scale * step * (code - zero)             scale: fp16, negative in every other slot
 
 ``step`` is the distance of ``2**bits`` evenly spaced levels about zero that rounds a standard
 Gaussian with the least mean squared error; it depends on the width of the plane group alone, so
 nothing but the scale is stored. After a rotation that mixes all channels the numbers of a token do
 look like a Gaussian. From 3 bits on the levels reach the largest number of a token wherever it is.
 
-A token comes back as long as it was. Rounding to the nearest of few levels shortens it, most where
-its numbers look least like a Gaussian, and a key that is too short is attended too little by every
-query. The scale of least error is worse than the unmended one: it shortens all tokens.
+Rounding to the nearest of few levels shortens a token, most where its numbers look least like a
+Gaussian, and the same tokens are then attended too little by every query. The scale gives it back
+what it lost. Keys come back as long as they were, ``|y'| = |y|``; values, of which attention takes
+means, come back ``unbiased``, ``y' @ y = y @ y``. The scale of least error, ``y' @ y = y' @ y'``,
+shortens all tokens and is worse than none mended.
+
+Where plane groups have different widths the narrow ones lose more, and to make up for it in the
+wide ones would be an error: there the scale is the size, and at 2 bits levels reach three quarters
+of the largest number.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -31,6 +36,7 @@ from squat_fx.layouts.planes import LANES
 # 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 REACH = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+REACH_OF_MIXED = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it
 LARGEST_HALF = 65504.0
 
@@ -43,18 +49,25 @@ def step_and_zero(
     return torch.tensor(STEP, device=device)[bits], (2.0**bits - 1) / 2
 
 
-def least_scale(bits: int) -> float:
-    """What the size of a token is at least, for each unit of a number in a plane of ``bits``."""
-    return REACH[bits] / (STEP[bits] * (2**bits - 1) / 2) if bits else 0.0
+def are_mixed(widths: tuple[int, ...]) -> bool:
+    """Whether plane groups have different widths."""
+    return len(set(widths)) > 1
+
+
+def least_scales(widths: tuple[int, ...]) -> tuple[float, ...]:
+    """What the size of a token is at least, for each unit of a number, by plane group."""
+    reach = REACH_OF_MIXED if are_mixed(widths) else REACH
+    return tuple(reach[b] / (STEP[b] * (2**b - 1) / 2) if b else 0.0 for b in widths)
 
 
 def token_size(y: Tensor, widths: tuple[int, ...]) -> Tensor:
     """What the numbers of each token are measured with, fp32 ``[..., tokens, 1]``."""
-    factor = torch.tensor([least_scale(bits) for bits in widths], device=y.device)
+    factor = torch.tensor(least_scales(widths), device=y.device)
     factor = factor.repeat_interleave(LANES)[: y.shape[-1]]
     size = y.square().mean(-1, keepdim=True).sqrt()
     size = torch.maximum(size, (y.abs() * factor).amax(-1, keepdim=True))
-    return size.clamp(SMALLEST_SCALE, LARGEST_HALF)
+    size = size.clamp(SMALLEST_SCALE, LARGEST_HALF)
+    return size.half().float() if are_mixed(widths) else size
 
 
 def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
@@ -64,7 +77,11 @@ def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Ten
 
 
 def quantize_tokens(
-    y: Tensor, widths: tuple[int, ...], feedback: Tensor | None = None, first_slot: int = 0
+    y: Tensor,
+    widths: tuple[int, ...],
+    feedback: Tensor | None = None,
+    first_slot: int = 0,
+    unbiased: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``y``) and scales (fp16 ``[..., tokens, 1]``).
 
@@ -73,11 +90,13 @@ def quantize_tokens(
         widths: bits of each plane group of 16 channels.
         feedback: see :class:`squat_fx.codecs.base.Fit`; size and length are those before it.
         first_slot: where the first token is stored.
+        unbiased: see the module.
     """
     head_dim = y.shape[-1]
     sign = alternating_signs(y.shape[-2], first_slot, y.device)
     step, zero = step_and_zero(widths, head_dim, y.device)
-    unit = token_size(y, widths) * sign * step
+    size = token_size(y, widths)
+    unit = size * sign * step
     codes = torch.empty_like(y)
     rest = y if feedback is None else y.clone()
     for first in range(0, head_dim, LANES if feedback is not None else head_dim):
@@ -88,12 +107,18 @@ def quantize_tokens(
             later = slice(first + LANES, head_dim)
             error = (rounded - zero[block]) * unit[..., block] - rest[..., block]
             rest[..., later] += error @ feedback[..., block, later]
-    length = y.square().sum(-1, keepdim=True).sqrt()
-    of_levels = ((codes - zero) * step).square().sum(-1, keepdim=True).sqrt()
-    scale = (length / of_levels.clamp_min(SMALLEST_SCALE)).clamp(
-        SMALLEST_SCALE, LARGEST_HALF
-    ).half() * sign
+    if not are_mixed(widths):
+        size = size * _mending(y / (size * sign), (codes - zero) * step, unbiased)
+    scale = size.clamp(SMALLEST_SCALE, LARGEST_HALF).half() * sign
     return codes.to(torch.uint8), scale
+
+
+def _mending(units: Tensor, levels: Tensor, unbiased: bool) -> Tensor:
+    """What to multiply ``levels`` with for the length or the product of ``units``."""
+    total = units.square().sum(-1, keepdim=True)
+    if unbiased:
+        return total / (units * levels).sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+    return (total / levels.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)).sqrt()
 
 
 def dequantize_tokens(codes: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tensor:

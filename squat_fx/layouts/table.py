@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
+from squat_fx.layouts.latent_rope import LatentRope
+from squat_fx.layouts.latent_sparse import LatentSparse
 from squat_fx.layouts.levels_token import LevelsPerToken
 from squat_fx.layouts.planes_channel import PlanesPerChannel
 from squat_fx.layouts.planes_dual import PlanesDual
@@ -24,6 +26,8 @@ LAYOUTS: dict[str, StoredLayout] = {
         PolarPairs(),
         LevelsPerToken(),
         SignsPerToken(),
+        LatentRope(),
+        LatentSparse(),
         Dense(),
     )
 }

@@ -7,13 +7,17 @@ from squat_fx.passes.canonicalize import Canonicalize
 from squat_fx.passes.find_cache_edges import FindCacheEdges
 from squat_fx.passes.fuse_appends import FuseAppends
 from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
+from squat_fx.passes.record_rotations import RecordRotations
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
 from squat_fx.passes.serve_positions import ServePositions
+from squat_fx.passes.spell_out_einsums import SpellOutEinsums
 from squat_fx.passes.verify import Verify
 
 PIPELINE: tuple[type[GraphPass], ...] = (
+    SpellOutEinsums,
     Canonicalize,
     FindCacheEdges,
+    RecordRotations,
     ServePositions,
     QuantizeKVCache,
     FuseAppends,
@@ -34,7 +38,7 @@ __all__ = [
 
 def find_attentions(rewriting: Rewriting) -> None:
     """Find the attentions and their cache edges; the graph still computes what it did."""
-    for graph_pass in (Canonicalize, FindCacheEdges):
+    for graph_pass in (SpellOutEinsums, Canonicalize, FindCacheEdges):
         graph_pass()(rewriting)
 
 

@@ -117,6 +117,8 @@ def _apply(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
         return axes if _is_whole(node, argument(node, 1, "dim", 0)) else None
     if step == "repeat_interleave":
         return _repeat_interleave(node, axes)
+    if step == "repeat":
+        return _tiled(node, axes)
     after = shape_of(node)
     if after is None:
         return None
@@ -156,6 +158,15 @@ def _repeat_interleave(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
         return None
     dim = dim_of(dim, axes)
     return [(*a, ("repeat", repeats)) if i == dim else a for i, a in enumerate(axes)]
+
+
+def _tiled(node: fx.Node, axes: list[Axis]) -> list[Axis] | None:
+    """``x.repeat(1, 2, 1, 1)``: all heads, and then all of them again."""
+    given: Any = argument(node, 1, "repeats")
+    repeats = given if isinstance(given, (tuple, list)) else node.args[1:]
+    if len(repeats) != len(axes) or not all(isinstance(r, int) for r in repeats):
+        return None
+    return [a if r == 1 else (("repeat", r), *a) for a, r in zip(axes, repeats, strict=True)]
 
 
 def _expanded(axes: list[Axis], after: tuple[Any, ...]) -> list[Axis] | None:

@@ -39,9 +39,11 @@ from squat_fx.passes.spelling import (
     describe,
     is_last,
     kind,
+    number_of,
     operand,
     reads_size,
     returned_nodes,
+    same_computation,
     same_size,
     shape_of,
     source_of,
@@ -137,6 +139,9 @@ def recognize_eager(softmax: fx.Node) -> Attention | Skipped | None:
     up = Scores({softmax}).walk(scores, down.drops_sink_column)
     if isinstance(up, str):
         return Skipped(softmax.name, up)
+    for hidden in down.zeros:  # what was hidden from the softmax is zero anyway
+        if not any(t.means == "hide" and same_computation(t.node, hidden) for t in up.terms):
+            return Skipped(softmax.name, "attention weights are set to zero that may be others")
     query, key = up.product
     output, value = down.output, operand(down.output, 1)
     if (found := sigmoid_sinks(output, scores)) and up.sinks is None:
@@ -156,10 +161,13 @@ def _softmax_dim(softmax: fx.Node) -> Any:
 
 @dataclass(frozen=True)
 class _WeightedSum:
-    """``matmul(weights, value)``, and whether a sink column was dropped from the weights before."""
+    """``matmul(weights, value)``, whether a sink column was dropped from the weights before, and
+    where they were set to zero.
+    """
 
     output: fx.Node
     drops_sink_column: bool
+    zeros: tuple[fx.Node, ...] = ()
 
 
 def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
@@ -167,7 +175,7 @@ def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
 
     None where the softmax is no attention's.
     """
-    node, dropped = softmax, False
+    node, dropped, zeros = softmax, False, ()
     returned = returned_nodes(softmax.graph)
     while True:
         users = [u for u in node.users if u.op != "output" and not reads_size(u)]
@@ -177,12 +185,14 @@ def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
         user = users[0]
         step = kind(user)
         if step == "matmul" and operand(user) is node:
-            return _WeightedSum(user, dropped)
+            return _WeightedSum(user, dropped, zeros)
         if step == "dropout":
             if dropout_is_active(user):
                 return DROPOUT
         elif step in ("getitem", "slice") and _drops_last_column(user) and not dropped:
             dropped = True
+        elif step == "masked_fill" and number_of(argument(user, 2, "value")) == 0.0:
+            zeros = (*zeros, argument(user, 1, "mask"))
         elif not keeps_scores(user):
             if any(_reaches_weighted_sum(u, user) for u in user.users):
                 return (

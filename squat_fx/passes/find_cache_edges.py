@@ -29,7 +29,15 @@ from torch import fx
 from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
-from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
+from squat_fx.passes.one_mask import terms_of
+from squat_fx.passes.records import (
+    Attention,
+    AttentionSite,
+    CacheEdge,
+    Rewriting,
+    Skipped,
+    usual_order,
+)
 from squat_fx.passes.spelling import (
     argument,
     describe,
@@ -46,8 +54,11 @@ from squat_fx.passes.spelling import (
     writers,
 )
 
+Sizes = tuple[Any, Any, Any, Any]
+OTHER_AXES = (
+    "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
+)
 ROLES: tuple[Role, Role] = ("key", "value")
-_HEADS = {("heads",), ("heads", "repeat")}
 Returned = dict[fx.Node, Any]
 GROW = "use a cache that grows by concatenation, such as DynamicCache"
 
@@ -70,6 +81,9 @@ class FindCacheEdges(GraphPass):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
+        _place_windows(rewriting)
+        if not rewriting.attentions and not rewriting.skipped:
+            rewriting.skipped.extend(_unread(rewriting, returned))
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
@@ -103,39 +117,53 @@ def _site(
     rewriting: Rewriting,
 ) -> AttentionSite | str:
     followed: list[Followed] = []
+    token_dims: list[int] = []
     for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
             return f"{role} {found}"
-        reason = _source_reason(found.source, returned, rewriting)
-        if reason := reason or _axes_reason(found, role, attention):
+        token_dim = _token_dim(found, role, attention)
+        if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
             return f"{role} {reason}"
+        if token_dim is None:
+            return f"{role} {OTHER_AXES}"
         followed.append(found)
+        token_dims.append(token_dim)
     key, value = followed
-    queries = _queries_per_kv(attention, key, value)
+    sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
+    if reason := _tiled_reason(attention, key, value):
+        return reason
+    queries = _queries_per_kv(attention, key, value, *sizes)
     if isinstance(queries, str):
         return queries
-    for role, found in zip(ROLES, followed, strict=True):
-        if reason := _buffer_reason(found.source, attention):
+    for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
+        if reason := _buffer_reason(found.source, tokens, attention):
             return f"{role} {reason}"
-    _, heads, _, key_dim = sizes_of(key.source)
-    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes_of(value.source)[3])
+    _, heads, _, key_dim = sizes[0]
+    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
-    edges = [
-        _edge(role, source, fmt, returned, rewriting)
-        for role, source, fmt in zip(ROLES, (key.source, value.source), formats, strict=True)
+    found_edges = [
+        _edge(role, source, token_dim, fmt, returned, rewriting)
+        for role, source, token_dim, fmt in zip(
+            ROLES, (key.source, value.source), token_dims, formats, strict=True
+        )
     ]
     key_edge, value_edge = (
-        replace(edge, grows=edge.kind != "prefill" or _grows_with_the_query(attention, edge.new))
-        for edge in edges
+        replace(
+            edge,
+            grows=edge.kind != "prefill"
+            or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+        )
+        for edge in found_edges
     )
     if key_edge.kind != value_edge.kind:
         return "keys arrive packed and values do not, or the other way round"
     basis = rewriting.config.basis(layer, key_edge.fmt, value_of(key.source).device)
-    key_edge = replace(key_edge, basis=basis)
+    key_edge = replace(key_edge, given=basis)
     seen = None if key.source is key_edge.grown else key.source
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen)
+    is_tiled = _is_tiled(key)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
@@ -160,7 +188,9 @@ def _grown(source: fx.Node) -> fx.Node:
     return newest_of(source) or source
 
 
-def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) -> str | None:
+def _source_reason(
+    source: fx.Node, token_dim: int, returned: Returned, rewriting: Rewriting
+) -> str | None:
     """Why ``source`` is no cache: an input, another concatenation, not returned as it is."""
     grown = _grown(source)
     if found := writers(grown):
@@ -170,14 +200,18 @@ def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) ->
     if grown.op == "placeholder":
         if rewriting.carriers.get(grown) is None or source is not grown:
             return "is read from a graph input to which nothing is appended"
+        if value_of(grown).token_dim != token_dim:
+            return f"is packed with its tokens on dim {value_of(grown).token_dim}, not {token_dim}"
         return "is read and appended to" if any(kind(u) == "cat" for u in grown.users) else None
     if kind(grown) != "cat":
         return None
     parts, dim = parts_of(grown), argument(grown, 1, "dim", 0)
-    if dim_of(dim, sizes_of(grown)) != 2:
-        return f"is concatenated on dim {dim}, not on dim -2"
+    if dim_of(dim, sizes_of(grown)) != token_dim:
+        return f"is concatenated on dim {dim}, not on dim {'-2' if token_dim == 2 else '1'}"
     if len(parts) != 2:
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
+    if rewriting.carriers.get(parts[0]) and value_of(parts[0]).token_dim != token_dim:
+        return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
     if part_returned(grown, returned) is None:
@@ -188,9 +222,9 @@ def _source_reason(source: fx.Node, returned: Returned, rewriting: Rewriting) ->
     return None
 
 
-def _buffer_reason(stored: fx.Node, attention: Attention) -> str | None:
+def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
     """Whether what is returned is an input of the same shape with something written into it."""
-    if kind(stored) == "cat" or _grows_with_the_query(attention, stored):
+    if kind(stored) == "cat" or _grows_with_the_query(attention, tokens):
         return None
     seen, stack = {stored}, [stored]
     while stack:
@@ -203,66 +237,119 @@ def _buffer_reason(stored: fx.Node, attention: Attention) -> str | None:
     return None
 
 
-def _axes_reason(followed: Followed, role: str, attention: Attention) -> str | None:
-    """Whether the axes are not [batch, heads x repeat, tokens, channels] (an eager key's: .T)."""
+def _token_dim(followed: Followed, role: str, attention: Attention) -> int | None:
+    """The cache's dim of tokens, 2 or 1, that the attention reads as [batch, heads x repeat,
+    tokens, channels] (an eager key: transposed); None if it reads the dims in another order.
+    """
     axes = followed.axes
     if len(axes) == 3:
         axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
     last = axes[-2:]
     if role == "key" and attention.spelling == "eager":
         last = last[::-1]
-    is_batched = len(axes) == 4 and axes[0] == ("batch",) and axes[1] in _HEADS
-    if is_batched and last == (("tokens",), ("channels",)):
+    heads = tuple(name for name in axes[1] if name != "repeat")
+    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
         return None
-    return (
-        "reaches the attention with its axes in another order than [batch, heads, tokens, channels]"
-    )
+    read = (heads, *last)
+    if read == (("heads",), ("tokens",), ("channels",)):
+        return 2
+    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
 
 
-def _queries_per_kv(attention: Attention, key: Followed, value: Followed) -> int | str:
-    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves."""
+def _is_tiled(followed: Followed) -> bool:
+    """Whether all heads are there and then all of them again."""
+    return any(len(axis) > 1 and "repeat" in axis[:-1] for axis in followed.axes)
+
+
+def _tiled_reason(attention: Attention, key: Followed, value: Followed) -> str | None:
+    """Why heads that are repeated as a whole are not understood."""
+    if _is_tiled(key) != _is_tiled(value):
+        return "keys and values are repeated in different orders"
+    by_head = [sizes_of(term.node) for term in terms_of(attention)]
+    by_head = [shape for shape in by_head if len(shape) > 2 and shape[-3] != 1]
+    if _is_tiled(key) and (by_head or attention.sinks is not None):
+        return "heads are repeated as a whole, and masks or sinks differ by head"
+    return None
+
+
+def _queries_per_kv(
+    attention: Attention, key: Followed, value: Followed, keys: Sizes, values: Sizes
+) -> int | str:
+    """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves.
+
+    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels.
+    """
     if key.source is value.source:
         return "keys and values are the same tensor"
     if key.repeat != value.repeat:
         return "keys and values are repeated a different number of times"
     query, output = shape_of(attention.query), shape_of(attention.output)
-    keys, values = sizes_of(key.source), sizes_of(value.source)
     if not isinstance(keys[1], int) or not isinstance(values[1], int):
         return "the number of key heads is symbolic; capture the graph with a fixed number of heads"
     if keys[1] != values[1]:
         return "keys and values have different numbers of heads"
-    if query is None or output is None or not all(map(same_size, query[:-1], output[:-1])):
-        return "the attention's output has other leading dims than its query"
-    if len(query) == 3:  # batch and heads merged, which only a repeat in the graph can have matched
-        return key.repeat
-    if not same_size(query[0], keys[0]):
+    if query is None or output is None:
+        return "the shape of the attention's output is not known"
+    if len(query) == 4 and not same_size(query[0], keys[0]):
         return "queries and keys have different batch sizes"
-    if not isinstance(query[1], int) or query[1] % keys[1]:
+    leading = [_leading(shape, keys[0], keys[1] * key.repeat) for shape in (query, output)]
+    if not all(map(same_size, *leading)):
+        return "the attention's output has other leading dims than its query"
+    heads = leading[0][1]
+    if not isinstance(heads, int) or heads % keys[1]:
         return "the number of query heads is not a multiple of the number of key heads"
-    return query[1] // keys[1]
+    return heads // keys[1]
+
+
+def _leading(shape: tuple[Any, ...], batch: Any, heads: int) -> tuple[Any, Any, Any]:
+    """Batch, heads and tokens of a query or an output, whose batch and heads may be merged; only a
+    repeat in the graph can then have matched the ``heads``.
+    """
+    if len(shape) == 4:
+        return shape[0], shape[1], shape[2]
+    return batch, heads if same_size(shape[0], batch * heads) else None, shape[1]
 
 
 def _edge(
-    role: Role, source: fx.Node, fmt: Format, returned: Returned, rewriting: Rewriting
+    role: Role,
+    source: fx.Node,
+    token_dim: int,
+    fmt: Format,
+    returned: Returned,
+    rewriting: Rewriting,
 ) -> CacheEdge:
     """The cache edge that an attention over ``source`` reads."""
     grown = _grown(source)
     if grown in rewriting.carriers and grown.op == "placeholder":
         arriving = rewriting.carriers[grown]
         assert arriving is not None, f"{grown} does not arrive packed"
-        return CacheEdge(role, "read", grown, grown, grown, arriving, grown=grown)
+        tail = {"grown": grown, "token_dim": token_dim}
+        return CacheEdge(role, "read", grown, grown, grown, arriving, **tail)
     stored = part_returned(grown, returned)
     assert stored is not None, f"{source} is not returned"
+    tail = {"grown": grown, "token_dim": token_dim}
     past, new = parts_of(grown) if kind(grown) == "cat" else (None, grown)
     if past in rewriting.carriers:
         arriving = rewriting.carriers[past]
         fmt = fmt if arriving is None else arriving
-        return CacheEdge(role, "decode", stored, new, past, fmt, grown=grown)
-    return CacheEdge(role, "prefill", stored, new, None, fmt, grown=grown)
+        return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
+    return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
 
 
-def _grows_with_the_query(attention: Attention, new: fx.Node) -> bool:
-    return same_size(sizes_of(attention.query)[-2], sizes_of(new)[2])
+def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
+    """What looks like caches that grow, in a graph where no attention was seen."""
+    grown = (n for n in rewriting.graph.nodes if kind(n) == "cat" and n in returned)
+    return [
+        Skipped(node.name, "grows like a cache, but no attention that reads it was recognized")
+        for node in grown
+        if len(shape_of(node) or ()) == 4
+        and len(parts_of(node)) == 2
+        and getattr(parts_of(node)[0], "op", "") == "placeholder"
+    ]
+
+
+def _grows_with_the_query(attention: Attention, tokens: Any) -> bool:
+    return same_size(sizes_of(attention.query)[-2], tokens)
 
 
 def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
@@ -272,6 +359,17 @@ def _find_lone_edges(rewriting: Rewriting, returned: Returned) -> None:
         for user in carrier.users:
             if fmt is None or user in known or kind(user) != "cat":
                 continue
-            if _source_reason(user, returned, rewriting) is None and parts_of(user)[0] is carrier:
-                role = value_of(carrier).role
-                rewriting.lone_edges.append(_edge(role, user, fmt, returned, rewriting))
+            role, token_dim = value_of(carrier).role, value_of(carrier).token_dim
+            if _source_reason(user, token_dim, returned, rewriting) is None:
+                edge = _edge(role, user, token_dim, fmt, returned, rewriting)
+                if edge.past is carrier:
+                    rewriting.lone_edges.append(edge)
+
+
+def _place_windows(rewriting: Rewriting) -> None:
+    """A row for where each window begins, behind those of its carriers."""
+    for site in rewriting.sites:
+        number = rewriting.window_of(site)
+        if number is not None and number not in rewriting.rows:
+            last = max(rewriting.row_of(carrier) for carrier in number.carriers)
+            rewriting.rows.insert(last + 1, number)

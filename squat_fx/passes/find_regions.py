@@ -43,7 +43,7 @@ from squat_fx.passes.spelling import (
 COST_OF_A_COMPILATION = 30
 COST_OF_A_REGION = 4
 _PRODUCTS = (F.linear, torch.addmm, torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
-_ROWS = ("row", "key_row", "value_row")  # arguments of our ops
+_ROWS = ("row", "key_row", "value_row", "first_row")  # arguments of our ops
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def rows_of(node: fx.Node, positions: fx.Node | None) -> dict[int, int]:
         return {}
     if node.target is torch.select and node.args[0] is positions and node.args[1] == 0:
         return {2: node.args[2]}  # pyright: ignore[reportReturnType]
-    return {i: node.args[i] for i in _places(node, _ROWS)}  # pyright: ignore[reportReturnType]
+    rows: dict[int, Any] = {i: node.args[i] for i in _places(node, _ROWS)}
+    return {i: row for i, row in rows.items() if row >= 0}  # -1: there is no window
 
 
 def _places(node: fx.Node, names: Sequence[str]) -> list[int]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from squat_fx.codecs.rotary import Pairing, Rotation, rearranged
+from squat_fx.layouts.rotary import Pairing, Rotation, rearranged
 from squat_fx.passes.records import Angles, CacheEdge, Rotary
 from squat_fx.passes.spelling import (
     VIEWS,
@@ -58,6 +58,8 @@ Dims = tuple[int | None, ...]
 
 def find_rotary(edge: CacheEdge) -> Rotary | str:
     """The rotary embedding before ``edge``, a cache edge of keys, or why there is none to use."""
+    if edge.token_dim != 2:
+        return "the tokens of the keys come before their heads"
     rotated, trial = edge.new, Trial(edge.new)
     above = _Above(rotated, _OF_ROTATIONS)
     found = _rotation_to(rotated, above, trial)

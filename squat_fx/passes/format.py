@@ -76,7 +76,8 @@ def _arriving_arena(value: Any) -> str | None:
     """``*past_key`` for the placeholders of a carrier's arenas."""
     if not isinstance(value, fx.Node) or value.op != "placeholder":
         return None
-    match = re.fullmatch(r"(\w+)_(qdata|scale|zero_point|affine|basis|dense|start)", value.name)
+    arenas = "qdata|scale|zero_point|affine|basis|center|frequency|dense|start"
+    match = re.fullmatch(rf"(\w+)_({arenas})", value.name)
     if match is None:
         return None
     names = {node.name for node in value.graph.find_nodes(op="placeholder")}

@@ -39,7 +39,6 @@ from squat_fx.passes.records import (
     CacheEdge,
     InnerInput,
     InnerOutput,
-    Number,
     Rewriting,
 )
 from squat_fx.passes.spelling import (
@@ -70,7 +69,8 @@ class QuantizeKVCache(GraphPass):
         self._masks: dict[tuple[Any, ...], fx.Node | None] = {}
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
-        self._bases: dict[fx.Node, fx.Node] = {}
+        self._given: dict[fx.Node, fx.Node] = {}
+        self._turned: dict[fx.Node, fx.Node] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
@@ -115,17 +115,17 @@ class QuantizeKVCache(GraphPass):
         )
         output = attention.output
         with graph.inserting_before(output):
-            query, merged = four_dim_query(site, graph)
+            query = four_dim_query(site, graph)
             attend = graph.call_function(
                 ops.overload("attend", site.key.fmt.layout, site.value.fmt.layout),
                 (
                     query,
-                    *((site.key.new, site.value.new) if site.kind == "decode" else (None, None)),
+                    *(self._new(edge) for edge in (site.key, site.value)),
                     *key,
                     *value,
                     rewriting.positions(),
-                    rewriting.handles.index(site.key.carrier),
-                    rewriting.handles.index(site.value.carrier),
+                    rewriting.row_of(site.key.carrier),
+                    rewriting.row_of(site.value.carrier),
                     _first_row(site, rewriting),
                     self._mask(site, graph),
                     attention.sinks,
@@ -140,8 +140,12 @@ class QuantizeKVCache(GraphPass):
             result = attend
             if value_of(site.key.new).dtype != value_of(output).dtype:
                 result = graph.call_method("to", (attend, value_of(output).dtype))
-            replacement = graph.call_method("flatten", (result, 0, 1)) if merged else result
-            if not merged and _is_token_major(output):
+            if site.tiled:
+                result = _regrouped(result, site.key.sizes(site.key.new)[1], graph)
+            replacement = result
+            if len(sizes_of(output)) == 3:  # batch and heads are merged
+                replacement = graph.call_method("flatten", (result, 0, 1))
+            elif _is_token_major(output):
                 replacement = _token_major(result, graph)
         replacement.meta.update(output.meta)
         output.replace_all_uses_with(replacement)
@@ -151,13 +155,14 @@ class QuantizeKVCache(GraphPass):
     def _append(self, edge: CacheEdge, readers: list[fx.Node], rewriting: Rewriting) -> None:
         graph = rewriting.graph
         arenas = self._carrier_arenas(edge, rewriting)
-        valid = self._valid_tokens(_site_of(edge, rewriting), edge.new, readers)
-        row = rewriting.handles.index(edge.carrier)
+        new = self._usual(edge, edge.new)
+        valid = self._valid_tokens(_site_of(edge, rewriting), new, readers)
+        row = rewriting.row_of(edge.carrier)
         tail = (rewriting.positions(), row, edge.fmt.codec, edge.fmt.to_ints(), readers)
-        place = _latest(*readers, edge.new, valid)
+        place = _latest(*readers, new, valid)
         with graph.inserting_after(self._placed.get(place, place)):
             self._placed[place] = graph.call_function(
-                ops.overload("append_", edge.fmt.layout), (*arenas, edge.new, valid, *tail)
+                ops.overload("append_", edge.fmt.layout), (*arenas, new, valid, *tail)
             )
 
     def _store(
@@ -168,21 +173,24 @@ class QuantizeKVCache(GraphPass):
         rewriting: Rewriting,
     ) -> list[fx.Node]:
         graph = rewriting.graph
-        valid = self._valid_tokens(_site_of(edge, rewriting), edge.stored, readers)
-        basis = None
-        if edge.basis is not None:
-            basis = _constant(edge.basis, f"{edge.stored}_basis", rewriting)
-            self._bases[edge.stored] = basis
+        stored = self._usual(edge, edge.stored)
+        valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
+        given = edge.given
+        if isinstance(given, Tensor):
+            name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
+            given = _constant(given, name, rewriting)
+        if given is not None and edge.fmt.stored_layout.shared:
+            self._given[edge.stored] = given
         arguments = (
-            edge.stored,
+            stored,
             valid,
             query,
-            basis,
+            given,
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
         )
-        place = _latest(edge.stored, valid, query)
+        place = _latest(stored, valid, query, given)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
@@ -209,20 +217,22 @@ class QuantizeKVCache(GraphPass):
         attention, graph = site.attention, rewriting.graph
         arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
         with graph.inserting_before(attention.output):
-            query, merged = four_dim_query(site, graph)
+            query = four_dim_query(site, graph)
             mask = self._mask(site, graph)
         place = _latest(attention.output, *arenas)
         with graph.inserting_before(self._placed.get(place, place).next):
             output = attention.output
-            if merged:
+            if len(sizes_of(output)) == 3:
                 output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
+            if site.tiled:
+                output = _regrouped(output, site.num_queries_per_kv, graph)
             return graph.call_function(
                 ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
                 (
                     query,
                     output,
                     *arenas,
-                    self._bases.get(site.key.stored),
+                    self._given.get(site.key.stored),
                     mask,
                     attention.sinks,
                     attention.scale,
@@ -241,8 +251,23 @@ class QuantizeKVCache(GraphPass):
             if edge.stored in (site.key.stored, site.value.stored):
                 graph = rewriting.graph
                 with graph.inserting_before(site.attention.output):
-                    return _newest_like(edge, four_dim_query(site, graph)[0])
+                    return _newest_like(edge, four_dim_query(site, graph))
         return None
+
+    def _new(self, edge: CacheEdge) -> fx.Node | None:
+        """The new tokens of an edge, if there are any, as [batch, heads, tokens, channels]."""
+        return self._usual(edge, edge.new) if edge.kind == "decode" else None
+
+    def _usual(self, edge: CacheEdge, node: fx.Node) -> fx.Node:
+        """A node of an edge as [batch, heads, tokens, channels]."""
+        if edge.token_dim == 2:
+            return node
+        if node not in self._turned:
+            with node.graph.inserting_after(node):
+                turned = node.graph.call_function(torch.transpose, (node, 1, 2))
+            turned.meta["val"] = value_of(node).transpose(1, 2)
+            self._turned[node] = turned
+        return self._turned[node]
 
     def _mask(self, site: AttentionSite, graph: fx.Graph, as_written: bool = True) -> Any:
         """One node for all that is added to a site's scores, shared by sites that add the same."""
@@ -282,32 +307,34 @@ def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
 
 def _first_row(site: AttentionSite, rewriting: Rewriting) -> int:
     """The row that says where a window begins; -1 if all of the past is seen."""
-    carriers = site.key.carrier, site.value.carrier
-    if site.key.carrier not in rewriting.windows():
-        return -1
-    seen = site.seen or site.key.grown or site.key.stored
-    past = sizes_of(seen)[2] - sizes_of(site.key.new)[2]
-    return rewriting.row_of(Number(past, carriers))
+    number = rewriting.window_of(site)
+    return -1 if number is None else rewriting.row_of(number)
 
 
-def four_dim_query(site: AttentionSite, graph: fx.Graph) -> tuple[fx.Node, bool]:
-    """The query as [batch, heads, tokens, channels], and whether batch and heads were merged."""
+def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
+    """The query as [batch, heads, tokens, channels], in the dtype of the cache."""
     query = _in_dtype_of(site.attention.query, site.key.new, graph)
-    if len(shape_of(site.attention.query) or ()) != 3:
-        return query, False
-    return graph.call_method("unflatten", (query, 0, (-1, _num_heads(site)))), True
+    if len(sizes_of(site.attention.query)) == 3:
+        query = graph.call_method("unflatten", (query, 0, (-1, _num_heads(site))))
+    return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
 
 
 def _num_heads(site: AttentionSite) -> int:
-    return site.num_queries_per_kv * sizes_of(site.key.stored)[1]
+    return site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
 
 
 def _loses(site: AttentionSite) -> bool:
     """Whether a prompt's attention is over all tokens that are stored, and not all stay exact."""
-    tokens = {sizes_of(edge.stored)[2] for edge in (site.key, site.value)}
+    tokens = {edge.sizes(edge.stored)[2] for edge in (site.key, site.value)}
     tokens.add(sizes_of(site.attention.query)[-2])
     is_exact = site.key.fmt.layout == site.value.fmt.layout == "dense"
     return site.kind == "prefill" and len(tokens) == 1 and not is_exact
+
+
+def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
+    """``x`` with its heads, ``outer`` groups of them, regrouped: the first of each come first."""
+    apart = graph.call_method("unflatten", (x, 1, (outer, -1)))
+    return graph.call_method("flatten", (graph.call_method("transpose", (apart, 1, 2)), 1, 2))
 
 
 def _in_dtype_of(query: fx.Node, like: fx.Node, graph: fx.Graph) -> fx.Node:
@@ -367,7 +394,13 @@ def _is_root(node: fx.Node) -> bool:
         return False
     if kind(node) == "dropout" and not dropout_is_active(node):
         return False
-    return is_append(node) or node.is_impure()
+    return is_append(node) or _changes_levels(node) or node.is_impure()
+
+
+def _changes_levels(node: fx.Node) -> bool:
+    """Whether a node begins or ends a ``vmap`` or another transform, which masks are made by."""
+    name = describe(node)
+    return name.endswith("_nesting") or name == "lazy_load_decompositions"
 
 
 def _follows(node: fx.Node) -> list[fx.Node]:
@@ -423,15 +456,15 @@ def _replace_outputs(
             continue
         if edge.kind == "decode":
             argument = rewriting.placeholders.index(edge.carrier)
-            tokens = sizes_of(edge.new)[2]
-            kept = sizes_of(node)[2] if edge.is_window else None
+            tokens = edge.sizes(edge.new)[2]
+            kept = edge.sizes(node)[2] if edge.is_window else None
             made = InnerOutput("appended", argument=argument, tokens=tokens, edge=edge, kept=kept)
             rewriting.outputs.append(made)
             continue
         if node not in first:
             first[node] = len(inner)
             inner.extend(stored[node])
-        tokens, count = sizes_of(node)[2], len(stored[node])
+        tokens, count = edge.sizes(node)[2], len(stored[node])
         made = InnerOutput("stored", first[node], count, tokens=tokens, edge=edge)
         rewriting.outputs.append(made)
     if errors is not None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
-from squat_fx.codecs.rotary import Rotation
+from squat_fx.layouts.rotary import Rotation
+from squat_fx.passes.spelling import sizes_of
 
 if TYPE_CHECKING:
     from squat_fx.config import Config
@@ -56,6 +57,12 @@ class Attention:
     terms: tuple[Term, ...] = ()
 
 
+def usual_order(sizes: tuple[Any, ...], token_dim: int) -> tuple[Any, Any, Any, Any]:
+    """Sizes of a cache, whose tokens are dim 1 or 2, as batch, heads, tokens and channels."""
+    batch, first, second, channels = sizes
+    return (batch, first, second, channels) if token_dim == 2 else (batch, second, first, channels)
+
+
 @dataclass(frozen=True)
 class CacheEdge:
     """Where one role of a layer's cache passes through the graph.
@@ -63,8 +70,9 @@ class CacheEdge:
     ``stored`` is the node returned to the caller: ``grown``, which is ``cat(past, new)``, or only
     its newest tokens. In a ``decode`` edge ``past`` is a carrier; in a ``prefill`` edge there is
     nothing packed yet; in a ``read`` edge nothing is new, and ``stored`` is the carrier. What comes
-    from elsewhere than the query does not grow afterwards. ``basis`` is given where ``fmt`` is
-    latent.
+    from elsewhere than the query does not grow afterwards. ``given`` is what the layout of ``fmt``
+    is given: numbers, or where they come from in this graph. ``token_dim`` is the dim of tokens in
+    all these nodes: 2, or 1 where heads come after them.
     """
 
     role: Role
@@ -73,9 +81,19 @@ class CacheEdge:
     new: fx.Node
     past: fx.Node | None
     fmt: Format
-    basis: Tensor | None = field(default=None, compare=False, repr=False)
+    given: Tensor | fx.Node | None = field(default=None, compare=False, repr=False)
     grown: fx.Node | None = None
     grows: bool = True
+    token_dim: int = 2
+
+    def sizes(self, node: fx.Node) -> tuple[Any, Any, Any, Any]:
+        """Batch, heads, tokens and channels of ``stored``, ``new`` or another such node."""
+        return usual_order(sizes_of(node), self.token_dim)
+
+    @property
+    def constant(self) -> Tensor | None:
+        """What the layout is given, if that are numbers."""
+        return self.given if isinstance(self.given, Tensor) else None
 
     @property
     def is_window(self) -> bool:
@@ -94,6 +112,8 @@ class AttentionSite:
     """One attention over past and new keys and values that will be rewritten.
 
     ``seen`` are the keys that it reads, if those are not all of ``cat(past, new)`` but the newest.
+    Query heads of one KV head follow each other, unless they are ``tiled``: then query head ``i``
+    reads KV head ``i % num_kv_heads``.
     """
 
     attention: Attention
@@ -102,6 +122,7 @@ class AttentionSite:
     num_queries_per_kv: int
     layer: int
     seen: fx.Node | None = None
+    tiled: bool = False
 
     @property
     def kind(self) -> str:
@@ -129,7 +150,7 @@ class Angles:
 class Rotary:
     """The rotary embedding between a key and the cache.
 
-    With each node's tensor in its place, and ``rearranged`` of ``codecs.rotary``::
+    With each node's tensor in its place, and ``rearranged`` of ``layouts.rotary``::
 
         rotated = rotation.apply(
             rearranged(key, key_dims), rearranged(cos, cos_dims), rearranged(sin, cos_dims)
@@ -178,8 +199,8 @@ class Rewriting:
         lone_edges: carriers that grow although no attention over them was understood.
         inputs: what feeds the rewritten graph's placeholders, filled by ``quantize_kv_cache``.
         outputs: how each flat output is made, likewise.
-        handles: the carriers in the order of the rows of the positions tensor.
-        numbers: what the rows after those say.
+        rows: what the rows of the positions tensor say: carriers, and numbers besides. Where a
+            window begins stands behind its carriers: a layer's rows are together.
         make_positions: gives a row's node, and for -1 the placeholder of the whole tensor.
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
@@ -196,8 +217,7 @@ class Rewriting:
     lone_edges: list[CacheEdge] = field(default_factory=list)
     inputs: list[InnerInput] = field(default_factory=list)
     outputs: list[InnerOutput] = field(default_factory=list)
-    handles: list[fx.Node] = field(default_factory=list)
-    numbers: list[Number] = field(default_factory=list)
+    rows: list[fx.Node | Number] = field(default_factory=list)
     make_positions: Callable[[int], Any] | None = None
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -213,11 +233,29 @@ class Rewriting:
         assert self.make_positions is not None
         return self.make_positions(-1)
 
-    def row_of(self, number: Number) -> int:
-        """The row of the positions tensor that says ``number``, made on first use."""
-        if number not in self.numbers:
-            self.numbers.append(number)
-        return len(self.handles) + self.numbers.index(number)
+    @property
+    def handles(self) -> list[fx.Node]:
+        """The carriers, in the order of their rows."""
+        return [row for row in self.rows if isinstance(row, fx.Node)]
+
+    @property
+    def numbers(self) -> list[tuple[int, Number]]:
+        """The other rows, and what they say."""
+        return [(i, row) for i, row in enumerate(self.rows) if isinstance(row, Number)]
+
+    def row_of(self, what: fx.Node | Number) -> int:
+        """The row of a carrier or a number, which is made on first use."""
+        if what not in self.rows:
+            self.rows.append(what)
+        return self.rows.index(what)
+
+    def window_of(self, site: AttentionSite) -> Number | None:
+        """Where what a site sees begins; None if it sees all of the past."""
+        if site.kind != "decode" or site.key.carrier not in self.windows():
+            return None
+        seen = site.seen or site.key.grown or site.key.stored
+        past = site.key.sizes(seen)[2] - site.key.sizes(site.key.new)[2]
+        return Number(past, (site.key.carrier, site.value.carrier))
 
     def windows(self) -> set[fx.Node]:
         """Carriers of which a graph sees, or keeps, the newest tokens only."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -90,6 +90,8 @@ class Scores:
             return source_of(node)
         if step == "tanh":
             return NO_SOFTCAP
+        if step == "sub" and _is_row_maximum(operand(node, 1), operand(node)):
+            return source_of(node)  # which changes nothing in a softmax
         if step in ("where", "masked_fill"):
             return self._filled(node)
         if step not in ("add", "mul", "div") or not is_plain(node):
@@ -110,20 +112,20 @@ class Scores:
 
     def _filled(self, node: fx.Node) -> fx.Node | str:
         """``where(visible, scores, -1e9)``, or turned round, or ``masked_fill(hidden, -1e9)``."""
-        if kind(node) == "where":
-            condition, *branches = node.args if len(node.args) == 3 else (None, None, None)
-            is_scores = [comes_from_matmul(x, sizes_of(node)) for x in branches]
-            means = "attend" if is_scores == [True, False] else "hide"
+        condition: Any
+        scores: Any
+        fill: Any
+        means: Literal["attend", "hide"] = "hide"
+        if kind(node) == "masked_fill":
+            condition, fill = argument(node, 1, "mask"), argument(node, 2, "value")
+            scores = operand(node)
         else:
-            condition, *branches = (
-                argument(node, 1, "mask"),
-                operand(node),
-                argument(node, 2, "value"),
-            )
-            is_scores, means = [True, False], "hide"
-        if sum(is_scores) != 1:
-            return f"the scores pass through {describe(node)}, which is not understood"
-        scores, fill = sorted(branches, key=lambda x: not is_scores[branches.index(x)])
+            condition, scores, fill = node.args if len(node.args) == 3 else (None, None, None)
+            like, means = sizes_of(node), "attend"
+            if comes_from_matmul(fill, like):
+                scores, fill, means = fill, scores, "hide"
+            if not comes_from_matmul(scores, like) or comes_from_matmul(fill, like):
+                return f"the scores pass through {describe(node)}, which is not understood"
         number = number_of(fill)
         if self.softcap:
             return INSIDE_SOFTCAP
@@ -200,7 +202,7 @@ def comes_from_matmul(node: Any, like: tuple[Any, ...], steps: int = 12) -> bool
         return comes_from_matmul(node, shape_of(node) or (), steps - 1)
     if not same_size(shape[-1], like[-1]):
         return False
-    if kind(node) in ("matmul", "baddbmm") or describe(node) == "einsum":
+    if kind(node) in ("matmul", "baddbmm", "einsum"):
         return True
     return any(comes_from_matmul(n, like, steps - 1) for n in node.all_input_nodes)
 
@@ -219,7 +221,9 @@ def sigmoid_sinks(output: fx.Node, scores: fx.Node) -> tuple[fx.Node, fx.Node] |
     if len(like) != 4 or len(shape) != 4 or not all(map(same_size, like, (*shape[:3], 1))):
         return None
     sigmoid = _above(scale, ("cast", "same", "unsqueeze"))
-    difference = _above(operand(sigmoid), ("cast", "same")) if kind(sigmoid) == "sigmoid" else None
+    if kind(sigmoid) != "sigmoid":
+        return None
+    difference = _above(operand(sigmoid), ("cast", "same"))
     if kind(difference) != "sub" or not is_plain(difference):
         return None
     total, column = (_above(operand(difference, i), ("cast", "same")) for i in (0, 1))
@@ -246,8 +250,8 @@ def _added_reason(term: Any, scores: tuple[Any, ...]) -> str | None:
         return reason
     if value_of(term).dtype == torch.bool:
         return "a bool mask is added to the scores"
-    is_of_keys = same_size(sizes_of(term)[-1], scores[-1])
-    return None if is_of_keys else "what is added to the scores is the same for all keys"
+    is_broadcast = sizes_of(term)[-1] == 1 != scores[-1]
+    return "what is added to the scores is the same for all keys" if is_broadcast else None
 
 
 def _is_merged(scores: fx.Node, term: fx.Node) -> bool:

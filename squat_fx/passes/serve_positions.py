@@ -63,14 +63,16 @@ class _Rows:
     def __init__(self, rewriting: Rewriting) -> None:
         self._rewriting = rewriting
         windows = rewriting.windows()
+        token_dims = {edge.past: edge.token_dim for edge in rewriting.edges().values()}
         self._lengths: dict[Any, int] = {}
         self._known: set[Any] = set()
-        for row, carrier in enumerate(rewriting.handles):
-            shape = shape_of(carrier)
-            if shape is not None and not isinstance(shape[2], int):
-                self._known.add(shape[2])
+        for carrier in rewriting.handles:
+            shape, row = shape_of(carrier), rewriting.row_of(carrier)
+            length = None if shape is None else shape[token_dims.get(carrier, 2)]
+            if length is not None and not isinstance(length, int):
+                self._known.add(length)
                 if carrier not in windows:  # a window is shorter than what was appended
-                    self._lengths.setdefault(shape[2], row)
+                    self._lengths.setdefault(length, row)
         for node in rewriting.placeholders:
             if isinstance(value_of(node), torch.SymInt):
                 self._known |= symbols_of(size_of(value_of(node)))

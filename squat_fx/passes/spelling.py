@@ -43,6 +43,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.matmul.default, aten.bmm.default,
     ),
     "baddbmm": (torch.baddbmm, "baddbmm", aten.baddbmm.default),
+    "einsum": (torch.einsum, torch.functional.einsum, aten.einsum.default),
     "where": (torch.where, "where", aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     "masked_fill": (
         torch.masked_fill, "masked_fill", "masked_fill_",
@@ -80,6 +81,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
     "repeat_interleave": (
         torch.repeat_interleave, "repeat_interleave", aten.repeat_interleave.self_int,
     ),
+    "repeat": (torch.tile, "repeat", "tile", aten.repeat.default, aten.tile.default),
     "getitem": (operator.getitem,),
     "slice": (aten.slice.Tensor,),
     "same": (
@@ -112,12 +114,13 @@ VIEWS = frozenset(
         "mT",
         "permute",
         "repeat_interleave",
+        "repeat",
         "getitem",
         "slice",
         "same",
     }
 )
-_MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave"}
+_MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave", "repeat"}
 _OTHER_VIEWS = frozenset({"chunk", "split", "unbind", "select", "narrow", "view_as", "movedim"})
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
@@ -179,18 +182,39 @@ def operand(node: fx.Node, index: int = 0) -> Any:
 
 def number_of(x: Any) -> float | None:
     """The number that ``x`` is, written out or as a constant tensor; None if it is none."""
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return float(x)
+    if not isinstance(x, fx.Node):
+        is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+        return float(x) if is_number else None
     if kind(x) in ("same", "cast"):
         return number_of(operand(x))
-    if isinstance(x, fx.Node) and x.op == "get_attr":
-        tensor = getattr(x.graph.owning_module, str(x.target), None)
+    if x.op == "get_attr":
+        tensor: Any = getattr(x.graph.owning_module, str(x.target), None)
         is_number = isinstance(tensor, torch.Tensor) and tensor.dim() == 0
         return float(tensor) if is_number else None
     if kind(x) != "constant":
         return None
     index, name = (1, "fill_value") if describe(x) == "full" else (0, "data")
     return number_of(argument(x, index, name))
+
+
+def same_computation(a: Any, b: Any) -> bool:
+    """Whether two nodes are the same operations on the same nodes, nothing being written."""
+    if a is b:
+        return True
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        is_alike = (a.op, a.target) == (b.op, b.target) and a.op != "placeholder"
+        return (
+            is_alike
+            and not writers(a)
+            and not writers(b)
+            and same_computation(
+                (*a.args, *sorted(a.kwargs.items())), (*b.args, *sorted(b.kwargs.items()))
+            )
+        )
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(same_computation, a, b))
+    is_plain = not isinstance(a, (fx.Node, tuple, list)) and type(a) is type(b)
+    return is_plain and bool(a == b)
 
 
 def source_of(node: fx.Node) -> fx.Node:

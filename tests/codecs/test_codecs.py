@@ -21,6 +21,7 @@ from squat_fx.codecs import (
     Qjl,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
     codec_class,
@@ -36,7 +37,7 @@ from tests.conftest import stored_format
 def test_the_rows() -> None:
     assert list_codecs() == (
         *("squat", "squat_paper", "kivi", "kvarn", "think", "polar", "polar_rope"),
-        *("turboquant", "qjl", "none"),
+        *("turboquant", "qjl", "svdq", "none"),
     )
 
 
@@ -56,6 +57,7 @@ def test_a_row_is_a_frozen_dataclass_with_defaults(name: str) -> None:
         *(Kivi(), Kivi(128), Lossless(), Lossless(4), Squat(0.5), SquatPaper(64, rank=5)),
         *(Kvarn(32), Think(64, ratio=0.5), Polar("online"), PolarRope(64, radius_bits=2)),
         *(TurboQuant(), TurboQuant(False), Qjl(), Qjl(128, 4, 64)),
+        *(Svdq(), Svdq(64, "1.25"), Svdq(schedule=(4, 2, 0, 0), pre_rope=False)),
     ],
 )
 def test_a_spec_names_the_codec_and_its_hyper_parameters(codec: Codec) -> None:

@@ -236,7 +236,12 @@ def test_what_a_cache_holds_is_measured_on_the_cache() -> None:
               if isinstance(x, squat_fx.QuantizedKV)]  # fmt: skip
     assert held.stored == sum(x.storage_nbytes for x in packed)
     assert held.dense == sum(x.numel() * x.element_size() for x in packed)
-    assert held.left == len(cache.layers) - len(packed) // 2 == 1
+    assert held.left == len(cache.layers) - len(packed) // 2 == 0
+    # 32 newest and 4 first of 50 tokens are exact; all of the 23 that a window still sees.
+    exact, tokens = 2 * 23 + 2 * 36, 2 * 23 + 2 * 50
+    learned = sum(8 * x._storage["affine"].nbytes for x in packed) / (2 * 32)
+    bits = 16 * exact + 2 * 14 * (2 + 16 / 32) + learned
+    assert held.effective_bits == pytest.approx(bits / tokens)
 
 
 def test_eight_bit_floats_take_a_byte_each() -> None:

@@ -7,6 +7,7 @@ holds NaN or 255.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,14 +39,17 @@ from squat_fx.kernels import launch, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import Fixed, polar_tree
 from squat_fx.layouts.hadamard import rotation, rotation_pair
+from squat_fx.layouts.latent_rope import largest_codes, latent_widths, num_latent, rotary_dim
 from squat_fx.layouts.levels import level_of, level_table
 from squat_fx.layouts.planes import LANES, num_planes, unpack
+from squat_fx.layouts.rotary import Rotation
 from squat_fx.layouts.signs_token import is_outlier, split_widths
 from squat_fx.layouts.sketch import directions, signs_of
-from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scale
+from squat_fx.layouts.symmetric import STEP, alternating_signs, are_mixed, least_scales
 
 NUM_KV_HEADS = 2
-LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token", "polar/token")
+LATENT = ("latent/rope", "latent/sparse")
+LIKE_PRODUCTS = ("planes/token", "levels/token", "signs/token", "polar/token", *LATENT)
 """Layouts that round after a sum of products, whose order is free."""
 
 Side = tuple[Arenas, Extent, Format]
@@ -77,6 +81,8 @@ class Case:
     shifted: bool = False  # and scaled, values too
     calibrated: bool = False  # a basis per head instead of the fixed rotation
     hidden: float = 0.0  # the part of the past that has left the window, if there is one
+    # Of the layout latent/rope:
+    rotation: Rotation | None = None
 
     @property
     def per_token(self) -> bool:
@@ -101,7 +107,16 @@ class Case:
             self.sink_length,
             self.per_token and self.calibrated,
         )
+        if self.rotation is not None and "rotary" in self.codec.taps(role):
+            fmt = fmt.stored_layout.with_rotation(fmt, self.rotation)
         return replace(fmt, affine=fmt.affine or (self.per_token and self.shifted))
+
+    def given(self, role: Role) -> Tensor | None:
+        """What the layout is given: a basis, or frequencies from 1 down."""
+        if self.format(role).layout not in LATENT:
+            return self.basis(role)
+        pairs = rotary_dim(self.format(role)) // 2
+        return 1e-3 ** (torch.arange(pairs) / max(pairs, 1))
 
     def _widths(self, head_dim: int) -> float | tuple[int, ...]:
         planes = num_planes(head_dim)
@@ -226,7 +241,10 @@ def unwritten(case: Case, role: Role, capacity: int) -> Arenas:
     fmt = case.format(role)
     like = torch.zeros(len(case.pads), NUM_KV_HEADS, 1, fmt.head_dim, dtype=case.dtype)
     slots = capacity // fmt.token_group * fmt.token_group
-    arenas = reference.empty_arenas(like, slots, fmt, case.basis(role))
+    arenas = reference.empty_arenas(like, slots, fmt, case.given(role))
+    if fmt.layout in LATENT:
+        x = case.randn(len(case.pads), NUM_KV_HEADS, sum(case.chunks), fmt.head_dim, seed=7)
+        reference.learn(arenas, x, case.valid, None, fmt, role)
     for tensor in (*arenas.packed, arenas.dense):
         tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
     if "channels" in arenas.fixed:
@@ -382,7 +400,7 @@ def assert_same_storage(
                 arena[row : row + 1, :, : count // fmt.tokens_per_slot(name)]
                 for name, arena in zip(fmt.packed_names, arenas.packed, strict=True)
             ]
-            assert_rounded_rightly(packed, numbers, None, fmt, fixed, row_feedback)
+            assert_rounded_rightly(packed, numbers, None, fmt, fixed, row_feedback, first)
             for part in packed:
                 part.zero_()  # so that the rest is compared
     assert_same(tensors_of(actual), tensors_of(expected))
@@ -417,19 +435,19 @@ def quantizing_agrees_with_the_reference(
 
 def storing_agrees_with_the_reference(case: Case, role: Role, device: str) -> None:
     """The op ``store`` holds the prompt, rounded with what the codec learns from it."""
-    fmt, basis = case.format(role), case.basis(role)
+    fmt, given = case.format(role), case.given(role)
     batch, tokens = len(case.pads), sum(case.chunks)
     x = case.randn(batch, NUM_KV_HEADS, tokens, fmt.head_dim)
     query = case.randn(batch, NUM_KV_HEADS * case.queries_per_kv, tokens, fmt.head_dim, seed=9)
     query = query if case.codec.taps(role) else None
     valid = torch.ones(batch, tokens, dtype=torch.bool) if case.valid is None else case.valid
-    placed = [None if t is None else t.to(device) for t in (x, valid, query, basis)]
+    placed = [None if t is None else t.to(device) for t in (x, valid, query, given)]
     found = ops.overload("store", fmt.layout)(*placed, role, fmt.codec, fmt.to_ints())
     capacity = -(-tokens // fmt.token_group) * fmt.token_group
-    expected = reference.empty_arenas(x, capacity, fmt, basis)
+    expected = reference.empty_arenas(x, capacity, fmt, given)
     named = dict(zip(fmt.stored_names, (t.cpu() for t in found), strict=True))
-    if expected.basis is not None:
-        named["basis"] = expected.basis
+    for name in fmt.stored_layout.shared:
+        named[name] = expected.fixed[name]
     actual = Arenas.of(fmt, [named[name] for name in fmt.arena_names])
     fit = reference.learn(expected, x, valid, query, fmt, role)
     if actual.affine is not None and expected.affine is not None:
@@ -501,7 +519,7 @@ def learning_agrees_with_float64(case: Case, device: str, shift: float = 0.0) ->
 
 def assert_rounded_rightly(
     packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fixed: Fixed,
-    feedback: Tensor | None,
+    feedback: Tensor | None, first_position: int = 0,
 ) -> None:  # fmt: skip
     """Every stored number is what float64 arithmetic would round, given those stored before it.
 
@@ -513,6 +531,9 @@ def assert_rounded_rightly(
     """
     if fmt.layout == "polar/token":
         assert_in_their_cells(packed, x, fmt, fixed)
+        return
+    if fmt.layout in LATENT:
+        assert_at_nearest_latents(packed, x, valid, fmt, fixed, first_position)
         return
     if fmt.layout in OTHER_CHECKS:
         hidden = torch.tensor(False) if valid is None else ~valid[:, None, :, None]
@@ -526,14 +547,21 @@ def assert_rounded_rightly(
         if affine.numel():
             y = (y - affine[:, :, :1].double()) / affine[:, :, 1:].double()
         y = y @ reference.basis_pair(fixed["basis"], head_dim, x.device)[0].double()
-        least = torch.tensor([least_scale(bits) for bits in fmt.widths], dtype=torch.float64)
+        least = torch.tensor(least_scales(fmt.widths), dtype=torch.float64)
         asked = y.abs() * least.repeat_interleave(LANES)[:head_dim]
         size = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
         sign = alternating_signs(x.shape[2], 0, x.device).double()
-        size = size[..., None] * sign
-        bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
-        levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
-        scale = y.norm(dim=-1, keepdim=True) / levels.norm(dim=-1, keepdim=True)
+        size = scale = size[..., None]
+        if are_mixed(fmt.widths):
+            size = packed[1].double().abs()
+        else:
+            bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
+            levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
+            levels, length = levels * sign, y.norm(dim=-1, keepdim=True)
+            scale = length / levels.norm(dim=-1, keepdim=True)
+            if fmt.unbiased:
+                scale = length**2 / (y * levels).sum(-1, keepdim=True).clamp_min(1e-30)
+        size = size * sign
         scale = scale.clamp(2.0**-24, 65504.0)
         assert_nearest_halves(packed[1] * sign, scale, 1e-6 * largest_number)
     else:
@@ -640,6 +668,34 @@ def assert_signs_of_projections(packed: list[Tensor], x: Tensor, fmt: Format) ->
         assert (products * signs[i] >= -slack).all()
         length = measured.norm(dim=-1, keepdim=True)
         assert_nearest_halves(norm[..., i : i + 1], length.clamp(max=65504.0), 1e-6 * length)
+
+
+def assert_at_nearest_latents(
+    packed: list[Tensor], x: Tensor, valid: Tensor | None, fmt: Format, fixed: Fixed,
+    first_position: int,
+) -> None:  # fmt: skip
+    """Codes are the nearest levels of the latent channels of keys that are turned back; turns are
+    what fp32 makes of them.
+    """
+    cached = x = x.double()
+    largest_number = x.abs().amax(-1, keepdim=True)
+    position = first_position + torch.arange(x.shape[2]).float()[:, None]
+    turns = position * (fixed["frequency"] * (0.5 / math.pi))
+    angle = turns.double() * (2 * math.pi)
+    if turning := rotary_dim(fmt):
+        pairing = "interleaved" if fmt.details[1] else "halves"
+        x = Rotation(turning, pairing, -1).apply(x, angle.cos(), angle.sin())
+    latent = (x - fixed["center"].double()) @ fixed["basis"].double().mT
+    scale = fixed["scale"].double()
+    level = (latent - fixed["zero_point"].double()) / scale
+    level = level.clamp(min=0).minimum(largest_codes(fmt, x.device).double())
+    for mean in packed[1:]:  # landmarks, of keys as they are cached
+        shown = cached if valid is None else cached * valid[:, None, :, None]
+        true = shown.unflatten(2, (-1, 8)).mean(3)
+        assert_nearest_halves(mean, true, 1e-6 * largest_number.amax())
+    codes = unpack(packed[0], num_latent(fmt), latent_widths(fmt)).double()
+    middle = 0.5 + 1e-3 + 1e-5 * largest_number / scale
+    assert ((level - codes).abs() <= middle).all(), (level - codes).abs().max()
 
 
 OTHER_CHECKS = {

@@ -19,11 +19,13 @@ from squat_fx.codecs import (
     Qjl,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
 )
 from squat_fx.kernels import aot, launch, triton_attend_token
 from squat_fx.kernels.aot import Launch, Resources, Shape
+from squat_fx.layouts.rotary import Pairing, Rotation
 from tests.choose import diagonal, full
 
 MOST_REGISTERS = 255
@@ -49,11 +51,11 @@ def test_one_token_of_a_common_head_needs_no_spills(capability: int) -> None:
 
 @pytest.mark.parametrize("codec", [Kivi(), Squat()], ids=lambda codec: codec.name)
 def test_a_window_needs_no_spills(codec: Codec) -> None:
-    """Gluon's kernels know no windows, and leave them to Triton's."""
+    """Of groups of keys Gluon's kernel knows no windows, and leaves them to Triton's."""
     shape = Shape(head_dim=64, bits=2, codec=codec)
     resources = compiled(aot.attend_launches(shape, gpu="hopper", window=True), 90)
-    names = {"prepare_kernel", "attend_kernel", "merge_kernel"}
-    assert set(resources) == (names if codec == Squat() else names - {"prepare_kernel"})
+    attend = "swapped_attend_kernel" if codec == Squat() else "attend_kernel"
+    assert set(resources) == {attend, "merge_kernel"}
     assert not any(r.spills for r in resources.values())
 
 
@@ -138,6 +140,18 @@ def test_what_is_decoded_all_at_once_spills_little(codec: Codec, capability: int
     resources = compiled(launches, capability)
     assert resources["attend_kernel"].spills <= 256  # bytes
     assert not resources["dequantize_kernel"].spills
+
+
+@pytest.mark.parametrize(("pairing", "most"), [("halves", 31), *full(("interleaved", 34))], ids=str)
+def test_latent_keys_are_read_in_this_many_instructions(pairing: Pairing, most: int) -> None:
+    shape = Shape(64, 2, codec=Svdq(schedule="1.25"), rotation=Rotation(64, pairing))
+    attend, _ = aot.attend_launches(shape)
+    kernel = aot.compiled_kernel(attend, 90)
+    assert aot.resources_of(kernel).spills <= 768  # bytes
+    assert aot.resources_of(kernel).shared <= 32 * 1024
+    assert aot.instructions_per_code(kernel, 2 * 64 * attend.arguments["BLOCK_N"]) <= most
+    (dequantize,) = aot.dequantize_launches(shape, "key")
+    assert not aot.compile_launch(dequantize, 90).spills
 
 
 def test_mixed_widths_of_an_uneven_head_compile() -> None:
@@ -232,10 +246,34 @@ def test_a_code_takes_few_instructions(bits: float | tuple[int, ...], most: floa
     assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
 
 
+def loop_on_the_side_of_16_rows(
+    launches: list[Launch], capability: int, most: float
+) -> tuple[list[str], Resources]:
+    """The main loop of the Gluon kernel, which does what it has to in ``most`` instructions a code
+    at most; and what it takes.
+    """
+    assert [x.kernel.__name__ for x in launches] == ["swapped_attend_kernel", "merge_kernel"]
+    arguments = launches[0].arguments
+    key, value, tokens = (arguments[name] for name in ("KEY", "VALUE", "BLOCK_N"))
+    kernel = aot.compiled_kernel(launches[0], capability)
+    loop = aot.main_loop(aot.machine_code(kernel))
+    assert aot.instructions_per_code(kernel, (key.head_dim + value.head_dim) * tokens) <= most
+    # A tile of 16 x 16 codes an instruction, and the two sums of weights.
+    dots = (len(key.terms) + len(value.terms) + 2) * arguments["BLOCK_M"] // 8
+    assert sum("HMMA.16816" in text for text in loop) == dots * tokens // 16
+    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+    # Rows as wide as in shared memory, as many at once as a warp takes, and scales.
+    copies = sum(
+        tokens * fmt.token_row.width // fmt.token_row.together // 32 for fmt in (key, value)
+    )
+    assert sum("LDGSTS" in text for text in loop) == copies + 2, "codes are not copied ahead"
+    return loop, aot.resources_of(kernel)
+
+
 @pytest.mark.parametrize(
     ("code", "capability"),
     diagonal(
-        [(128, 2, 1.25), (128, 4, 1.45), (128, (4, 3, 2, 2, 2, 1, 1, 1), 1.45), (256, 2, 1.15)],
+        [(128, 2, 1.25), (128, 4, 1.45), (128, (4, 3, 2, 2, 2, 1, 1, 1), 1.3), (256, 2, 1.15)],
         aot.CAPABILITIES,
     ),
     ids=str,
@@ -245,15 +283,32 @@ def test_a_code_takes_still_fewer_instructions_with_tokens_on_the_side_of_16_row
 ) -> None:
     head_dim, bits, most = code
     launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="ampere")
-    assert [x.kernel.__name__ for x in launches] == ["swapped_attend_kernel", "merge_kernel"]
-    kernel = aot.compiled_kernel(launches[0], capability)
-    loop, tokens = aot.main_loop(aot.machine_code(kernel)), launches[0].arguments["BLOCK_N"]
-    assert aot.instructions_per_code(kernel, 2 * head_dim * tokens) <= most
-    # A tile of 16 x 16 codes an instruction, and the two sums of weights.
-    multiplications = sum("HMMA.16816" in text for text in loop)
-    assert multiplications == 2 * (head_dim // 16 + 1) * tokens // 16
-    assert any("LDGSTS.E.BYPASS.128" in text for text in loop), "codes are not copied ahead"
-    assert not any(text.startswith(("I2F", "I2H", "LDL", "STL")) for text in loop)
+    loop, _ = loop_on_the_side_of_16_rows(launches, capability, most)
+    assert any("LDGSTS.E.BYPASS.128" in text for text in loop)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bits", "most"),
+    [(64, 2, 1.55), (128, 3, 2.2), *full((64, 3, 2.8), (112, 2, 1.65))],
+)
+def test_odd_bytes_and_sections_take_few_instructions_too(
+    head_dim: int, bits: float, most: float
+) -> None:
+    launches = aot.attend_launches(Shape(head_dim, bits, codec=Squat()), gpu="hopper")
+    _, resources = loop_on_the_side_of_16_rows(launches, 90, most)
+    assert resources.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "most"), [("mask", 1.5), *full(("softcap", 1.75), ("16 rows", 1.85))]
+)
+def test_masks_caps_and_more_rows_take_few_instructions_more(what: str, most: float) -> None:
+    shape = Shape(128, 2, q_len=4 if what == "16 rows" else 1, codec=Squat())
+    mask = torch.ones(2, 1, 1, 257, dtype=torch.bool) if what == "mask" else None
+    softcap = 30.0 if what == "softcap" else 0.0
+    launches = aot.attend_launches(shape, mask, gpu="hopper", softcap=softcap)
+    _, resources = loop_on_the_side_of_16_rows(launches, 90, most)
+    assert resources.spills == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from squat_fx.codecs import (
     Role,
     Squat,
     SquatPaper,
+    Svdq,
     Think,
     TurboQuant,
     codec_spec,
@@ -26,7 +28,9 @@ from squat_fx.codecs import (
 from squat_fx.kernels import ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.rotary import Rotation
 from squat_fx.state import QuantizedKV
+from tests.choose import full
 from tests.conftest import randn, stored_format
 
 pytestmark = [
@@ -74,49 +78,91 @@ def test_radii_and_angles_are_written_read_and_quantized_as_in_the_reference(
     laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+CODECS = (
+    *(Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0)),
+    *(Svdq(), Svdq(budget=4096, outlier_chunks=2)),
+)
+CASES = list(itertools.product(enumerate(HEAD_DIMS), enumerate(CODECS), enumerate(DTYPES)))
+
+
 @pytest.mark.parametrize(
-    "codec",
-    [Squat(), Kivi(32), Kvarn(32), Think(32), TurboQuant(), Qjl(), Qjl(outliers=0)],
+    ("head_dim", "codec", "dtype"),
+    [
+        case if sum(places) % len(DTYPES) == 0 else full(case)[0]
+        for places, case in (zip(*pairs, strict=True) for pairs in CASES)
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_attending_works_for_every_head_dim(
     head_dim: int, codec: Codec, dtype: torch.dtype
 ) -> None:
     case = replace(
         case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim, dtype=dtype, bits=2,
         widths="uniform", pads=(0, 70), chunks=(210,), residual_length=32, sink_length=4, q_len=1,
+        rotation=Rotation(head_dim // 2 * 2, "halves"),
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
-    ("codec", "role"), [(Kvarn(32), "key"), (Kvarn(32), "value"), (Think(32), "key")]
+    ("codec", "role"),
+    [
+        (Kvarn(32), "key"),
+        (Kvarn(32), "value"),
+        (Think(32), "key"),
+        (Svdq(), "key"),
+        (Svdq(budget=16, outlier_chunks=2), "key"),
+    ],
+    ids=str,
 )
 def test_what_is_decoded_apart_is_as_in_the_reference(
     codec: Codec, role: Role, head_dim: int
 ) -> None:
     case = replace(case_of(head_dim), codec=codec, key_dim=head_dim, value_dim=head_dim)
-    case = replace(case, residual_length=5, chunks=(170, 1, 40, 1, 33), pads=(0, 9))
+    rotation = Rotation(head_dim // 4 * 2, "interleaved")
+    case = replace(
+        case, residual_length=5, chunks=(170, 1, 40, 1, 33), pads=(0, 9), rotation=rotation
+    )
     laws.dequantizing_agrees_with_the_reference(case, role, "cuda")
-    if isinstance(codec, Think):
+    if isinstance(codec, Think | Svdq):
         laws.writing_agrees_with_the_reference(case, role, "cuda")
+
+
+def token_kernel_launches(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The launches of the Gluon kernel for the layout planes/token from now on."""
+    taken: list = []
+    recorded = laws.Recorded(gluon_attend_token.swapped_attend_kernel, taken.append)
+    monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
+    return taken
 
 
 @pytest.mark.parametrize(
     ("head_dim", "bits", "queries_per_kv", "q_len", "dtype"),
     [
+        (64, 2, 3, 1, torch.float16),
+        (64, 3, 1, 2, torch.bfloat16),
         (64, 4, 3, 1, torch.float16),
         (64, 8, 1, 3, torch.bfloat16),
+        (80, 2, 4, 1, torch.bfloat16),
+        (80, 4, 1, 1, torch.float16),
+        (96, 2, 3, 4, torch.float16),
+        (112, 2, 1, 1, torch.float16),
+        (128, 1, 4, 1, torch.float16),
         (128, 2, 4, 1, torch.float16),
         (128, 2, 1, 8, torch.bfloat16),
+        (128, 2, 4, 4, torch.float16),
+        (128, 3, 4, 1, torch.float16),
+        (128, 3, 16, 1, torch.bfloat16),
         (128, 4, 8, 1, torch.float16),
+        (128, 5, 4, 3, torch.float16),
         (128, 6, 2, 2, torch.bfloat16),
         (128, 8, 4, 2, torch.float16),
+        (192, 2, 4, 1, torch.float16),
+        (192, 3, 1, 1, torch.bfloat16),
         (256, 1, 2, 4, torch.float16),
         (256, 2, 4, 1, torch.bfloat16),
+        (256, 3, 4, 4, torch.float16),
         (256, 4, 8, 1, torch.float16),
     ],
 )
@@ -125,17 +171,50 @@ def test_tokens_on_the_side_of_16_rows_agree_with_float64(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, bits: int, queries_per_kv: int,
     q_len: int, dtype: torch.dtype, extras: bool,
 ) -> None:  # fmt: skip
-    """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring."""
-    taken = []
-    kernel = gluon_attend_token.swapped_attend_kernel
-    recorded = laws.Recorded(kernel, taken.append)
-    monkeypatch.setattr(gluon_attend_token, "swapped_attend_kernel", recorded)
+    """``extras``: learned sinks, padding, offsets and factors, a basis of each head, no ring, a
+    window.
+    """
+    taken = token_kernel_launches(monkeypatch)
     case = replace(
         case_of(head_dim + bits), codec=Squat(), key_dim=head_dim, value_dim=head_dim, dtype=dtype,
         bits=bits, widths="uniform", queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(304,), residual_length=0 if extras else 32,
         sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, shifted=extras,
-        calibrated=extras,
+        calibrated=extras, hidden=0.4 if extras else 0.0,
+    )  # fmt: skip
+    laws.attending_agrees_with_float64(case, "cuda")
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("mask", "causal"),
+    [
+        ("none", reference.BOTTOM_RIGHT),
+        ("bool", reference.NO_CAUSALITY),
+        ("float", reference.TOP_LEFT),
+        ("padding", reference.BOTTOM_RIGHT),
+    ],
+)
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "bits", "queries_per_kv", "q_len", "softcap", "shifted"),
+    [
+        (128, 128, 2, 4, 1, 7.0, False),
+        (128, 128, 3, 4, 4, 0.0, True),
+        (64, 64, 2, 1, 5, 7.0, True),
+        (192, 128, 4, 2, 3, 0.0, False),
+    ],
+)
+def test_masks_windows_and_caps_on_the_side_of_16_rows_agree_with_float64(
+    monkeypatch: pytest.MonkeyPatch, key_dim: int, value_dim: int, bits: int, queries_per_kv: int,
+    q_len: int, softcap: float, shifted: bool, mask: str, causal: int,
+) -> None:  # fmt: skip
+    taken = token_kernel_launches(monkeypatch)
+    case = replace(
+        case_of(key_dim + bits), codec=Squat(), key_dim=key_dim, value_dim=value_dim,
+        dtype=torch.float16, bits=bits, widths="uniform", queries_per_kv=queries_per_kv,
+        q_len=q_len, new_len=q_len, pads=(0, 170), chunks=(304,), residual_length=32,
+        sink_length=4, mask=mask, causal=causal, softcap=softcap, sinks=False, shifted=shifted,
+        calibrated=False, hidden=0.5 if mask in ("none", "float") else 0.0,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken
@@ -169,7 +248,7 @@ def test_groups_of_keys_on_the_side_of_16_rows_agree_with_float64(
         case_of(head_dim + bits), codec=Kivi(group_size), key_dim=head_dim, value_dim=head_dim,
         dtype=dtype, bits=bits, queries_per_kv=queries_per_kv, q_len=q_len, new_len=q_len,
         pads=(0, 70) if extras else (0, 0), chunks=(560,), residual_length=0 if extras else 32,
-        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras,
+        sink_length=4, mask="none", causal=0, softcap=0.0, sinks=extras, hidden=0.0,
     )  # fmt: skip
     laws.attending_agrees_with_float64(case, "cuda")
     assert taken

@@ -24,6 +24,7 @@ from squat_fx.codecs import (
     Qjl,
     Role,
     Squat,
+    Svdq,
     Think,
     TurboQuant,
 )
@@ -42,6 +43,8 @@ CODECS: dict[str, Codec] = {
     "polar/pairs": PolarRope(32),
     "levels/token": TurboQuant(),
     "signs/token": Qjl(sketch_dim=64, outliers=3, outlier_sketch_dim=32),
+    "latent/rope": Svdq(),
+    "latent/sparse": Svdq(budget=1024, outlier_chunks=2),
     "dense": Lossless(),
 }
 LAYOUTS = tuple(CODECS)

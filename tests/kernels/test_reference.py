@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from squat_fx.codecs import (
     Qjl,
     Role,
     Squat,
+    Svdq,
     Think,
     TurboQuant,
 )
@@ -42,14 +44,19 @@ from squat_fx.kernels.reference import (
     write,
 )
 from squat_fx.layouts.hadamard import rotation_pair
+from squat_fx.layouts.latent_rope import num_latent
 from squat_fx.layouts.planes import LANES
+from squat_fx.layouts.rotary import Pairing, Rotation
 from tests.conftest import left_padding, randn, stored_format, whole_numbers
 
 HEADS = 2
 NOTHING = Extent(0, 0)
 
 
-KINDS = ("lossless", "kivi", "squat", "kvarn", "think", "polar", "polar_rope", "turboquant", "qjl")
+KINDS = (
+    *("lossless", "kivi", "squat", "kvarn", "think", "polar", "polar_rope", "turboquant", "qjl"),
+    "svdq",
+)
 ROTATED_KINDS = ("squat", "kvarn", "polar", "turboquant")
 OF_PRODUCTS = ("planes/token", "planes/dual", "polar/token", "levels/token", "signs/token")
 """Layouts whose numbers come out of a matrix product."""
@@ -75,6 +82,13 @@ def formats(draw: st.DrawFn, kind: str | None = None, role: Role | None = None) 
         return stored_format(
             Polar(), role, bits=draw(st.sampled_from([3.375, 3.875, 4.25])), **sizes
         )
+    if kind == "svdq":
+        schedule = tuple(sorted(draw(st.lists(st.integers(1, 8), min_size=1)), reverse=True))
+        codec = Svdq(schedule=schedule, budget=draw(st.sampled_from([None, 1024])))
+        fmt = stored_format(codec, role, **sizes)
+        pairing, pairs = draw(st.sampled_from(get_args(Pairing))), draw(st.integers(0, 8))
+        turned = role == "key" and pairs
+        return fmt.stored_layout.with_rotation(fmt, Rotation(2 * pairs, pairing)) if turned else fmt
     if kind == "turboquant":
         planes = -(-sizes["head_dim"] // LANES)
         widths = draw(st.tuples(*[st.integers(1, 4)] * planes))
@@ -126,7 +140,8 @@ def prompts(
 def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     """Arenas for all of ``x`` in which whatever was forgotten to be written shows.
 
-    Offsets, factors, kept channels and a basis, if ``fmt`` has them, are the same for every row.
+    Offsets, factors, kept channels and a basis, if ``fmt`` has them, are the same for every row;
+    latent channels are single ones, so that their sums are exact, too.
     """
     basis = some_basis(fmt.head_dim) if fmt.latent else None
     arenas = empty_arenas(x, -(-x.shape[2] // fmt.token_group) * fmt.token_group, fmt, basis)
@@ -135,6 +150,12 @@ def poisoned_arenas(x: Tensor, fmt: Format) -> Arenas:
     if fmt.affine and arenas.affine is not None:
         arenas.affine[:, :, :1] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=9)
         arenas.affine[:, :, 1:] = whole_numbers(1, HEADS, 1, fmt.head_dim, seed=2, largest=1).exp2()
+    if fmt.layout in ("latent/rope", "latent/sparse"):
+        arenas.fixed["basis"].copy_(torch.eye(fmt.head_dim)[: num_latent(fmt)])
+        arenas.fixed["center"].copy_(whole_numbers(1, HEADS, 1, fmt.head_dim, seed=1, largest=1))
+        arenas.fixed["scale"].fill_(0.125)
+        arenas.fixed["zero_point"].fill_(-3.0)
+        arenas.fixed["frequency"].fill_(0.03)
     for channels in (t for name, t in arenas.fixed.items() if name == "channels"):
         channels += fmt.head_dim - channels.shape[-1]  # the last ones
     return arenas

@@ -15,11 +15,12 @@ from squat_fx.layouts.planes import LANES, num_planes, uniform_widths
 from squat_fx.layouts.symmetric import (
     LARGEST_HALF,
     REACH,
+    REACH_OF_MIXED,
     SMALLEST_SCALE,
     STEP,
     alternating_signs,
     dequantize_tokens,
-    least_scale,
+    least_scales,
     quantize_tokens,
     step_and_zero,
     token_size,
@@ -109,15 +110,26 @@ def test_what_reaching_the_largest_number_costs_on_a_gaussian(bits: int, factor:
     assert error.item() == pytest.approx(factor * LEAST_DISTORTION[bits - 1], rel=0.03)
 
 
-@given(schedule=schedules(smallest=1), exponent=st.integers(-8, 8), seed=SEEDS)
-def test_a_token_comes_back_as_long_as_it_was(
-    schedule: tuple[int, tuple[int, ...]], exponent: int, seed: int
+@given(
+    head_dim=st.sampled_from([1, 16, 20, 64, 128]), bits=st.integers(1, 8),
+    exponent=st.integers(-6, 8), unbiased=st.booleans(), seed=SEEDS,
+)  # fmt: skip
+def test_the_scale_gives_back_what_rounding_lost(
+    head_dim: int, bits: int, exponent: int, unbiased: bool, seed: int
 ) -> None:
-    head_dim, widths = schedule
-    y = randn(2, 2, 5, head_dim, seed=seed) * 2.0**exponent
-    length = y.norm(dim=-1)
-    back = roundtrip(y, widths).norm(dim=-1)
-    torch.testing.assert_close(back, length, rtol=HALF_EPSILON, atol=2.0**-24 * 8 * head_dim)
+    y, widths = randn(2, 2, 5, head_dim, seed=seed) * 2.0**exponent, uniform_widths(head_dim, bits)
+    back = dequantize_tokens(*quantize_tokens(y, widths, unbiased=unbiased), widths)
+    kept = (back * (y if unbiased else back)).sum(-1)
+    lost = 4 * HALF_EPSILON
+    torch.testing.assert_close(kept, y.square().sum(-1), rtol=lost, atol=lost * 2.0**-12)
+
+
+def test_plane_groups_of_different_widths_keep_their_scale() -> None:
+    y, widths = randn(2, 2, 5, 64), (4, 2, 1, 0)
+    codes, scale = quantize_tokens(y, widths)
+    assert torch.equal(scale.abs().float(), token_size(y, widths))
+    restored = dequantize_tokens(codes, scale, widths)
+    torch.testing.assert_close(restored, as_rounded(codes, y, widths))
 
 
 @given(schedule=schedules(smallest=1), exponent=st.integers(-8, 8), seed=SEEDS)
@@ -142,22 +154,23 @@ def test_the_levels_reach_what_they_must_and_the_size_is_no_larger_than_needed(
     head_dim, widths = schedule
     y = randn(1, 2, 5, head_dim, seed=seed)
     size = token_size(y, widths)
-    reach = torch.tensor([REACH[w] for w in widths]).repeat_interleave(LANES)[:head_dim]
+    table = REACH_OF_MIXED if len(set(widths)) > 1 else REACH
+    reach = torch.tensor([table[w] for w in widths]).repeat_interleave(LANES)[:head_dim]
     _, outermost = units(size, widths, head_dim)
-    assert (y.abs() * reach <= outermost * (1 + 1e-6)).all()
+    assert (y.abs() * reach <= outermost * (1 + 2 * HALF_EPSILON)).all()
     needed = [y.square().mean(-1, keepdim=True).sqrt()]
-    for plane, bits in enumerate(widths):
+    for plane, least in enumerate(least_scales(widths)):
         part = y[..., plane * LANES : (plane + 1) * LANES].abs()
-        needed.append(part.amax(-1, keepdim=True) * least_scale(bits))
-    torch.testing.assert_close(size, torch.stack(needed).amax(0), rtol=1e-6, atol=0)
+        needed.append(part.amax(-1, keepdim=True) * least)
+    torch.testing.assert_close(size, torch.stack(needed).amax(0), rtol=HALF_EPSILON, atol=0)
 
 
 def test_one_bit_is_the_sign_and_no_bits_say_nothing() -> None:
     y = randn(1, 1, 3, 32)
     restored = roundtrip(y, (1, 0))
-    size = restored[..., :1].abs()
-    assert torch.equal(restored[..., :16], y[..., :16].sign() * size)
-    torch.testing.assert_close(4 * size, y.norm(dim=-1, keepdim=True), rtol=HALF_EPSILON, atol=0)
+    assert torch.equal(
+        restored[..., :16], y[..., :16].sign() * (token_size(y, (1, 0)) * STEP[1] * 0.5)
+    )
     assert not restored[..., 16:].any()
 
 

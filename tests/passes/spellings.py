@@ -56,6 +56,18 @@ def sdpa_masked(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
 
+def sdpa_tiled(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """All KV heads, and then all of them again (JetMoe)."""
+    tiled = (x.repeat(1, QUERIES_PER_KV, 1, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, *tiled)
+
+
+def merged_query(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Batch and heads are merged for the scores, and apart for the output."""
+    merged = torch.bmm(query.flatten(0, 1) * 0.25, interleaved(key).flatten(0, 1).transpose(1, 2))
+    return torch.matmul(torch.softmax(merged.unflatten(0, (-1, HEADS)), -1), interleaved(value))
+
+
 # Written out
 
 
@@ -104,6 +116,13 @@ def gpt_oss(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return torch.matmul(probs[..., :-1], repeat_kv(value))
 
 
+def mimo(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """The maximum is subtracted, which a softmax does itself."""
+    scores = torch.matmul(query, repeat_kv(key).transpose(2, 3)) * 0.25 + mask
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return torch.matmul(F.softmax(scores, dim=-1), repeat_kv(value))
+
+
 def operators(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return (query @ interleaved(key).mT / 4).softmax(-1) @ interleaved(value)
 
@@ -122,6 +141,11 @@ def merged_heads(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     query, key, value = (x.flatten(0, 1) for x in (query, repeat_kv(key), repeat_kv(value)))
     weights = torch.softmax(torch.bmm(query * 0.25, key.transpose(1, 2)), -1)
     return torch.bmm(weights, value).unflatten(0, (-1, HEADS))
+
+
+def einsum(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, interleaved(key)) / 4.0
+    return torch.einsum("bhqk, bhkd -> bhqd", scores.softmax(-1), interleaved(value))
 
 
 def modules(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
@@ -195,6 +219,15 @@ def gpt_neo(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return torch.matmul(F.softmax(scores, -1).to(value.dtype), interleaved(value))
 
 
+def cpmant(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """What was hidden is set to zero once more."""
+    scores = torch.matmul(query, interleaved(key).transpose(-1, -2)) / 3.0 + distances(query, key)
+    lowest, zero = torch.scalar_tensor(float("-inf")), torch.scalar_tensor(0)
+    scores = torch.masked_fill(scores, mask < -1, lowest)
+    probs = torch.masked_fill(scores.softmax(-1), mask < -1, zero)
+    return torch.matmul(probs, interleaved(value))
+
+
 def where_hidden(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     """``where`` with the scores last."""
     scores = torch.where(mask < -1, -1e9, query @ interleaved(key).mT)
@@ -238,7 +271,10 @@ PLAIN: dict[str, Attend] = {
     "methods": methods,
     "functions": functions,
     "merged heads": merged_heads,
+    "einsum": einsum,
     "modules": modules,
+    "sdpa, tiled": sdpa_tiled,
+    "merged query": merged_query,
 }
 MASKED: dict[str, Attend] = {
     "sdpa": sdpa_masked,
@@ -253,8 +289,10 @@ MASKED: dict[str, Attend] = {
     "mvp": mvp,
     "mpt": mpt,
     "gpt_neo": gpt_neo,
+    "cpmant": cpmant,
     "where, hidden": where_hidden,
     "codegen": codegen,
     "granite_swa": granite_swa,
+    "mimo": mimo,
     "flint": flint,
 }

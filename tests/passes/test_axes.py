@@ -47,6 +47,7 @@ REPEATED = ("heads", "repeat")
         (flattened, (BATCH, REPEATED, TOKENS, CHANNELS)),
         (interleaved, (BATCH, REPEATED, TOKENS, CHANNELS)),
         (lambda x: interleaved(x.mT), (BATCH, REPEATED, CHANNELS, TOKENS)),
+        (lambda x: x.repeat(1, 2, 1, 1), (BATCH, ("repeat", "heads"), TOKENS, CHANNELS)),
     ],
 )
 def test_axes_after(views: Callable[[Any], Any], axes: tuple[tuple[str, ...], ...]) -> None:
@@ -70,7 +71,8 @@ def test_tile_order_is_told_from_repeat_interleave() -> None:
 @pytest.mark.parametrize(
     ("views", "reason"),
     [
-        (lambda x: x.repeat(1, 2, 1, 1), "comes from repeat"),
+        (lambda x: x.repeat(x.size(0), 2, 1, 1), "passes through repeat"),
+        (lambda x: x.flip(1), "comes from flip"),
         (lambda x: x * 2, "comes from mul"),
         (lambda x: x.to(torch.float16), "is cast from torch.float32 to torch.float16"),
         (lambda x: x[:, :1], "passes through getitem, which is no repeat"),

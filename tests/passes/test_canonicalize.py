@@ -193,6 +193,15 @@ def test_attention_weights_that_are_changed() -> None:
     assert reason(attend) == expected
 
 
+def test_attention_weights_that_are_set_to_zero() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = (query @ interleaved(key).mT).masked_fill(mask < -1, -torch.inf)
+        return scores.softmax(-1).masked_fill(mask < -2, 0.0) @ interleaved(value)
+
+    expected = "attention weights are set to zero that may be others"
+    assert reason(attend, MASK) == expected
+
+
 def test_mask_added_before_capping() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
         scores = 3.0 * torch.tanh((query @ interleaved(key).mT + mask) / 3.0)
@@ -330,6 +339,15 @@ def test_sink_column_that_is_no_logit_per_head() -> None:
         return F.softmax(logits, -1)[..., :-1] @ interleaved(value)
 
     assert reason(attend) == "the sink column is not one logit per head"
+
+
+def test_maximum_of_another_dim_is_subtracted() -> None:
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        scores = scores - scores.max(dim=-2, keepdim=True).values
+        return F.softmax(scores, -1) @ interleaved(value)
+
+    assert reason(attend) == "the scores pass through sub, which is not understood"
 
 
 def test_sinks_with_something_else_subtracted() -> None:

@@ -222,14 +222,27 @@ def test_static_cache_written_in_place() -> None:
     assert reasons(Static(), *examples(Static())) == [expected]
 
 
-def test_cache_on_dim_1() -> None:
+def test_site_of_a_cache_whose_tokens_come_before_its_heads() -> None:
     class TokenMajor(Variant):
         def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
             full = torch.cat([past_key, key.transpose(1, 2)], 1)
             return full.transpose(1, 2), full
 
-    inputs = [tokens(3), *(x.transpose(1, 2).contiguous() for x in past())]
-    assert reasons(TokenMajor(), *inputs) == ["key is concatenated on dim 1, not on dim -2"]
+    inputs = (tokens(3), *(x.transpose(1, 2).contiguous() for x in past()))
+    rewriting = analysed(TokenMajor(), inputs, Canonicalize, FindCacheEdges)
+    (site,) = rewriting.sites
+    assert (site.key.token_dim, site.value.token_dim) == (1, 1)
+    assert site.key.sizes(site.key.stored)[1] == KV_HEADS
+
+
+def test_cache_that_grows_by_heads() -> None:
+    class Growing(Variant):
+        def update(self, past_key: Any, key: Any) -> tuple[Any, Any]:
+            full = torch.cat([past_key, key], 1)
+            return full, full
+
+    inputs = (tokens(3), *past(tokens=3))
+    assert reasons(Growing(), *inputs) == ["key is concatenated on dim 1, not on dim -2"]
 
 
 def test_cache_on_dim_3() -> None:
@@ -340,6 +353,16 @@ def test_cross_attention_that_reads_its_keys_from_an_input() -> None:
     assert reasons(Reading(), *examples(Reading())) == [expected]
 
 
+def test_cache_whose_attention_is_not_recognized() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores = query @ interleaved(key).mT
+        return scores.relu() @ interleaved(value)
+
+    module = Cached(attend)
+    expected = "grows like a cache, but no attention that reads it was recognized"
+    assert reasons(module, *examples(module)) == [expected, expected]
+
+
 def test_attention_without_a_cache() -> None:
     class Encoder(Cached):
         def forward(self, x: Any) -> Any:
@@ -355,15 +378,30 @@ def test_attention_without_a_cache() -> None:
 # Near misses: heads
 
 
-def test_heads_in_tile_order() -> None:
+def test_keys_in_tile_order_and_values_that_are_not() -> None:
     def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
-        return F.scaled_dot_product_attention(
-            query, key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
-        )
+        key, value = key.repeat(1, 2, 1, 1), value.repeat_interleave(2, dim=1)
+        return F.scaled_dot_product_attention(query, key, value)
 
-    assert reason(attend) == (
-        "key comes from repeat, not from a past + new concatenation on dim -2 that is returned"
-    )
+    assert reason(attend) == "keys and values are repeated in different orders"
+
+
+def test_tile_order_with_a_mask_per_head() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        key, value = key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
+        mask = torch.arange(4.0)[:, None, None] * torch.arange(10)
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    expected = "heads are repeated as a whole, and masks or sinks differ by head"
+    assert reason(attend) == expected
+
+
+def test_tokens_that_are_repeated() -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        key, value = interleaved(key.repeat(1, 1, 2, 1)), interleaved(value.repeat(1, 1, 2, 1))
+        return F.scaled_dot_product_attention(query, key, value)
+
+    assert reason(attend).startswith("key reaches the attention with its axes in another order")
 
 
 def test_keys_and_values_that_are_repeated_differently() -> None:
@@ -412,10 +450,8 @@ def test_heads_in_the_place_of_tokens() -> None:
             query = F.pad(self.heads(self.query, x), (0, 0, 7, 0)).transpose(1, 2)
             return attend(self, query, key, value, None), key, value
 
-    assert reasons(TokensAsHeads(), *examples(TokensAsHeads())) == [
-        "key reaches the attention with its axes in another order than "
-        "[batch, heads, tokens, channels]"
-    ]
+    expected = ["key is concatenated on dim -2, not on dim 1"]
+    assert reasons(TokensAsHeads(), *examples(TokensAsHeads())) == expected
 
 
 def test_keys_that_are_also_the_values() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from squat_fx.codecs.rotary import Pairing, Rotation, rearranged
+from squat_fx.layouts.rotary import Pairing, Rotation, rearranged
 from squat_fx.passes import CacheEdge, Canonicalize, FindCacheEdges, Rewriting
 from squat_fx.passes.find_rotary import find_rotary
 from squat_fx.passes.records import Rotary

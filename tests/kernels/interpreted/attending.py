@@ -10,7 +10,7 @@ from squat_fx.codecs import Codec, Squat
 from squat_fx.kernels import launch
 from tests.choose import diagonal, every
 from tests.kernels import laws
-from tests.kernels.interpreted.cases import DECODED_APART, OTHER_LAYOUTS, case_of, named
+from tests.kernels.interpreted.cases import DECODED_APART, LATENT, OTHER_LAYOUTS, case_of, named
 
 
 def split_into(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,4 +57,12 @@ def test_attending_in_other_layouts_agrees_with_float64(
 ) -> None:
     split_into(2, monkeypatch)
     case = replace(case, q_len=q_len, new_len=q_len)
+    laws.attending_agrees_with_float64(case, "cpu")
+
+
+@pytest.mark.parametrize("case", LATENT, ids=named)
+def test_attending_to_latent_keys_agrees_with_float64(
+    case: laws.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_into(2, monkeypatch)
     laws.attending_agrees_with_float64(case, "cpu")

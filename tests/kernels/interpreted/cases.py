@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from squat_fx.codecs import Codec, Kvarn, Qjl, Think, TurboQuant, codec_spec
+from squat_fx.codecs import Codec, Kvarn, Qjl, Svdq, Think, TurboQuant, codec_spec
+from squat_fx.layouts.rotary import Rotation
 from tests.kernels import laws
 
 # The interpreter multiplies bfloat16 as integers, so bfloat16 waits for a GPU.
@@ -39,6 +40,16 @@ OTHER_LAYOUTS = (
     of_other_layouts(Qjl(64, 3, 32), 24),
     of_other_layouts(Qjl(48, 0), 40, pads=(0, 0)),
     of_other_layouts(Qjl(96, 8, 144), 80, dtype=torch.float16),
+)
+LATENT = tuple(
+    replace(case, chunks=(50, 1, 7), value_dim=16, q_len=3, new_len=3)
+    for case in (
+        of_other_layouts(Svdq(schedule=(5, 3, 0)), 40, rotation=Rotation(20, "halves")),
+        of_other_layouts(Svdq(schedule=(4, 2)), 24, rotation=Rotation(24, "interleaved")),
+        of_other_layouts(Svdq(), 64, rotation=Rotation(64, "halves"), dtype=torch.float16),
+        of_other_layouts(Svdq(pre_rope=False), 16, pads=(0, 0)),
+        of_other_layouts(Svdq(budget=16, outlier_chunks=2), 40, rotation=Rotation(40, "halves")),
+    )
 )
 
 

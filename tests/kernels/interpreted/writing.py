@@ -13,7 +13,14 @@ from squat_fx.codecs import Codec, Kivi, Kvarn, Role, Squat, register
 from squat_fx.kernels import launch
 from tests.choose import diagonal, every, full
 from tests.kernels import laws
-from tests.kernels.interpreted.cases import DECODED_APART, OTHER_LAYOUTS, ROLES, case_of, named
+from tests.kernels.interpreted.cases import (
+    DECODED_APART,
+    LATENT,
+    OTHER_LAYOUTS,
+    ROLES,
+    case_of,
+    named,
+)
 
 
 @pytest.mark.parametrize(("seed", "role"), diagonal(range(100, 108), ROLES))
@@ -81,6 +88,13 @@ def test_writing_and_dequantizing_in_other_layouts_agree_with_the_reference(
     laws.dequantizing_agrees_with_the_reference(case, role, "cpu")
     if case.format(role).channel_group in (1, case.format(role).head_dim):
         laws.quantizing_agrees_with_the_reference(case, role, "cpu")
+
+
+@pytest.mark.parametrize("case", LATENT, ids=named)
+def test_latent_keys_are_read_and_written_as_in_the_reference(case: laws.Case) -> None:
+    laws.dequantizing_agrees_with_the_reference(case, "key", "cpu")
+    laws.writing_agrees_with_the_reference(case, "key", "cpu")
+    laws.quantizing_agrees_with_the_reference(case, "key", "cpu")
 
 
 @pytest.mark.parametrize("case", every(2, OTHER_LAYOUTS), ids=named)

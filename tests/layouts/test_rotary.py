@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from squat_fx.codecs.rotary import Pairing, Rotation, rearranged
+from squat_fx.layouts.rotary import Pairing, Rotation, rearranged
 from tests.conftest import randn
 
 PAIRINGS: tuple[Pairing, ...] = ("halves", "interleaved")
