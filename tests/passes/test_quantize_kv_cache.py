@@ -60,9 +60,9 @@ def test_prefill() -> None:
         """\
 inputs: x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
-store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, None, unsqueeze_1, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
+attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, None, unsqueeze_1, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
     )
 
@@ -81,9 +81,9 @@ def test_prefill_of_a_calibrated_layer() -> None:
         text(Prefill(), tokens(3), config=config),
         """\
 inputs: transpose_1_basis, x, mask
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2])
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, transpose_1_basis, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
+attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, transpose_1_basis, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
     )
 
@@ -94,8 +94,8 @@ def test_decode_of_a_calibrated_layer() -> None:
         text(Cached(), *examples(Cached()), config=config),
         """\
 inputs: positions, x, *past_key, *past_value, mask
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -106,9 +106,9 @@ def test_prefill_of_merged_heads() -> None:
         text(Prefill(merged_heads), tokens(3)),
         """\
 inputs: x, mask
-store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 2])
-store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(unflatten_5, unflatten_6, *store_planes_token, *store_planes_token_1, None, None, None, 1.0, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
+store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
+store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
+attend_error_planes_token = squat_fx.attend_error.planes_token(unflatten_5, unflatten_6, *store_planes_token, *store_planes_token_1, None, None, None, 1.0, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 return unflatten_3, *store_planes_token, *store_planes_token_1, stack""",
     )
 
@@ -188,8 +188,8 @@ def test_decode() -> None:
         text(Cached(), *examples(Cached())),
         """\
 inputs: positions, x, *past_key, *past_value, mask
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return transpose_4""",
     )
 
@@ -200,8 +200,8 @@ def test_decode_with_mask_softcap_and_repeated_heads() -> None:
         """\
 inputs: positions, x, *past_key, *past_value, mask
 valid_tokens_default = squat_fx.valid_tokens(mask, transpose_1)
-attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2])
-squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, valid_tokens_default, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 2], [attend_planes_token])
+attend_planes_token = squat_fx.attend.planes_token(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, mask, None, 0.5, 0, 3.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+squat_fx.append_both_.planes_token(*past_key, *past_value, transpose_1, transpose_2, valid_tokens_default, positions, 0, 1, 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], [attend_planes_token])
 return attend_planes_token""",
     )
 
@@ -214,8 +214,8 @@ def test_decode_of_merged_heads() -> None:
         """\
 mul_2 = mul(flatten, 0.25)
 unflatten_4 = unflatten(mul_2, 0, (-1, 4))
-attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+attend_dense = squat_fx.attend.dense(unflatten_4, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 1.0, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
 flatten_3 = flatten(attend_dense, 0, 1)
 unflatten_3 = unflatten(flatten_3, 0, (-1, 4))
 return unflatten_3""",
@@ -253,8 +253,8 @@ def test_key_with_a_second_reader_gets_the_numbers_and_the_cache_still_grows_pac
         """\
 inputs: positions, x, past_key, *past_key, *past_value
 cat = cat([past_key, transpose_1], -2)
-attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0])
-squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0], [8, 1, 4, 4, 2, 0, 0], [attend_dense])
+attend_dense = squat_fx.attend.dense(transpose, transpose_1, transpose_2, *past_key, *past_value, positions, 0, 1, -1, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*past_key, *past_value, transpose_1, transpose_2, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
 mean = mean(cat)""",
     )
     assert_same_over_steps(module, rewritten)
