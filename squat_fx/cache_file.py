@@ -91,9 +91,6 @@ def load_cache(
     return cache
 
 
-# the file -----------------------------------------------------------------------------------------
-
-
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors of an undamaged file of this version."""
     from safetensors import SafetensorError, safe_open
@@ -157,9 +154,6 @@ def _placement(
         return lambda _: fixed
     devices = list(dict.fromkeys(str(p.device) for p in model.parameters())) or ["cpu"]
     return lambda saved: torch.device(saved if saved in devices else devices[0])
-
-
-# the cache ----------------------------------------------------------------------------------------
 
 
 class _Writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import squat_fx
 from squat_fx import Config, QuantizedKV
 from squat_fx.codecs import CODECS, Lossless, Role
 from squat_fx.kernels import fallback, ops, reference
-from squat_fx.pool import ArenaPool
+from squat_fx.pool import POOL, ArenaPool
 from tests.conftest import randn, stored_format
 from tests.models import build, prompt
 from tests.test_uses import caches_of
@@ -36,6 +37,8 @@ def full_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def fill(spare: int = 0) -> None:
         zeros, left = ArenaPool._zeros, [spare]
+        gc.collect()
+        POOL.clear()  # none that is free may do instead
 
         def failing(self: ArenaPool, *args: Any) -> Tensor:
             if left[0] == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +242,17 @@ def test_token_major_cache_is_what_it_says() -> None:
         for index in (key[:, :, :1], key[:, 3:5, 1], key.flatten(2), key * 2):
             assert not isinstance(index, QuantizedKV)
         torch.testing.assert_close(key[:, 3:5, 1], wanted[:, 3:5, 1])
+
+
+def test_token_major_cache_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = Own(token_major)
+    step = squat_fx.compile(lambda x, cache: model(x, cache), **EXACT)
+    cache = run(step)[1]
+    squat_fx.save_cache(tmp_path / "cache.safetensors", cache)
+    loaded = squat_fx.load_cache(tmp_path / "cache.safetensors")
+    for kept, wanted in zip(leaves(loaded), leaves(cache), strict=True):
+        assert type(kept) is TokenMajorKV
+        torch.testing.assert_close(kept.dequantize(), wanted.dequantize())
 
 
 def test_token_major_steps_that_are_not_compiled_stay_packed() -> None:

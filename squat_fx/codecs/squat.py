@@ -2,11 +2,12 @@
 
     y = ((key - mean) / factor) @ R       mean and factor of each channel, from the prompt;
                                           R a fixed Hadamard rotation
-    code, scale = symmetric levels of y   one fp16 scale per token, the error of a block of channels
-                                          fed back into the later ones, on the tokens of the prompt
+    code, scale = symmetric levels of y   one fp16 scale per token, as long as y was; the error of
+                                          a block of channels fed back into the later ones, on the
+                                          tokens of the prompt
     key' = (scale * step * (code - zero)) @ R.T * factor + mean
 
-Values are rotated and rounded the same way, without mean, factors and feedback. The rotation makes
+Values are rotated and rounded the same way, without mean, factors and feedback, and unbiased. The rotation makes
 levels that fit a Gaussian fit every token (PolarQuant's preconditioning, Han et al., 2025), the
 mean takes out what all keys share, the factors balance channels between keys and queries
 (:mod:`squat_fx.codecs.smoothing`), and the feedback (SQuat, Wang et al., COLM 2025, section 4)

@@ -343,6 +343,7 @@ def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:
         Skipped(node.name, "grows like a cache, but no attention that reads it was recognized")
         for node in grown
         if len(shape_of(node) or ()) == 4
+        and dim_of(argument(node, 1, "dim", 0), sizes_of(node)) in (1, 2)
         and len(parts_of(node)) == 2
         and getattr(parts_of(node)[0], "op", "") == "placeholder"
     ]

@@ -73,6 +73,19 @@ def test_spelling_with_a_mask(spelling: str, capture: Callable[..., fx.GraphModu
     assert_same_over_steps(module, rewritten, additive)
 
 
+@pytest.mark.parametrize("spelling", ["gpt_neo", "flint", "mpt", "llama"])
+def test_scores_in_fp32_over_a_cache_in_bfloat16(spelling: str) -> None:
+    """Attention reads the cache as it is; its output has the dtype that it had."""
+    module = Cached(MASKED[spelling]).bfloat16()
+    inputs = [x.bfloat16() for x in examples(module, additive(3, 10))]
+    rewritten, report = rewrite(module, *inputs)
+    assert report.rewritten == 1, str(report)
+    with torch.no_grad():
+        found, expected = rewritten(*inputs)[0], module(*inputs)[0]
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("mask_of", [causal, additive, bias_per_head, padded])
 def test_mask_of_any_rank_and_dtype(mask_of: Callable[[int, int], Tensor]) -> None:
     module = Cached(sdpa_masked)

@@ -1,0 +1,93 @@
+"""The tables of docs/codecs.md, in markdown, from what ``squat-fx eval`` and ``study.py`` wrote.
+
+python benchmarks/tables.py benchmarks/results/eval_smollm2.json
+python benchmarks/tables.py --study benchmarks/results/study_smollm2.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from study import BASE, against
+
+Row = dict[str, Any]
+
+
+def eval_tables(rows: list[Row]) -> list[str]:
+    """Codecs by their KL on each text, and what tasks found."""
+    labels = list(rows[0]["texts"])
+    lines = _head(["cache", "packed", "effective", *labels, "p99", "top-1", "ppl", "attention"])
+    for row in rows:
+        scores = [row["texts"][label] for label in labels]
+        errors = list(row["attention_error"].values())
+        kls = [_with_error(s["kl"], s["kl_standard_error"]) for s in scores]
+        lines.append(
+            _line(
+                row["name"].replace('"', "").replace("group_size: ", "G="),
+                f"{row['packed_bits']:.2f}" if row["packed_bits"] else "–",
+                f"{row['effective_bits']:.2f}",
+                *kls,
+                f"{mean(s['kl_p99'] for s in scores):.2g}",
+                f"{mean(s['top1'] for s in scores):.3f}",
+                f"{scores[0]['ppl']:.2f}",
+                f"{mean(errors):.3f}" if errors else "–",
+            )
+        )
+    tasks = {name: list(numbers) for name, numbers in rows[0]["tasks"].items()}
+    if tasks:
+        names = [f"{task}: {n.replace('_', ' ')}" for task, found in tasks.items() for n in found]
+        lines += ["", *_head(["cache", *names])]
+        for row in rows:
+            numbers = [x for task in tasks for x in row["tasks"].get(task, {}).values()]
+            lines.append(_line(row["name"], *(f"{x:.3f}" for x in numbers)))
+    return lines
+
+
+def study_table(rows: list[Row]) -> list[str]:
+    """Variants by the ratio of their KL to that of squat, and standard errors."""
+    base = next(row for row in rows if row["name"] == BASE)
+    labels = list(base["texts"])
+    lines = _head(["variant", *labels])
+    for row in rows:
+        cells = []
+        for label in labels:
+            ratio, errors = against(row, base, label)
+            shown = f"{row['texts'][label]['kl']:.4f}"
+            cells.append(shown if row is base else f"{shown}: {ratio:.2f} ({errors:+.1f})")
+        lines.append(_line(row["name"], *cells))
+    return lines
+
+
+def _with_error(number: float, error: float) -> str:
+    """Both with the digits that the error leaves."""
+    places = 4 if number >= 0.01 else 5
+    return f"{number:.{places}f} ± {error:.{places}f}"
+
+
+def _head(names: list[str]) -> list[str]:
+    return [_line(*names), "|" + "---|" * len(names)]
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(
+    results: Annotated[list[Path], typer.Argument(help="json; rows of several are joined.")],
+    study: Annotated[bool, typer.Option(help="They are of study.py.")] = False,
+) -> None:
+    """Print markdown."""
+    rows: dict[str, Row] = {}
+    for path in results:
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            rows.setdefault(row["name"], row)
+    found = list(rows.values())
+    typer.echo("\n".join(study_table(found) if study else eval_tables(found)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
