@@ -133,8 +133,12 @@ def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
     found: list[ahead.Prompt] = []
     for site in rewriting.sites:
         attention, key = site.attention, value_of(site.key.stored)
-        if site.kind == "prefill" and isinstance(key, Tensor) and key.device.type == device:
-            batch, kv_heads, tokens, _ = map(_hint, site.key.sizes(site.key.stored))
+        plain = all(
+            edge.token_dim == TOKENS and not isinstance(edge.given, fx.Node)
+            for edge in (site.key, site.value)
+        )
+        if site.kind == "prefill" and plain and key.device.type == device:
+            batch, kv_heads, tokens, _ = map(_hint, key.shape)
             sizes = batch, kv_heads * site.num_queries_per_kv, kv_heads, tokens
             found.append(
                 ahead.Prompt(

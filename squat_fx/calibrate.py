@@ -121,7 +121,7 @@ def _tapped(
     taps = []
     with graph.inserting_before(output):
         for site in sites:
-            key = site.key.grown or site.key.stored
+            key = site.key.grown or site.key.stored  # all of them, where a window is stored
             if site.key.token_dim != TOKENS:
                 key = graph.call_function(torch.transpose, (key, 1, 2))
             taps.append((key, four_dim_query(site, graph)))

@@ -43,7 +43,7 @@ class Prompt:
         padded: whether it says which tokens are padding.
         scale, softcap: of the attention.
         sinks: whether there are any.
-        bases: calibrated bases of keys and values.
+        given: what the layouts of keys and values are given, such as a calibrated basis.
     """
 
     key: Format
@@ -55,18 +55,18 @@ class Prompt:
     scale: float
     softcap: float
     sinks: bool
-    bases: tuple[Tensor | None, Tensor | None] = field(default=(None, None), compare=False)
+    given: tuple[Tensor | None, Tensor | None] = field(default=(None, None), compare=False)
 
     @property
     def sides(self) -> tuple[tuple[Role, Format, Tensor | None], ...]:
-        """Role, format and basis of keys and values."""
-        return ("key", self.key, self.bases[0]), ("value", self.value, self.bases[1])
+        """Role, format and what is given of keys and values."""
+        return ("key", self.key, self.given[0]), ("value", self.value, self.given[1])
 
 
 def start(prompts: Iterable[Prompt]) -> Callable[[], None]:
     """Compile what such prompts and the steps behind them call; returns what waits for it."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in _started]
-    _started.update(replace(prompt, bases=(None, None)) for prompt in new)
+    _started.update(replace(prompt, given=(None, None)) for prompt in new)
     threads = [Thread(target=_run, args=(new, each), daemon=True) for each in (_store, _step)]
     for thread in threads if new else ():
         thread.start()
@@ -96,11 +96,11 @@ def _store(prompt: Prompt) -> None:
     """What the graph of the prompt calls."""
     batch, heads, kv_heads, tokens = prompt.sizes
     valid = _zeros(prompt, (batch, tokens), torch.bool) if prompt.padded else None
-    for role, fmt, basis in prompt.sides:
+    for role, fmt, given in prompt.sides:
         takes = "query" in codec_from_spec(fmt.codec).taps(role)
         query = _rows(prompt, heads, fmt.head_dim) if takes else None
         ops.overload("store", fmt.layout)(
-            _rows(prompt, kv_heads, fmt.head_dim), valid, query, basis, role, fmt.codec,
+            _rows(prompt, kv_heads, fmt.head_dim), valid, query, given, role, fmt.codec,
             fmt.to_ints(),
         )  # fmt: skip
 
@@ -112,9 +112,9 @@ def _step(prompt: Prompt) -> None:
     if pair not in PAIRS:
         return
     capacity, arenas, new = grown_capacity(tokens, 0), [], []
-    for _, fmt, basis in prompt.sides:
+    for _, fmt, given in prompt.sides:
         new.append(_zeros(prompt, (batch, kv_heads, 1, fmt.head_dim), prompt.dtype))
-        arenas += reference.empty_arenas(new[-1], capacity, fmt, basis).tensors(fmt)
+        arenas += reference.empty_arenas(new[-1], capacity, fmt, given).tensors(fmt)
     positions = _zeros(prompt, (2, 2), torch.int64)
     formats = prompt.key.to_ints(), prompt.value.to_ints()
     sinks = _zeros(prompt, (heads,), prompt.dtype) if prompt.sinks else None
