@@ -115,7 +115,7 @@ class Extent:
 
     @classmethod
     def at(cls, positions: Tensor, row: int) -> Extent:
-        """Read ``row`` of a positions tensor, int64 ``[handles, 2]``."""
+        """Read ``row`` of a positions tensor, int64 ``[rows, 2]``."""
         length, watermark = positions[row].tolist()
         return cls(length, watermark)
 
