@@ -15,7 +15,7 @@ from squat_fx.config import Config
 
 OPTIONS = (
     "bits, codec, key_bits, value_bits, residual_length, sink_length, skip_layers, layer_bits, "
-    "calibration, inner, cuda_graphs, strict"
+    "calibration, inner, cuda_graphs, share_layers, strict"
 )
 
 
