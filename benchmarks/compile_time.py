@@ -21,6 +21,7 @@ computed meanwhile, on all its threads: a busy machine makes the others longer, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -68,6 +69,7 @@ class Ticks(StoppingCriteria):
 
     def __init__(self) -> None:
         self.tokens: list[dict[str, float]] = []
+        self.timed: list[dict[str, float]] = []
         self.rewriting = 0.0
         self._start()
 
@@ -82,6 +84,8 @@ class Ticks(StoppingCriteria):
         seconds = time.perf_counter() - self._wall
         found = _phases(seconds, self.rewriting) | {"seconds": seconds}
         found["cpu"] = time.process_time() - self._cpu
+        timed = {name: round(sum(values), 2) for name, values in _metrics().items()}
+        self.timed.append({name: value for name, value in timed.items() if value >= 0.1})
         self.tokens.append({name: round(value, 2) for name, value in found.items()})
         self._start()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -119,8 +123,26 @@ def _phases(seconds: float, rewriting: float) -> dict[str, float]:
     return found
 
 
+def _note_kernels() -> dict[str, float]:
+    """Seconds that Triton takes for each kernel from now on."""
+    found: dict[str, float] = {}
+
+    def note(src: Any, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            stages = sum(seconds for _, seconds in times.lowering_stages)
+            name = getattr(getattr(src, "fn", None), "__name__", "?")
+            found[name] = round(found.get(name, 0.0) + stages / 1e6, 2)
+
+    with contextlib.suppress(ImportError, AttributeError):
+        from triton import knobs
+
+        knobs.compilation.listener = note
+    return found
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     """One generation, in this process."""
+    kernels = _note_kernels()
     config = LlamaConfig(
         **{**(NARROW if settings.shape == "narrow" else SHAPES[settings.shape]),
            "num_hidden_layers": settings.layers, "max_position_embeddings": settings.prompt + 64}
@@ -150,7 +172,9 @@ def measure(settings: Settings) -> dict[str, Any]:
         model.generate(ids, stopping_criteria=[ticks], pad_token_id=0, **options)
     return {
         "tokens": ticks.tokens,
+        "timed": ticks.timed[:2],
         "seconds": round(sum(token["seconds"] for token in ticks.tokens), 2),
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])),
         "report": str(squat_fx.report(model)).splitlines(),
     }
 
@@ -186,6 +210,7 @@ def main(
     inner: Annotated[str, typer.Option(help="What compiles the rewritten graph.")] = "inductor",
     cuda_graphs: Annotated[bool, typer.Option(help="Replay decoding steps.")] = False,
     share_layers: Annotated[bool, typer.Option(help="Compile layers that are alike once.")] = True,
+    caches: Annotated[Path | None, typer.Option(help="Where to keep the caches.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here, as json.")] = None,
     only: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -197,9 +222,9 @@ def main(
     head = {"command": command("compile_time.py", None, out, **asdict(settings))}
     found: dict[str, Any] = head | asdict(settings) | {"versions": versions()}
     with tempfile.TemporaryDirectory() as folder:
-        for caches in ("cold", "warm"):
-            found[caches] = in_a_process(settings, Path(folder))
-            print(caches, found[caches]["seconds"], "s", flush=True)
+        for state in ("cold", "warm"):
+            found[state] = in_a_process(settings, caches or Path(folder))
+            print(state, found[state]["seconds"], "s", flush=True)
             write_result(out, found)
     Console().print(table(found))
 

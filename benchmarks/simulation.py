@@ -79,9 +79,14 @@ class Rounding(Protocol):
 class Simulation:
     """An attention function of transformers: causal, over everything or a sliding window."""
 
-    def __init__(self, rounding: Rounding | None, prompt: int) -> None:
+    def __init__(self, rounding: Rounding | None, prompt: int, measure: bool = False) -> None:
+        """With ``measure``, ``errors`` is filled: squares of the errors of attention's outputs by
+        layer, and of the outputs, given the same queries.
+        """
         self._rounding = rounding
         self._prompt = prompt
+        self._measure = measure
+        self.errors: dict[int, Tensor] = {}
 
     @contextmanager
     def of(self, model: Any) -> Iterator[None]:
@@ -119,11 +124,17 @@ class Simulation:
         query, key, value = (x[:, :, first:] for x in (query, key, value))
         prompt, tokens, rounding = prompt - first, key.shape[2], self._rounding
         site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks)
-        of_steps = _steps(
-            query[:, :, prompt:], key, value, *rounding(site, query, key, value),
-            *_packed(site, tokens, rounding.groups(site, key), device),
-            visible(tokens, prompt, window, device), scaling or key.shape[-1] ** -0.5,
-        )  # fmt: skip
+        packed = _packed(site, tokens, rounding.groups(site, key), device)
+        seen = visible(tokens, prompt, window, device)
+        scale = scaling or key.shape[-1] ** -0.5
+        rounded = rounding(site, query, key, value)
+        query = query[:, :, prompt:]
+        of_steps = _steps(query, key, value, *rounded, *packed, seen, scale)
+        if self._measure:
+            exact = _steps(query, key, value, key, value, *packed, seen, scale)
+            squares = [x.double().square().sum() for x in (of_steps - exact, exact)]
+            before = self.errors.get(site.layer, 0)
+            self.errors[site.layer] = before + torch.stack(squares)
         return torch.cat([of_prompt, of_steps], 2).transpose(1, 2).contiguous(), None
 
 

@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -30,19 +30,23 @@ import typer
 from common import command, load_model, model_folder, text_record, write_result
 from rich.console import Console
 from rich.table import Table
-from simulation import OfConfig, PlainKivi, Rounding, Simulation
+from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site
 from torch import Tensor
 from variants import Statistics, Variant
 
 import squat_fx
 from squat_fx.bench.record import device_name, versions
+from squat_fx.calibration import Fingerprint
 from squat_fx.codecs import Kivi, SquatPaper
 from squat_fx.evaluate import together
 from squat_fx.evaluate.measure import Scores, records_by_text, score
 from squat_fx.evaluate.numbers import standard_error
-from squat_fx.evaluate.texts import Windows, leading_tokens, text_tokens
+from squat_fx.evaluate.settings import parse_bits, parse_codec
+from squat_fx.evaluate.tasks import Needles
+from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
 
 BASE = "squat"
+FULL = "full"
 
 
 def _calibrated(
@@ -80,7 +84,7 @@ VARIANTS: dict[str, Build] = {
     "levels stretched by 1.2": Variant(stretch=1.2),
     "Lloyd-Max levels": Variant(uniform=False),
     "3 bits": Variant(key_bits=3, value_bits=3),
-    "3 bits, levels reach 0": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.0)),
+    "3 bits, levels reach 1": Variant(key_bits=3, value_bits=3, reach=(0.0, 1.0)),
     "3 bits, levels reach 0.6": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.6)),
     "3 bits, levels reach 0.8": Variant(key_bits=3, value_bits=3, reach=(0.0, 0.8)),
     "3 bits, scales not mended": Variant(key_bits=3, value_bits=3, norm="", value_norm=""),
@@ -201,6 +205,26 @@ VARIANTS: dict[str, Build] = {
 }
 
 
+def of_codecs(texts: list[str], bits: list[str]) -> dict[str, Build]:
+    """Codecs as ``squat-fx eval`` takes them; those that can be are there calibrated too."""
+    found: dict[str, Build] = {}
+    for text in texts:
+        spec, _, own = text.partition(" at ")
+        label, codec = parse_codec(spec)
+        for width in [own] if own else bits:
+            options = {"codec": codec, **parse_bits(width)}
+            found[f"{label}, {width} bits"] = OfConfig(squat_fx.Config(**options))
+            if codec.takes_calibration:
+                found[f"{label}, {width} bits, calibrated"] = partial(_with_calibration, options)
+    return found
+
+
+def _with_calibration(options: dict[str, Any], statistics: Statistics) -> Rounding:
+    nobody = Fingerprint("", torch.zeros(0))  # what is rounded is not a compiled model
+    calibration = squat_fx.Calibration(statistics.calibration(), nobody, 0)
+    return OfConfig(squat_fx.Config(**options, calibration=calibration))
+
+
 @dataclass(frozen=True)
 class Study:
     """What a process must know to score variants; picklable.
@@ -209,17 +233,21 @@ class Study:
         folder: of the model.
         device: where it runs.
         sets: windows.
+        last: of each set, how many of its tokens count.
         batch: windows that go through together.
         calibration: windows ``[windows, tokens]`` to calibrate on.
         names: which variants.
+        codecs: roundings beside the variants, by name.
     """
 
     folder: Path
     device: str
     sets: list[Windows]
+    last: list[int]
     batch: int
     calibration: Tensor
     names: list[str]
+    codecs: dict[str, Build]
 
     def start(self) -> Callable[[int], dict[str, Any]]:
         """What scores variants by number."""
@@ -240,15 +268,37 @@ class Study:
 
         def measure(number: int) -> dict[str, Any]:
             name = self.names[number]
-            built = VARIANTS[name]
+            if name == FULL:
+                scores = [
+                    self._score(model, None, windows, truth, last)
+                    for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
+                ]
+                texts = records_by_text(scores, self.sets)
+                return {"name": name, "packed_bits": None, "effective_bits": 16.0,
+                        "attention_error": {}, "texts": texts}  # fmt: skip
+            built = (VARIANTS | self.codecs)[name]
             rounding: Any = built if hasattr(built, "groups") else built(statistics())  # pyright: ignore
             scores = [
-                self._score(model, rounding, windows, truth)
-                for windows, truth in zip(self.sets, truths, strict=True)
+                self._score(model, rounding, windows, truth, last)
+                for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
-            return {"name": name, "texts": records_by_text(scores, self.sets)}
+            texts = records_by_text(scores, self.sets)
+            errors = self._errors(model, rounding)
+            tokens = self.sets[0].prompt + self.sets[0].tokens
+            return {"name": name, **bits_of(model, rounding, tokens), "attention_error": errors,
+                    "texts": texts}  # fmt: skip
 
         return measure
+
+    def _errors(self, model: Any, rounding: Rounding) -> dict[str, float]:
+        """The relative error of attention's output by layer, on the first windows."""
+        windows = self.sets[0]
+        simulation = Simulation(rounding, windows.prompt, measure=True)
+        ids = windows.ids[: self.batch, :-1].to(self.device)
+        with torch.no_grad(), simulation.of(model):
+            model(ids, use_cache=False, logits_to_keep=1)
+        found = {str(k): (a / b).sqrt().item() for k, (a, b) in sorted(simulation.errors.items())}
+        return {layer: round(error, 5) for layer, error in found.items()}
 
     def _predict(
         self, model: Any, rounding: Rounding | None, windows: Windows, ids: Tensor
@@ -259,7 +309,12 @@ class Study:
         return [logits.log_softmax(-1) for logits in out.logits]
 
     def _score(
-        self, model: Any, rounding: Rounding, windows: Windows, truths: list[list[Tensor]]
+        self,
+        model: Any,
+        rounding: Rounding | None,
+        windows: Windows,
+        truths: list[list[Tensor]],
+        last: int,
     ) -> Scores:
         found = []
         for ids, truth in zip(windows.ids.split(self.batch), truths, strict=True):
@@ -267,7 +322,41 @@ class Study:
             for row, log_probs, full in zip(ids, predicted, truth, strict=True):
                 following = row[windows.prompt + 1 :].to(self.device)
                 found.append(score(log_probs.double(), full.double(), following).cpu())
-        return Scores(*torch.stack(found, 1))
+        return Scores(*torch.stack(found, 1)[:, :, -last:])
+
+
+def bits_of(model: Any, rounding: Rounding, tokens: int) -> dict[str, float | None]:
+    """Bits of a packed number, and with everything counted after so many tokens, in half precision;
+    the mean over layers, keys and values; None of what has no stored layout.
+    """
+    if not isinstance(rounding, OfConfig):
+        return {"packed_bits": None, "effective_bits": None}
+    packed, effective = [], []
+    for module in attentions(model):
+        layers, layer = module.config.num_hidden_layers, module.layer_idx
+        heads = module.config.num_key_value_heads
+        formats = rounding.config.formats(layer, layers, heads, module.head_dim, module.head_dim)
+        if isinstance(formats, str):
+            raise ValueError(formats)
+        seen = min(tokens, (getattr(module, "sliding_window", None) or tokens + 1) - 1)
+        site = Site(layer, module, seen, rounding.residual, rounding.sinks)
+        for fmt in formats:
+            bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
+            count = site.packed(seen, fmt.token_group)
+            learned = sum(
+                math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
+                * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
+                for name in of_layout.fixed
+            )  # fmt: skip
+            learned += 2 * 32 * fmt.head_dim**2 * fmt.latent  # a basis and its inverse
+            packed.append(bits)
+            effective.append((bits * count + 16 * (seen - count) + learned / fmt.head_dim) / seen)
+    return {"packed_bits": mean(packed), "effective_bits": mean(effective)}
+
+
+def attentions(model: Any) -> list[Any]:
+    """The attention modules of a model of transformers."""
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
 
 
 def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[float, float]:
@@ -278,7 +367,8 @@ def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[floa
     pairs = zip(mine["kl_by_window"], other["kl_by_window"], strict=True)
     logs = [math.log(a / b) for a, b in pairs if a > 0 and b > 0]
     spread = standard_error(logs)
-    return mine["kl"] / other["kl"], mean(logs) / spread if spread else 0.0
+    errors = mean(logs) / spread if spread else 0.0
+    return mine["kl"] / other["kl"] if other["kl"] else 1.0, errors
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
@@ -295,8 +385,26 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def hidden(folder: Path, haystack: Tensor, length: int, count: int) -> tuple[Windows, int]:
+    """Windows that end in a question for a number hidden before, and how long the answers are."""
+    leading = leading_tokens(folder)
+    cases = Needles.hide(haystack, encoder(folder), leading, length, count, 1).cases
+    whole = [torch.cat([case.prompt, case.asked, case.answer]) for case in cases]
+    least = min(map(len, whole)) - len(leading)
+    ids = torch.stack([torch.cat([leading, x[len(x) - least :]]) for x in whole])
+    tokens = max(len(case.asked) + len(case.answer) for case in cases)
+    texts = (f"number hidden in {length} tokens",) * count
+    answer = min(len(case.answer) for case in cases)
+    return Windows(ids, texts, ids.shape[1] - tokens - 1, tokens), answer
+
+
 def _tokens(folder: Path, text: Path, second_half: bool) -> Tensor:
-    ids = text_tokens(folder, text)
+    if text.suffix == ".jsonl":  # questions and answers, as in GSM8K
+        lines = map(json.loads, text.read_text(encoding="utf-8").splitlines())
+        pairs = (f"Question: {line['question']}\nAnswer: {line['answer']}" for line in lines)
+        ids = encoder(folder)("\n\n".join(pairs))
+    else:
+        ids = text_tokens(folder, text)
     return ids[len(ids) // 2 :] if second_half else ids
 
 
@@ -307,6 +415,16 @@ def main(
         Path | None, typer.Option(help="Hugging Face model folder; SmolLM2-135M when left out.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Names of variants; repeat.")] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Codecs in place of variants, as eval takes them.")
+    ] = None,
+    bits: Annotated[list[str] | None, typer.Option(help="Their widths; repeat.")] = None,
+    drift: Annotated[
+        bool, typer.Option(help="Also prompts that go on with the tokens of another text.")
+    ] = False,
+    needle: Annotated[
+        list[int] | None, typer.Option(help="Tokens of the first text to hide numbers in; repeat.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
     prompt: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; repeat.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after it, all scored.", min=1)] = 256,
@@ -330,11 +448,20 @@ def main(
     sets = [
         Windows.cut(found, leading, windows, length, tokens) for length in prompt or [1024, 128]
     ]
+    if drift:
+        sets.append(sets[0].drifting())
+    last = [part.tokens for part in sets]
+    for length in needle or ():
+        part, answer = hidden(folder, next(iter(found.values())), length, windows)
+        sets.append(part)
+        last.append(answer)
     half = text_tokens(folder, calibration_text)
     half = half[: len(half) // 2]
     calibration = Windows.cut({"": half}, leading, 8, 1023, 0).ids
+    codecs = of_codecs(codec or [], bits or ["2"])
     names = [name for name in VARIANTS if not only or name == BASE or name in only]
-    study = Study(folder, device, sets, batch, calibration, names)
+    names = [FULL, BASE, *codecs] if codecs else names
+    study = Study(folder, device, sets, last, batch, calibration, names, codecs)
     rows: dict[int, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:
         kept = keep or Path(scratch)
@@ -348,7 +475,8 @@ def main(
     ordered = [row for _, row in sorted(rows.items())]
     Console(width=200).print(table_of(ordered))
     options = {"windows": windows, "tokens": tokens, "device": device, "batch": batch}
-    options |= {"calibration_text": calibration_text}
+    options |= {"calibration_text": calibration_text, "codecs": codec, "bits": bits}
+    options |= {"drift": drift or None, "needles": needle}
     result = {
         "command": command("study.py", model, out, texts=paths, prompts=prompt, **options),
         "versions": versions(),

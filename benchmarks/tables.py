@@ -17,11 +17,13 @@ from study import BASE, against
 Row = dict[str, Any]
 
 
-def eval_tables(rows: list[Row]) -> list[str]:
+def eval_tables(rows: list[Row], labels: list[str]) -> list[str]:
     """Codecs by their KL on each text, and what tasks found."""
-    labels = list(rows[0]["texts"])
-    lines = _head(["cache", "packed", "effective", *labels, "p99", "top-1", "ppl", "attention"])
+    shown = [_short(label) for label in labels]
+    lines = _head(["cache", "packed", "effective", *shown, "p99", "top-1", "ppl", "attention"])
     for row in rows:
+        if not row["effective_bits"]:
+            continue  # a variant that nobody stores
         scores = [row["texts"][label] for label in labels]
         errors = list(row["attention_error"].values())
         kls = [_with_error(s["kl"], s["kl_standard_error"]) for s in scores]
@@ -37,7 +39,7 @@ def eval_tables(rows: list[Row]) -> list[str]:
                 f"{mean(errors):.3f}" if errors else "–",
             )
         )
-    tasks = {name: list(numbers) for name, numbers in rows[0]["tasks"].items()}
+    tasks = {name: list(numbers) for name, numbers in rows[0].get("tasks", {}).items()}
     if tasks:
         names = [f"{task}: {n.replace('_', ' ')}" for task, found in tasks.items() for n in found]
         lines += ["", *_head(["cache", *names])]
@@ -47,11 +49,10 @@ def eval_tables(rows: list[Row]) -> list[str]:
     return lines
 
 
-def study_table(rows: list[Row]) -> list[str]:
+def study_table(rows: list[Row], labels: list[str]) -> list[str]:
     """Variants by the ratio of their KL to that of squat, and standard errors."""
     base = next(row for row in rows if row["name"] == BASE)
-    labels = list(base["texts"])
-    lines = _head(["variant", *labels])
+    lines = _head(["variant", *map(_short, labels)])
     for row in rows:
         cells = []
         for label in labels:
@@ -60,6 +61,13 @@ def study_table(rows: list[Row]) -> list[str]:
             cells.append(shown if row is base else f"{shown}: {ratio:.2f} ({errors:+.1f})")
         lines.append(_line(row["name"], *cells))
     return lines
+
+
+def _short(label: str) -> str:
+    """A label without what says nothing."""
+    for word in ("second half of ", "book_", "essays_", "_test_raw", "_test", ".txt", ".jsonl"):
+        label = label.replace(word, "")
+    return label.replace("_", " ")
 
 
 def _with_error(number: float, error: float) -> str:
@@ -78,7 +86,10 @@ def _line(*cells: str) -> str:
 
 def main(
     results: Annotated[list[Path], typer.Argument(help="json; rows of several are joined.")],
-    study: Annotated[bool, typer.Option(help="They are of study.py.")] = False,
+    study: Annotated[bool, typer.Option(help="Variants against squat.")] = False,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Part of the texts and prompts to show; repeat.")
+    ] = None,
 ) -> None:
     """Print markdown."""
     rows: dict[str, Row] = {}
@@ -86,7 +97,8 @@ def main(
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             rows.setdefault(row["name"], row)
     found = list(rows.values())
-    typer.echo("\n".join(study_table(found) if study else eval_tables(found)))
+    labels = [x for x in found[0]["texts"] if not label or any(part in x for part in label)]
+    typer.echo("\n".join((study_table if study else eval_tables)(found, labels)))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Variant:
         smooth_values: whether channels of values get factors from the output projection.
         rotate: channels that a rotation mixes; 0: all, 1: none.
         reach: how far levels reach at 2 bits, at 3 and more; in largest numbers of a token. None:
-            (0, 1), and (0.75, 1) where plane groups have different widths.
+            (0, 1), at 3 bits (0, 0), and (0.75, 1) where plane groups have different widths.
         stretch: what the scale that codes are found with is multiplied by.
         uniform: evenly spaced levels; False: Lloyd-Max levels, a table in the kernels.
         norm: how a token's scale is mended after rounding: "" (not), "norm" (keeps the norm),
@@ -219,7 +219,7 @@ class Variant:
     ) -> Tensor:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
         is_mixed = len(set(widths)) > 1
-        low, high = self.reach or ((0.75, 1.0) if is_mixed else (0.0, 1.0))
+        low, high = self.reach or ((0.75, 1.0) if is_mixed else (0.0, float(max(widths) > 3)))
         size = y.square().mean(-1, keepdim=True).sqrt()
         reach = [low if w == 2 else high if w > 2 else 0.0 for w in widths]
         scale = size

@@ -21,11 +21,12 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.kernels import ahead
 from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
 from squat_fx.passes.spelling import value_of
-from squat_fx.regions import compile_by_region
+from squat_fx.regions import Compiler, Example, compile_by_region
 from squat_fx.replay import Moving, is_number
 from squat_fx.report import GraphReport, Report, is_static
 from squat_fx.state import QuantizedKV
@@ -95,7 +96,7 @@ def _compile_rewritten(
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
         if any(isinstance(e, QuantizedKV) for e in examples):
             return _on_dense_caches(graph_module.forward)
-        return _inner_compiler(config, examples)(rewriting.module, examples)
+        return _inner_compiler(config)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
             rewriting.carriers[node] = example._storage.fmt
@@ -105,15 +106,14 @@ def _compile_rewritten(
         e if value_of(n) is None else value_of(n)
         for n, e in zip(placeholders, examples, strict=True)
     ]
-    positions = _fake_positions(rewriting, fakes)
-    inner_examples = [_inner_example(fed, examples, fakes, positions) for fed in rewriting.inputs]
     if config.strict and rewriting.skipped:
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     static = is_static(fakes, rewriting.inputs)
-    inner_name = _available_inner(config, inner_examples)
-    compiler = _inner_compiler(config, inner_examples)
+    inner_name = _available_inner(config)
     report.graphs.append(GraphReport.of(rewriting, inner_name, static))
-    inner = _compile_inner(rewriting, inner_examples, fakes, config, compiler)
+    compiled_ahead = ahead.start(_prompts(rewriting))
+    inner = _compile_inner(rewriting, examples, fakes, config)
+    compiled_ahead()
     handles = [placeholders.index(node) for node in rewriting.handles]
     boundary = Boundary(
         inner, rewriting.inputs, rewriting.outputs, handles, fakes, report,
@@ -128,6 +128,40 @@ def _compile_rewritten(
     return boundary if spec is None else _with_spec(boundary, spec)
 
 
+def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
+    """What a graph stores on such devices, for each attention; only there kernels are compiled."""
+    found: list[ahead.Prompt] = []
+    for site in rewriting.sites:
+        attention, key = site.attention, value_of(site.key.stored)
+        plain = all(
+            edge.token_dim == TOKENS and not isinstance(edge.given, fx.Node)
+            for edge in (site.key, site.value)
+        )
+        if site.kind == "prefill" and plain and key.device.type == device:
+            batch, kv_heads, tokens, _ = map(_hint, key.shape)
+            sizes = batch, kv_heads * site.num_queries_per_kv, kv_heads, tokens
+            found.append(
+                ahead.Prompt(
+                    site.key.fmt,
+                    site.value.fmt,
+                    sizes,
+                    key.dtype,
+                    key.device,
+                    attention.mask is not None,
+                    attention.scale,
+                    attention.softcap,
+                    attention.sinks is not None,
+                    (site.key.constant, site.value.constant),
+                )
+            )
+    return found
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size as it is in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` with numbers for what is packed: autograd cannot save a handle."""
 
@@ -138,22 +172,17 @@ def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compile_inner(
-    rewriting: Rewriting,
-    examples: list[Any],
-    fakes: Sequence[Any],
-    config: Config,
-    compiler: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+    rewriting: Rewriting, examples: Sequence[Any], fakes: Sequence[Any], config: Config
 ) -> Callable[..., Any]:
     """Compile the rewritten graph, layers that are alike once."""
+    compiler, inputs = _inner_compiler(config), rewriting.inputs
+    positions = _fake_positions(rewriting, fakes)
+    inner = [_inner_example(fed, examples, fakes, positions) for fed in inputs]
     if not config.share_layers or compiler is _run_as_it_is:
-        return compiler(rewriting.module, examples)
-    like = [
-        fakes[fed.index] if fed.kind == "argument" else example
-        for fed, example in zip(rewriting.inputs, examples, strict=True)
-    ]
-    kinds = [fed.kind for fed in rewriting.inputs]
-    positions = kinds.index("positions") if "positions" in kinds else None
-    return compile_by_region(rewriting.module, examples, like, positions, compiler)
+        return compiler(rewriting.module, [example.make()[0] for example in inner])
+    kinds = [fed.kind for fed in inputs]
+    row = kinds.index("positions") if "positions" in kinds else None
+    return compile_by_region(rewriting.module, inner, row, compiler)
 
 
 def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
@@ -325,19 +354,29 @@ def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tens
 
 def _inner_example(
     fed: InnerInput, examples: Sequence[Any], fakes: Sequence[Any], positions: Any
-) -> Any:
-    if fed.kind == "positions":
-        return positions
-    if fed.tensor is not None:
-        return _fake_constant(fed.tensor, fakes)
-    if fed.kind == "arena":
-        return _fake_arena(examples[fed.index]._storage, fed, fakes)
-    fake = fakes[fed.index]
-    if fed.kind == "dense" and isinstance(fake, QuantizedKV):
-        dense: Any = fake._storage["dense"]
-        with dense.fake_mode:
-            return dense.new_empty(fake.shape)
-    return examples[fed.index]
+) -> Example:
+    def make() -> tuple[Any, Any]:
+        if fed.kind == "argument":
+            return examples[fed.index], fakes[fed.index]
+        fake: Any = positions
+        if fed.tensor is not None:
+            fake = _fake_constant(fed.tensor, fakes)
+        elif fed.kind == "arena":
+            fake = _fake_arena(examples[fed.index]._storage, fed, fakes)
+        elif fed.kind == "dense":
+            fake = fakes[fed.index]
+            if not isinstance(fake, QuantizedKV):
+                return examples[fed.index], fake
+            dense: Any = fake._storage["dense"]
+            with dense.fake_mode:
+                fake = dense.new_empty(fake.shape)
+        return fake, fake
+
+    if fed.kind != "arena":
+        return Example(make)
+    storage = examples[fed.index]._storage
+    arena = storage[fed.name]
+    return Example(make, (storage.fmt, storage.role, fed.name, arena.shape, arena.dtype))
 
 
 @lru_cache(maxsize=1)
@@ -359,7 +398,7 @@ def _warn_no_compiler() -> None:
     )
 
 
-def _available_inner(config: Config, examples: Sequence[Any]) -> str:
+def _available_inner(config: Config) -> str:
     """The inner compiler that can run here."""
     if config.inner != "inductor" or _has_cpp_compiler():
         return config.inner
@@ -371,10 +410,8 @@ def _run_as_it_is(module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
     return module.forward
 
 
-def _inner_compiler(
-    config: Config, examples: Sequence[Any]
-) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
-    name = _available_inner(config, examples)
+def _inner_compiler(config: Config) -> Compiler:
+    name = _available_inner(config)
     if name == "eager":
         return _run_as_it_is
     if name == "aot_eager":

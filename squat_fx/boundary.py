@@ -212,8 +212,11 @@ class Boundary:
         """Copies of the dense buffers that more than one token goes to: such an append may reuse
         ring slots.
         """
+        several = [(i, storage) for i, (storage, n) in staged.items() if n > 1]
+        if not several:
+            return {}
         with torch.inference_mode(False), torch.no_grad():
-            return {i: storage["dense"].clone() for i, (storage, n) in staged.items() if n > 1}
+            return {i: storage["dense"].clone() for i, storage in several}
 
     def _gather(
         self,

@@ -116,12 +116,12 @@ def _tapped(
     rewriting.placeholders = tuple(graph.find_nodes(op="placeholder"))
     find_attentions(rewriting)
     reasons.update(skipped.reason for skipped in rewriting.skipped)
-    sites = [site for site in rewriting.sites if site.kind == "prefill"]
+    sites = [site for site in rewriting.sites if site.kind == "prefill" and site.key.grows]
     output = graph.output_node()
     taps = []
     with graph.inserting_before(output):
         for site in sites:
-            key = site.key.stored
+            key = site.key.grown or site.key.stored  # all of them, where a window is stored
             if site.key.token_dim != TOKENS:
                 key = graph.call_function(torch.transpose, (key, 1, 2))
             taps.append((key, four_dim_query(site, graph)))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -47,10 +48,23 @@ class NotAlike(Exception):
     """A graph cannot be compiled region by region; the message says why."""
 
 
+@dataclass(frozen=True)
+class Example:
+    """An example of an input, made when it is asked for.
+
+    Attributes:
+        make: gives it as the compiler takes it, and as a fake tensor or a symbolic size.
+        stand_in: equal for inputs of which one example may stand for another in the same place of
+            another region; None if it may not.
+    """
+
+    make: Callable[[], tuple[Any, Any]]
+    stand_in: Hashable = None
+
+
 def compile_by_region(
     module: fx.GraphModule,
-    examples: Sequence[Any],
-    fakes: Sequence[Any],
+    examples: Sequence[Example],
     positions: int | None,
     compiler: Compiler,
 ) -> Callable[..., Any]:
@@ -58,22 +72,25 @@ def compile_by_region(
 
     Args:
         module: what is compiled; left as it is if it has regions, else the compiler's.
-        examples: of its inputs, as the compiler takes them.
-        fakes: the same as fake tensors and symbolic sizes.
+        examples: of its inputs.
         positions: which of them is the positions tensor.
         compiler: called for each distinct region, or for the whole.
     """
+    from torch._dynamo.exc import RestartAnalysis
+
     placeholders = module.graph.find_nodes(op="placeholder")
     node = None if positions is None else placeholders[positions]
-    regions = find_regions(module.graph, node)
-    if isinstance(regions, str):
-        logger.debug("compiled as a whole: %s", regions)
-        return compiler(module, list(examples))
     try:
-        return _Builder(module, regions, examples, fakes, node, compiler).build()
-    except NotAlike as reason:
-        logger.debug("compiled as a whole: %s", reason)
-        return compiler(module, list(examples))
+        regions = find_regions(module.graph, node)
+        if isinstance(regions, str):
+            raise NotAlike(regions)
+        return _Builder(module, regions, examples, node, compiler).build()
+    except RestartAnalysis:  # Dynamo's way of beginning again
+        raise
+    except Exception as reason:
+        unforeseen = not isinstance(reason, NotAlike)
+        logger.debug("compiled as a whole: %s", reason, exc_info=unforeseen)
+        return compiler(module, [example.make()[0] for example in examples])
 
 
 class Program:
@@ -147,11 +164,19 @@ class _Builder:
         self,
         module: fx.GraphModule,
         regions: Sequence[Region],
-        examples: Sequence[Any],
-        fakes: Sequence[Any],
+        examples: Sequence[Example],
         positions: fx.Node | None,
         compiler: Compiler,
     ) -> None:
+        given = module.graph.find_nodes(op="placeholder")
+        self._makers = dict(zip(given, examples, strict=True))
+        self._stand_ins: dict[Hashable, tuple[Any, Any]] = {}
+        self._made: dict[fx.Node, tuple[Any, Any]] = {
+            node: example.make()
+            for node, example in self._makers.items()
+            if example.stand_in is None
+        }
+        fakes = (fake for _, fake in self._made.values())
         mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
         if mode is None:
             raise NotAlike("none of the examples is a fake tensor")
@@ -161,14 +186,10 @@ class _Builder:
         self._positions = positions
         self._compiler = compiler
         self._compiled: dict[Hashable, _Compiled] = {}
-        given = module.graph.find_nodes(op="placeholder")
         attributes = module.graph.find_nodes(op="get_attr")
         constants = [attribute_of(node) for node in attributes]
-        self._examples: dict[fx.Node, Any] = dict(zip(given, examples, strict=True))
-        self._fakes: dict[fx.Node, Any] = dict(zip(given, fakes, strict=True))
         for node, constant in zip(attributes, constants, strict=True):
-            self._examples[node] = constant
-            self._fakes[node] = mode.from_tensor(constant, static_shapes=True)
+            self._made[node] = constant, mode.from_tensor(constant, static_shapes=True)
         self._slots = {node: i for i, node in enumerate((*given, *attributes))}
         self._program = Program(constants)
         self._count = len(self._slots)
@@ -183,7 +204,7 @@ class _Builder:
             raise NotAlike("the graph returns something else than what it computed")
         rows = self._cut_positions()
         for i, region in enumerate(self._regions):
-            inputs = [(self._examples[x], self._fakes[x]) for x in region.inputs]
+            inputs = [self._example(x, place) for place, x in enumerate(region.inputs)]
             slots = [self._slots[x] for x in region.inputs]
             if self._positions in region.inputs and region.rows:
                 place = region.inputs.index(self._positions)
@@ -201,12 +222,22 @@ class _Builder:
             ]
             self._program.add(compiled.run, slots, dropped)
             for node, fake in zip(region.outputs, made, strict=True):
-                self._examples[node] = self._fakes[node] = fake
+                self._made[node] = fake, fake
                 self._slots[node] = self._count
                 self._count += 1
         self._program.finish([self._slots[x] for x in outputs])  # pyright: ignore
         logger.debug("%d regions, %d compiled", len(self._regions), len(self._compiled))
         return self._program
+
+    def _example(self, node: fx.Node, place: int) -> tuple[Any, Any]:
+        """An example of an input of a region, and a fake; ``place`` is where it is given."""
+        if node in self._made:
+            return self._made[node]
+        example = self._makers[node]
+        key = place, example.stand_in
+        if key not in self._stand_ins:
+            self._stand_ins[key] = example.make()
+        return self._stand_ins[key]
 
     def _cut_positions(self) -> dict[tuple[int, int], tuple[int, Any]]:
         """Slots and examples of the pieces of the positions tensor that regions read."""
@@ -214,7 +245,7 @@ class _Builder:
         if not pieces:
             return {}
         assert self._positions is not None
-        whole = self._fakes[self._positions]
+        whole = self._made[self._positions][1]
 
         def cut(given: list[Any]) -> list[Any]:
             return [given[0].narrow(0, first, rows) for first, rows in pieces]
@@ -228,12 +259,13 @@ class _Builder:
 
     def _size(self, symbol: sympy.Symbol) -> tuple[int, torch.SymInt]:
         """The slot of a size that is a symbol, and the size."""
-        for node in self._module.graph.find_nodes(op="placeholder"):
-            fake = self._fakes[node]
+        inputs = [node for node in self._makers if node in self._made]
+        for node in inputs:
+            fake = self._made[node][1]
             if isinstance(fake, torch.SymInt) and size_of(fake) == symbol:
                 return self._slots[node], fake
-        for node in self._module.graph.find_nodes(op="placeholder"):
-            fake = self._fakes[node]
+        for node in inputs:
+            fake = self._made[node][1]
             for dim, size in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
                 if isinstance(size, torch.SymInt) and size_of(size) == symbol:
                     self._program.add(partial(_size_along, dim), [self._slots[node]], [])
@@ -362,10 +394,11 @@ def _likeness(
         if not isinstance(fake, Tensor):
             found.append((type(fake), size(fake)))
             continue
-        address = 0 if isinstance(example, FakeTensor) else example.data_ptr()
+        # Of other inputs the compiled code looks at the alignment whenever it is called.
+        address = example.data_ptr() if is_weight and not isinstance(example, FakeTensor) else 0
         found.append(
             (
-                type(example),
+                isinstance(example, torch.nn.Parameter),
                 fake.dtype,
                 fake.device,
                 tuple(map(size, fake.shape)),

@@ -120,6 +120,25 @@ def test_tokens_that_wait_and_cropped_ones(path: Path) -> None:
         assert torch.equal(loaded.dequantize(), numbers)
 
 
+def test_a_window_and_tokens_before_heads(path: Path) -> None:
+    """What has left a window is not kept, and where it began is."""
+    key = packed(tokens=300)
+    window, turned = key[:, :, -40:], key.transpose(1, 2)
+    expected = window.dequantize(), turned.dequantize()
+    squat_fx.save_cache(path, [window, turned])
+    for loaded, before, numbers in zip(
+        squat_fx.load_cache(path), (window, turned), expected, strict=True
+    ):
+        assert type(loaded) is type(before)
+        assert loaded.first == before.first
+        assert torch.equal(loaded.dequantize(), numbers)
+        new = randn(2, 3, 30, 32, seed=4)
+        new = new if loaded.shape[1] == 3 else new.transpose(1, 2)
+        dim = loaded.token_dim
+        longer = [torch.cat([x, new], dim).clone().dequantize() for x in (loaded, before)]
+        assert torch.equal(*longer)
+
+
 def test_a_cache_of_an_encoder_and_a_decoder(path: Path) -> None:
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     for part in (cache.self_attention_cache, cache.cross_attention_cache):

@@ -340,7 +340,7 @@ DEQUANTIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "radd": lambda x: 1 + x,
     "matmul": lambda x: x @ x.transpose(-1, -2),
     "sum": lambda x: x.sum(),
-    "transpose": lambda x: x.transpose(1, 2),
+    "transpose": lambda x: x.transpose(2, 3),
     "reshape": lambda x: x.reshape(6, 30, 16),
     "expand the heads": lambda x: x[:, :, None].expand(3, 2, 4, 30, 16).reshape(3, 8, 30, 16),
     "every second token": lambda x: x[:, :, ::2],
@@ -593,11 +593,11 @@ def test_arenas_are_four_dim_normal_tensors_with_tokens_on_dim_two() -> None:
     fmt = stored_format(Kivi(), residual_length=8)
     handle = QuantizedKV.from_dense(randn(2, 2, 90, 16), fmt, "key")
     for name in (*fmt.packed_names, "dense"):
-        arena = getattr(handle, name)
+        arena = handle._storage[name]
         assert arena.dim() == 4
         assert not arena.is_inference()
     for name in fmt.packed_names:
-        assert getattr(handle, name)._dynamo_weak_dynamic_indices == {2}
+        assert handle._storage[name]._dynamo_weak_dynamic_indices == {2}
     assert handle._storage.capacity == 384
     assert {handle._storage.capacity_of(name) for name in fmt.packed_names} == {384}
 
@@ -783,12 +783,12 @@ def test_what_was_learned_goes_with_the_rows_and_the_basis_is_shared(
     expected = operation(before)
     step = torch.finfo(expected.dtype).eps
     torch.testing.assert_close(result.dequantize(), expected, rtol=4 * step, atol=1e-5)
-    assert result.affine.dtype == torch.float16
-    assert torch.equal(result.affine, learned.affine[rows])
-    assert result.basis.dtype == torch.float32
-    assert torch.equal(result.basis, learned.basis)
-    shared = result.basis.data_ptr() == learned.basis.data_ptr()
-    assert shared == (name != "pickle" or not learned.basis.numel())
+    assert result._storage["affine"].dtype == torch.float16
+    assert torch.equal(result._storage["affine"], learned._storage["affine"][rows])
+    assert result._storage["basis"].dtype == torch.float32
+    assert torch.equal(result._storage["basis"], learned._storage["basis"])
+    shared = result._storage["basis"].data_ptr() == learned._storage["basis"].data_ptr()
+    assert shared == (name != "pickle" or not learned._storage["basis"].numel())
     torch.testing.assert_close(learned.dequantize(), before, rtol=1e-6, atol=1e-6)
 
 
@@ -810,19 +810,19 @@ def test_what_is_appended_later_is_rounded_with_what_was_learned(
     )
     assert torch.equal(found[:, :, -8:], new[rows, :, -8:].to(found.dtype)), "the newest are exact"
     assert not torch.equal(expected, new)
-    assert torch.equal(longer.affine, learned.affine[rows])
+    assert torch.equal(longer._storage["affine"], learned._storage["affine"][rows])
 
 
 def test_two_handles_of_a_layer_hold_one_basis_between_them(learned: QuantizedKV) -> None:
     """It belongs to the model, not to the pool: a handle that ends leaves it as it was."""
-    basis = learned.basis
+    basis = learned._storage["basis"]
     kept = basis.clone()
     other = learned.index_select(0, torch.tensor([1]))
     del learned
     gc.collect()
     more = [QuantizedKV.from_dense(randn(3, 2, 60, 16), other.format, "key", given=basis)
             for _ in range(2 if other.format.latent else 0)]  # fmt: skip
-    assert all(handle.basis is basis for handle in more)
+    assert all(handle._storage["basis"] is basis for handle in more)
     assert torch.equal(basis, kept)
     assert other.dequantize().isfinite().all()
 

@@ -7,9 +7,9 @@
                                           tokens of the prompt
     key' = (scale * step * (code - zero)) @ R.T * factor + mean
 
-Values are rotated and rounded the same way, without mean, factors and feedback, and unbiased. The rotation makes
-levels that fit a Gaussian fit every token (PolarQuant's preconditioning, Han et al., 2025), the
-mean takes out what all keys share, the factors balance channels between keys and queries
+Values are rotated and rounded the same way, without mean, factors and feedback, and unbiased. The
+rotation makes levels that fit a Gaussian fit every token (PolarQuant's preconditioning, Han et al.,
+2025), the mean takes out what all keys share, the factors balance channels between keys and queries
 (:mod:`squat_fx.codecs.smoothing`), and the feedback (SQuat, Wang et al., COLM 2025, section 4)
 keeps the rounding error of the prompt away from the subspace of its queries:
 ``H = I + lambda * C`` with the Gram ``C`` of the prompt's queries in the frame of ``y``, see

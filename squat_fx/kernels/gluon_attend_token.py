@@ -13,8 +13,8 @@ It takes fp16 and bf16 models, up to 16 query rows of a KV head, and tokens whos
 asynchronous copy can take; ``launch.py`` chooses. Masks, windows, causality and softcap are as in
 ``triton_attend.py``; without them (``SIMPLE``) scores go into the softmax as they are. The exact
 tokens, in the query's dtype, are programs of the same launch, and every share rotates its query
-itself, so that ``prepare_kernel`` is launched only for keys whose latent frame has a matrix. Results
-are those of ``triton_attend_token.py``.
+itself, so that ``prepare_kernel`` is launched only for keys whose latent frame has a matrix. What
+comes out is that of ``triton_attend_token.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 ``step`` is the distance of ``2**bits`` evenly spaced levels about zero that rounds a standard
 Gaussian with the least mean squared error; it depends on the width of the plane group alone, so
 nothing but the scale is stored. After a rotation that mixes all channels the numbers of a token do
-look like a Gaussian. From 3 bits on the levels reach the largest number of a token wherever it is.
+look like a Gaussian. From 4 bits on the levels reach the largest number of a token wherever it is.
 
 Rounding to the nearest of few levels shortens a token, most where its numbers look least like a
 Gaussian, and the same tokens are then attended too little by every query. The scale gives it back
@@ -17,8 +17,8 @@ means, come back ``unbiased``, ``y' @ y = y @ y``. The scale of least error, ``y
 shortens all tokens and is worse than none mended.
 
 Where plane groups have different widths the narrow ones lose more, and to make up for it in the
-wide ones would be an error: there the scale is the size, and at 2 bits levels reach three quarters
-of the largest number.
+wide ones would be an error: there the scale is the size, and levels reach three quarters of the
+largest number at 2 bits, all of it from 3 bits on.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -35,7 +35,7 @@ from squat_fx.layouts.planes import LANES
 
 # 0 bits have one level, zero, so that any step but 0 does.
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
-REACH = (0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+REACH = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 REACH_OF_MIXED = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it
 LARGEST_HALF = 65504.0

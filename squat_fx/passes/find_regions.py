@@ -40,7 +40,7 @@ from squat_fx.passes.spelling import (
 )
 
 # What something costs besides its nodes, in nodes to compile (about 10 ms each).
-COST_OF_A_COMPILATION = 30
+COST_OF_A_COMPILATION = 20
 COST_OF_A_REGION = 4
 _PRODUCTS = (F.linear, torch.addmm, torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 _ROWS = ("row", "key_row", "value_row", "first_row")  # arguments of our ops

@@ -100,10 +100,10 @@ def test_a_gaussian_token_is_rounded_that_well_where_nothing_has_to_be_reached(
 
 @pytest.mark.parametrize(
     ("bits", "factor"),
-    [(1, 1.0), (2, 1.0), (3, 1.24), (4, 0.94), (5, 0.87), (6, 0.87), (7, 0.89), (8, 0.91)],
+    [(1, 1.0), (2, 1.0), (3, 0.97), (4, 0.94), (5, 0.87), (6, 0.87), (7, 0.89), (8, 0.91)],
 )
 def test_what_reaching_the_largest_number_costs_on_a_gaussian(bits: int, factor: float) -> None:
-    """A quarter at 3 bits; from 4 bits on fewer numbers are clipped, and it gains."""
+    """From 4 bits on fewer numbers are clipped, and it gains."""
     y, widths = randn(1, 1, 4000, 64), uniform_widths(64, bits)
     error = as_rounded(quantize_tokens(y, widths)[0], y, widths) - y
     error = error.square().mean() / y.square().mean()

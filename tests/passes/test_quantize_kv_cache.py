@@ -203,6 +203,61 @@ return attend_planes_token""",
     )
 
 
+class Windows(Cached):
+    """Two layers that slide over seven tokens and the new ones."""
+
+    def layer(self, x: Any, past_key: Any, past_value: Any) -> Any:
+        key = torch.cat([past_key, self.heads(self.key, x)], -2)
+        value = torch.cat([past_value, self.heads(self.value, x)], -2)
+        out = sdpa(self, self.heads(self.query, x), key, value, None)
+        return out, key[:, :, -PAST:], value[:, :, -PAST:]
+
+    def forward(self, x: Any, k1: Any, v1: Any, k2: Any, v2: Any) -> Any:
+        first = self.layer(x, k1, v1)
+        second = self.layer(first[0].transpose(1, 2).flatten(2)[..., :WIDTH], k2, v2)
+        return second[0], *first[1:], *second[1:]
+
+
+def test_decode_of_windows() -> None:
+    """A layer's rows of positions are together, the third of them where its window begins."""
+    inputs = (tokens(1), *past(), *past())
+    assert_expected_inline(
+        text(Windows(), *inputs, config=LOSSLESS),
+        """\
+inputs: positions, x, *k1, *v1, *k2, *v2
+attend_dense = squat_fx.attend.dense(transpose_2, transpose, transpose_1, *k1, *v1, positions, 0, 1, 2, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*k1, *v1, transpose, transpose_1, None, positions, 0, 1, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense])
+attend_dense_1 = squat_fx.attend.dense(transpose_6, transpose_4, transpose_5, *k2, *v2, positions, 3, 4, 5, None, None, 0.353553, 0, 0.0, [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0])
+squat_fx.append_both_.dense(*k2, *v2, transpose_4, transpose_5, None, positions, 3, 4, 'none {"group_size": 4}', [8, 4, 1, 4, 2, 0, 0, 0], [8, 1, 4, 4, 2, 0, 0, 0], [attend_dense_1])
+return attend_dense_1""",
+    )
+
+
+def test_windows_see_and_keep_as_much_as_they_did() -> None:
+    module, inputs = Windows(), [tokens(1), *past(), *past()]
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), inputs, LOSSLESS)
+    ours, theirs = inputs[1:], inputs[1:]
+    for seed in range(40):
+        if seed == 20:  # keys that begin anew beside values that do not
+            ours[0] = dense(ours[0])
+        expected, *theirs = module(tokens(1, seed), *theirs)
+        actual, *ours = rewritten(tokens(1, seed), *ours)
+        torch.testing.assert_close(actual, expected)
+        assert all(x.shape[2] == PAST for x in ours)
+    torch.testing.assert_close([dense(x) for x in ours], theirs)
+
+
+def test_a_window_that_arrives_where_all_is_seen_is_all_there_is() -> None:
+    module = Cached()
+    rewritten, _ = squat_fx.rewrite(fx.symbolic_trace(module), examples(module), LOSSLESS)
+    _, *theirs = module(tokens(3), *past())
+    _, *ours = rewritten(tokens(3), *past())
+    expected, *theirs = module(tokens(3, 1), *(x[:, :, 4:] for x in theirs))
+    actual, *ours = rewritten(tokens(3, 1), *(x[:, :, 4:] for x in ours))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close([dense(x) for x in ours], theirs)
+
+
 def test_decode_of_merged_heads() -> None:
     rewritten, _ = rewrite(Cached(merged_heads), *examples(Cached()))
     lines = format_graph(rewritten.graph).split("\n")
