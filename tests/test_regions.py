@@ -190,15 +190,16 @@ def llama(layers: int) -> Any:
     return model
 
 
-def generated(model: Any, batch: int = 1) -> Tensor:
-    """Greedy tokens, through a growth of the arenas."""
-    cache, ids, out = DynamicCache(config=model.config), prompt(batch, 20), []
+def generated(model: Any) -> Tensor:
+    """Logits of greedy tokens, through a growth of the arenas if there are any."""
+    cache, ids, out = DynamicCache(config=model.config), prompt(1, 20), []
     for step in range(6):
         with torch.no_grad():
             logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:]
         out.append(logits)
         ids = logits.argmax(-1)
-        for index, layer in enumerate(cache.layers if step == 3 else ()):
+        grows = step == 3 and isinstance(cache.layers[0].keys, squat_fx.QuantizedKV)
+        for index, layer in enumerate(cache.layers if grows else ()):
             layer.keys.writable_storage().reserve(600 * (index + 1))
             layer.values.writable_storage().reserve(2500)
     return torch.cat(out, 1)
@@ -222,9 +223,9 @@ def test_a_generation_compiles_a_layer_once_for_the_prompt_and_once_for_steps(
 
 
 def test_regions_through_inductor_write_arenas_in_place(compilations: list[int]) -> None:
-    model, plain = (squat_fx.compile(llama(6), codec="none", share_layers=s) for s in (True, False))
-    torch.testing.assert_close(generated(model), generated(plain), rtol=1e-4, atol=1e-4)
-    assert len(compilations) == 2 * (1 + ENDS) + 2
+    model = squat_fx.compile(llama(6), codec="none")
+    torch.testing.assert_close(generated(model), generated(llama(6)), rtol=1e-4, atol=1e-4)
+    assert len(compilations) == 2 * (1 + ENDS)
 
 
 def test_a_tensor_is_gone_when_the_last_region_that_reads_it_has_taken_it() -> None:
