@@ -276,6 +276,7 @@ def from_json(kept: dict[str, Any]) -> tuple[list[Row], dict[str, str]]:
 def document(rows: Sequence[Row], versions: dict[str, str]) -> str:
     """``docs/supported-models.md``."""
     not_run = [f"| {r.architecture} | {r.attention} | {r.not_run} |" for r in rows if r.not_run]
+    not_run += [f"| {name} | | {reason} |" for name, reason in sorted(tiny.NOT_BUILT.items())]
     lines = [HEAD, *(f"* {text}" for text in summary(rows)), "", *table(rows), "", TAIL, *not_run]
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
     return "\n".join(lines).format(versions=names, steps=STEPS, prompt=PROMPT) + "\n"
@@ -294,8 +295,8 @@ graph. `squat-fx explain NAME` prints the whole report for one architecture.
 """
 TAIL = """## Not measured
 
-These do not build from a config alone, have no such attention implementation in transformers, or do
-not generate with an untouched model.
+These have no such attention implementation in transformers, do not generate with an untouched
+model, or are not built from a config alone.
 
 | architecture | attention | why |
 |---|---|---|"""

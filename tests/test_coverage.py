@@ -20,7 +20,6 @@ TABLE = {(row.architecture, row.attention): row for row in ROWS}
 SAMPLE = [
     ("bert", "eager"),
     ("bloom", "eager"),
-    ("codegen", "eager"),
     ("cohere2", "sdpa"),
     ("deepseek_v3", "sdpa"),
     ("diffllama", "sdpa"),
@@ -37,7 +36,6 @@ SAMPLE = [
     ("mimo_v2_flash", "eager"),
     ("mpt", "eager"),
     ("opt", "sdpa"),
-    ("phi", "sdpa"),
 ]
 
 

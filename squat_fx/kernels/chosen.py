@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squat_fx.kernels.softmax import TOP_LEFT, probabilities
 from squat_fx.layouts.format import Format
 from squat_fx.layouts.latent_rope import from_codes
 from squat_fx.layouts.latent_sparse import CHUNK, budget, outlier_positions
@@ -61,31 +62,29 @@ def attend_chosen(
     additive, ``[batch | 1, num_heads | 1, 1, kv_len]``, from position ``first`` on, before which
     nothing is seen.
     """
-    from squat_fx.kernels import reference
-
     batch, num_heads, _, _ = query.shape
     heads = key.arenas.dense.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     q = query.to(wide).unflatten(1, (heads, -1)).squeeze(3)  # [batch, heads, queries, head_dim]
 
-    def seen(position: Tensor, there: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Which of the tokens at ``position`` ``[batch, heads, n]`` each query sees, and what is
-        added to their scores.
+    def seen(position: Tensor, there: Tensor) -> Tensor:
+        """The mask of tokens at ``position`` ``[batch, heads, n]``, boolean or additive, for each
+        query.
         """
         position = position - first
         there = there & (position >= 0)
-        if causal == reference.TOP_LEFT:
+        if causal == TOP_LEFT:
             there = there & (position <= 0)
         there = there[:, :, None].expand(-1, -1, q.shape[2], -1)
         if mask is None:
-            return there, None
+            return there
         rows = mask[(None,) * (4 - mask.dim())].expand(batch, num_heads, 1, mask.shape[-1])
         rows = rows.unflatten(1, (heads, -1)).squeeze(3)
         place = position.clamp(0, mask.shape[-1] - 1)[:, :, None].expand_as(there)
         found = rows.gather(-1, place if mask.shape[-1] > 1 else torch.zeros_like(place))
         if mask.dtype == torch.bool:
-            return there & found, None
-        return there, found.to(wide)
+            return there & found
+        return found.to(wide).masked_fill(~there, -torch.inf)
 
     slot, there = choose(q * scale, key, seen)
     position = key.first + slot
@@ -98,16 +97,16 @@ def attend_chosen(
         positions.append(at.expand(batch, heads, -1))
         exists.append(is_there.expand(batch, heads, -1))
     position, there = torch.cat(positions, -1), torch.cat(exists, -1)
-    visible, added = seen(position, there)
-    scores = (q @ torch.cat(keys, 2).to(wide).mT) * scale
-    visible, added = (None if t is None else t.flatten(1, 2)[:, :, None] for t in (visible, added))
-    scores = scores.flatten(1, 2)[:, :, None]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores if added is None else scores + added
-    probs = reference._probabilities(scores, visible, sinks, 0.0).unflatten(1, (heads, -1))
-    out = probs.squeeze(3) @ values_at(value, position, there).to(wide)
-    return out.flatten(1, 2)[:, :, None].to(query.dtype)
+    # What is not there may be anything, and what a mask adds would not hide a NaN.
+    numbers = torch.cat(keys, 2).to(wide).masked_fill(~there[..., None], 0.0)
+    scores = (q @ numbers.mT) * scale
+
+    def per_query(x: Tensor) -> Tensor:
+        return x.flatten(1, 2)[:, :, None]
+
+    probs = probabilities(per_query(scores), per_query(seen(position, there)), sinks, softcap)
+    probs = probs.unflatten(1, (heads, -1)).squeeze(3)
+    return per_query(probs @ values_at(value, position, there).to(wide)).to(query.dtype)
 
 
 def choose(q: Tensor, key: Side, seen: Any) -> tuple[Tensor, Tensor]:
@@ -119,9 +118,9 @@ def choose(q: Tensor, key: Side, seen: Any) -> tuple[Tensor, Tensor]:
     there = CHUNK * chunk < key.count  # [batch, 1, chunks]
     tokens = (CHUNK * chunk[:, None] + torch.arange(CHUNK, device=q.device)).flatten()
     position = (key.first + tokens).expand(*q.shape[:2], -1)
-    visible, added = seen(position, there.repeat_interleave(CHUNK, -1))
-    if added is not None:
-        visible = visible & (added > torch.finfo(key.arenas.dense.dtype).min / 4)
+    visible = seen(position, there.repeat_interleave(CHUNK, -1))
+    if visible.dtype != torch.bool:
+        visible = visible > torch.finfo(key.arenas.dense.dtype).min / 4
     visible = visible.unflatten(-1, (-1, CHUNK)).any(-1)  # [batch, heads, queries, chunks]
     outlier = key.arenas.fixed["outlier"].long()[:, :, 0]
     apart = torch.where(outlier < 0, -1, (outlier - key.first) // CHUNK)

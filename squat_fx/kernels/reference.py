@@ -42,15 +42,18 @@ from torch import Tensor
 
 from squat_fx.codecs import Codec, Fit, Role, codec_from_spec
 from squat_fx.kernels import chosen
+from squat_fx.kernels.softmax import BOTTOM_RIGHT, NO_CAUSALITY, probabilities
+from squat_fx.kernels.softmax import TOP_LEFT as TOP_LEFT
 from squat_fx.layouts import Fixed, Format
 from squat_fx.layouts.planes import unpack
 from squat_fx.layouts.planes_token import basis_pair
 from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 
-NO_CAUSALITY, TOP_LEFT, BOTTOM_RIGHT = 0, 1, 2
 NO_FIT = Fit()
 NOTHING: Mapping[str, Tensor] = {}
 FEW_QUERIES = 16
+NEWEST_QUERIES = 16
+"""Of a prompt, by which its store is judged: so many that no single one decides."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Extent:
 
     @classmethod
     def at(cls, positions: Tensor, row: int) -> Extent:
-        """Read ``row`` of a positions tensor, int64 ``[handles, 2]``."""
+        """Read ``row`` of a positions tensor, int64 ``[rows, 2]``."""
         length, watermark = positions[row].tolist()
         return cls(length, watermark)
 
@@ -452,26 +455,7 @@ def attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) @ key.to(wide).transpose(-1, -2)) * scale
-    return (_probabilities(scores, mask, sinks, softcap) @ value.to(wide)).to(query.dtype)
-
-
-def _probabilities(
-    scores: Tensor, mask: Tensor | None, sinks: Tensor | None, softcap: float
-) -> Tensor:
-    """Softmax of scaled scores ``[batch, num_heads, q_len, kv_len]``; zeros where all is masked."""
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        probs = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
-    else:
-        probs = torch.softmax(scores, -1)
-    nowhere = scores.amax(-1, keepdim=True) == -torch.inf  # NaN stays: the model's own
-    return probs.masked_fill(nowhere, 0.0)
+    return (probabilities(scores, mask, sinks, softcap) @ value.to(wide)).to(query.dtype)
 
 
 def _with_causality(
@@ -590,7 +574,7 @@ def _attend_latent(
         if mask is not None:
             visible = mask[rows]
             visible = visible[..., max(start - first, 0) :] if visible.shape[-1] > 1 else visible
-        probs = F.pad(_probabilities(scores, visible, sinks, softcap), (hidden, 0))
+        probs = F.pad(probabilities(scores, visible, sinks, softcap), (hidden, 0))
         probs = probs.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
         found = _weighted_sum(probs, _Row.of(value, new_value, rows, start, wide))
         out[rows] = found.unflatten(2, (-1, q_len)).flatten(1, 2).to(query.dtype)
@@ -672,6 +656,13 @@ def _weighted_sum(probs: Tensor, row: _Row) -> Tensor:
     if row.affine is not None:
         out = out * row.affine[:, :, 1:] + packed.sum(-1, keepdim=True) * row.affine[:, :, :1]
     return out + torch.cat([before, after], -1) @ row.exact
+
+
+def relative_error(found: Tensor, true: Tensor) -> Tensor:
+    """Root of the squared error of some outputs over that of the outputs, fp32, of no dims."""
+    wide = torch.promote_types(true.dtype, torch.float32)
+    found, true = found.to(wide), true.to(wide)
+    return ((found - true).norm() / true.norm().clamp_min(1e-30)).float()
 
 
 def _past_and_new(

@@ -715,10 +715,15 @@ def dequantizing_agrees_with_the_reference(case: Case, role: Role, device: str) 
     arenas, extent = stored(case, role)
     actual = launch.dense_past(to(arenas, device), extent, fmt).cpu()
     later = launch.dense_past(to(arenas, device), extent, fmt, first=case.first_seen).cpu()
-    assert torch.equal(later, actual[:, :, case.first_seen :])
+    step = torch.finfo(case.dtype).eps
+    if fmt.layout in LATENT:  # sums of a product may depend on where in a tile a token is
+        slack = 1e-5 * actual.abs().amax().item()
+        seen = actual[:, :, case.first_seen :]
+        torch.testing.assert_close(later, seen, rtol=2 * step, atol=slack)
+    else:
+        assert torch.equal(later, actual[:, :, case.first_seen :])
     expected = reference.dense_past(arenas, extent, fmt)
     assert actual.dtype == expected.dtype
-    step = torch.finfo(case.dtype).eps
     if not through_dots(fmt):
         rtol, atol = 2 * step, step
         if fmt.layout == "polar/pairs":  # cosines are not the same everywhere

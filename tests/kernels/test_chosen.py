@@ -69,8 +69,8 @@ def chosen_slots(query: Tensor, key: QuantizedKV) -> Tensor:
     side = chosen.Side(storage.arenas, storage.length, storage.watermark, key.format, None)
     grouped = query.unflatten(1, (HEADS, -1)).squeeze(3) * HEAD_DIM**-0.5
 
-    def seen(position: Tensor, there: Tensor) -> tuple[Tensor, None]:
-        return there[:, :, None].expand(-1, -1, grouped.shape[2], -1), None
+    def seen(position: Tensor, there: Tensor) -> Tensor:
+        return there[:, :, None].expand(-1, -1, grouped.shape[2], -1)
 
     slot, there = chosen.choose(grouped, side, seen)
     return slot.masked_fill(~there, -1)
@@ -142,6 +142,28 @@ def test_what_a_mask_hides_is_not_chosen() -> None:
     value[:, :, 90:120] = 1e4
     hidden = caches(key, value, 64)
     torch.testing.assert_close(attention(query, *hidden, mask=mask), expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 60])
+def test_memory_that_nobody_wrote_is_not_seen(tokens: int) -> None:
+    key, value = keys_and_values(1, tokens)
+    packed, packed_value = caches(key, value, 64)
+    mask = torch.zeros(1, 1, 1, tokens)
+    query = randn(1, 4, 1, HEAD_DIM)
+    expected = attention(query, packed.dequantize(), packed_value.dequantize(), mask)
+    for handle in (packed, packed_value):
+        extent, fmt = handle._storage.extent, handle.format
+        count = extent.packed(0, fmt)
+        handle._storage["qdata"][:, :, count:] = 255
+        used = [*range(min(SINKS, tokens))]
+        used += reference._ring_slots(count, tokens - SINKS, fmt, key.device).tolist()
+        unused = [slot for slot in range(fmt.dense_length) if slot not in used]
+        handle._storage["dense"][:, :, unused] = torch.nan
+    written = packed._storage.extent.packed(0, packed.format) // CHUNK
+    packed._storage["landmark"][:, :, written:] = torch.nan
+    for shown in (None, mask):
+        found = attention(query, packed, packed_value, shown)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @given(pads=st.lists(st.integers(0, 60), min_size=2, max_size=3), seed=SEEDS)
