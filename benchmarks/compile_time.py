@@ -219,8 +219,10 @@ def main(
         print(json.dumps(measure(Settings(**json.loads(only)))))
         return
     settings = Settings(shape, layers, prompt, device, inner, cuda_graphs, share_layers)
-    head = {"command": command("compile_time.py", None, out, **asdict(settings))}
-    found: dict[str, Any] = head | asdict(settings) | {"versions": versions()}
+    options = {"shape": shape, "layers": layers, "prompt": prompt, "device": device, "inner": inner}
+    text = command("compile_time.py", None, out, **options)
+    text += " --cuda-graphs" * cuda_graphs + " --no-share-layers" * (not share_layers)
+    found: dict[str, Any] = {"command": text} | asdict(settings) | {"versions": versions()}
     with tempfile.TemporaryDirectory() as folder:
         for state in ("cold", "warm"):
             found[state] = in_a_process(settings, caches or Path(folder))

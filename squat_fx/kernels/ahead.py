@@ -1,6 +1,6 @@
 """Compile kernels of ours before a graph calls them, beside the compiler of the graph.
 
-    wait = start(prompts)       # in threads: store; attend and append_both_
+    wait = start(prompts)       # threads: store keys; store values; attend and append_both_
     inner = compiler(graph)     # meanwhile
     wait()
 
@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -67,7 +68,8 @@ def start(prompts: Iterable[Prompt]) -> Callable[[], None]:
     """Compile what such prompts and the steps behind them call; returns what waits for it."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in _started]
     _started.update(replace(prompt, given=(None, None)) for prompt in new)
-    threads = [Thread(target=_run, args=(new, each), daemon=True) for each in (_store, _step)]
+    calls = partial(_store, side=0), partial(_store, side=1), _step
+    threads = [Thread(target=_run, args=(new, call), daemon=True) for call in calls]
     for thread in threads if new else ():
         thread.start()
 
@@ -92,17 +94,16 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _store(prompt: Prompt) -> None:
-    """What the graph of the prompt calls."""
+def _store(prompt: Prompt, side: int) -> None:
+    """What the graph of the prompt calls for keys (side 0) or for values."""
     batch, heads, kv_heads, tokens = prompt.sizes
+    role, fmt, given = prompt.sides[side]
     valid = _zeros(prompt, (batch, tokens), torch.bool) if prompt.padded else None
-    for role, fmt, given in prompt.sides:
-        takes = "query" in codec_from_spec(fmt.codec).taps(role)
-        query = _rows(prompt, heads, fmt.head_dim) if takes else None
-        ops.overload("store", fmt.layout)(
-            _rows(prompt, kv_heads, fmt.head_dim), valid, query, given, role, fmt.codec,
-            fmt.to_ints(),
-        )  # fmt: skip
+    takes_query = "query" in codec_from_spec(fmt.codec).taps(role)
+    query = _rows(prompt, heads, fmt.head_dim) if takes_query else None
+    ops.overload("store", fmt.layout)(
+        _rows(prompt, kv_heads, fmt.head_dim), valid, query, given, role, fmt.codec, fmt.to_ints()
+    )
 
 
 def _step(prompt: Prompt) -> None:
