@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from squat_fx.backend import compile_graph, copy_graph
 from squat_fx.calibration import Calibration
 from squat_fx.codecs import Codec
-from squat_fx.config import Config, Inner
+from squat_fx.config import Config, Guard, Inner
 from squat_fx.fallback import pack_dense_caches
+from squat_fx.guard import with_raised
 from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
@@ -40,6 +41,14 @@ class Compiled:
         self._drops_masks = drops_masks
         self._compiles = True  # whether the next call may be expected to
         self.report = Report()
+        self._target = target
+        known = inspect.signature(torch.compile).parameters
+        self._takes_limit = "recompile_limit" in known
+        self._compile()
+
+    def _compile(self) -> None:
+        """Let Dynamo trace anew, with the bits that layers have by now."""
+        config, self._raised = self.config, dict(self.report.raised)
 
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
             return compile_graph(graph_module, examples, config, self.report)
@@ -49,13 +58,15 @@ class Compiled:
         known = inspect.signature(torch.compile).parameters
         self._takes_limit = "recompile_limit" in known
         self._compiled = torch.compile(
-            target, backend=backend, **{name: own[name] for name in own if name in known}
+            self._target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
     # What is compiled around this calls it; its own graphs would take no packed cache.
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
+        if self.report.raised != self._raised:
+            self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
         if not torch.compiler.is_compiling():
@@ -70,7 +81,8 @@ class Compiled:
         # A prompt that was compiled is followed by a step that will be.
         self._compiles = len(self.report.graphs) > graphs
         if self.report.runs_here == before and not torch.compiler.is_compiling():
-            packed = pack_dense_caches(args, kwargs, result, self.config, self.report)
+            config = with_raised(self.config, self.report.raised)
+            packed = pack_dense_caches(args, kwargs, result, config, self.report)
             self.report.eager_calls += packed
         return result
 
@@ -114,7 +126,10 @@ def compile(
     residual_length: int = 32,
     sink_length: int = 4,
     skip_layers: Sequence[int] = (),
+    exact_layers: Sequence[int] = (),
     layer_bits: Mapping[int, float | tuple[float, float]] | None = None,
+    guard: Guard = "warn",
+    guard_threshold: float = 0.6,
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,
@@ -140,7 +155,10 @@ def compile(
         residual_length=residual_length,
         sink_length=sink_length,
         skip_layers=tuple(skip_layers),
+        exact_layers=tuple(exact_layers),
         layer_bits=layer_bits or {},
+        guard=guard,
+        guard_threshold=guard_threshold,
         calibration=calibration,
         inner=inner,
         cuda_graphs=cuda_graphs,

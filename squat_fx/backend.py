@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
+from squat_fx.guard import Watch, repeated, with_raised
 from squat_fx.kernels import ahead
 from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import InnerInput
-from squat_fx.passes.spelling import value_of
+from squat_fx.passes.spelling import memory_of, value_of, written_by
 from squat_fx.regions import Compiler, Example, compile_by_region
 from squat_fx.replay import Moving, is_number
 from squat_fx.report import GraphReport, Report, is_static
@@ -62,8 +64,11 @@ def compile_graph(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, report: Report
 ) -> Callable[..., Any]:
     """Rewrite and compile one Dynamo graph; what cannot be rewritten or compiled runs as it was."""
+    raised = with_raised(config, report.raised)
     try:
-        run = _compile_rewritten(graph_module, list(example_inputs), config, report)
+        run = _compile_rewritten(graph_module, list(example_inputs), raised, report)
+        if config.guard == "raise_bits" and report.graphs[-1].kind == "prefill":
+            run = repeated(run, _rewritten_again(graph_module, config, report))
     except Exception as error:
         if config.strict:
             raise
@@ -77,10 +82,27 @@ def compile_graph(
 
     def counted(*args: Any) -> Any:
         report.count_run()
+        report.read_arrived()
         with strictly() if config.strict else contextlib.nullcontext():
             return run(*args)
 
     return counted
+
+
+def _rewritten_again(
+    graph_module: fx.GraphModule, config: Config, report: Report
+) -> Callable[[], Callable[..., Any]]:
+    """Makes a prompt's graph with the bits that its layers have by then; it runs eagerly, since
+    Dynamo's guards are made and an inner compiler could not add to them.
+    """
+    kept = copy_graph(graph_module)
+    config = replace(config, inner="eager", cuda_graphs=False)
+
+    def again() -> Callable[..., Any]:
+        examples = [value_of(node) for node in kept.graph.find_nodes(op="placeholder")]
+        return _compile_rewritten(kept, examples, with_raised(config, report.raised), report)
+
+    return again
 
 
 def _compile_rewritten(
@@ -124,8 +146,19 @@ def _compile_rewritten(
             (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
             for row, number in rewriting.numbers
         ],
+        Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
+        if rewriting.watched
+        else None,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
+
+
+def _changes_no_input(rewriting: Rewriting) -> bool:
+    """Whether a call may be repeated: it has no cache to append to and writes to none of its own
+    inputs.
+    """
+    written = (memory_of(x) for node in rewriting.graph.nodes for x in written_by(node))
+    return not rewriting.handles and all(x.op not in ("placeholder", "get_attr") for x in written)
 
 
 def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:

@@ -89,6 +89,8 @@ class Row:
 class Boundary:
     """Calls the inner graph with plain tensors; called by whoever called the original graph.
 
+    ``watch`` takes the inner graph's last output, before anything is committed; it may raise.
+
     ``moving`` says that the inner graph is to be replayed as a CUDA graph, and which of its inputs
     may be elsewhere at every call.
     """
@@ -103,8 +105,10 @@ class Boundary:
         report: Report,
         moving: Moving | None = None,
         numbers: Sequence[tuple[int, Any, tuple[int, ...]]] = (),
+        watch: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._inner = inner
+        self._watch = watch
         self._moving = moving
         if moving is not None:
             self._replayed = Replayed(report)
@@ -148,6 +152,8 @@ class Boundary:
             results = list(self._inner(*self._gather(args, staged, dense)))
         else:
             results = self._replay(self._moving, args, staged)
+        if self._watch is not None:
+            self._watch(results.pop())
         return self._finish(args, results, staged, dense)
 
     def _replay(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from squat_fx.calibration import Calibration
-from squat_fx.codecs import CODECS, Codec, Format, codec_class, codec_spec, make_format
+from squat_fx.codecs import CODECS, Codec, Format, Lossless, codec_class, codec_spec, make_format
 
 Inner = Literal["inductor", "aot_eager", "eager"]
+Guard = Literal["off", "warn", "raise_bits"]
 SMALLEST_WIDTH, LARGEST_WIDTH = 1, 8
 DEFAULT_CODEC = "squat"
 LARGEST_HEAD_DIM = 256
@@ -36,8 +37,14 @@ class Config:
         sink_length: first valid tokens of a row kept exactly.
         skip_layers: layers whose cache stays as it is; negative numbers count from the last
             attention of the graph.
+        exact_layers: layers whose cache is packed like the others' but loses nothing.
         layer_bits: other widths for some layers, ``{layer: bits}`` or
             ``{layer: (key_bits, value_bits)}``; kept as sorted pairs.
+        guard: what to do where the attention of a prompt's newest queries over the packed cache is
+            further from its exact output than ``guard_threshold``: ``"off"`` does not look,
+            ``"warn"`` says so once for each layer, ``"raise_bits"`` stores the layer with more
+            bits, this prompt and all later ones.
+        guard_threshold: a share of the output's norm.
         calibration: from :func:`squat_fx.calibrate`, for codecs that take one (``squat`` does).
         inner: what compiles the rewritten graph.
         cuda_graphs: record static decode graphs as CUDA graphs, and replay them.
@@ -56,7 +63,10 @@ class Config:
     residual_length: int = 32
     sink_length: int = 4
     skip_layers: tuple[int, ...] = ()
+    exact_layers: tuple[int, ...] = ()
     layer_bits: LayerBits = ()
+    guard: Guard = "warn"
+    guard_threshold: float = 0.6
     calibration: Calibration | None = None
     inner: Inner = "inductor"
     cuda_graphs: bool = False
@@ -64,7 +74,8 @@ class Config:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip_layers", _layer_numbers(self.skip_layers))
+        for name in ("skip_layers", "exact_layers"):
+            object.__setattr__(self, name, _layer_numbers(name, getattr(self, name)))
         object.__setattr__(self, "layer_bits", _widths_by_layer(self.layer_bits))
         for name in ("bits", "key_bits", "value_bits"):
             _check_width(name, getattr(self, name), optional=name != "bits")
@@ -72,9 +83,16 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be a number of tokens, 0 or more, got {value!r}")
-        if self.inner not in get_args(Inner):
+        for name, choices in (("inner", get_args(Inner)), ("guard", get_args(Guard))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        threshold = self.guard_threshold
+        if not isinstance(threshold, (int, float)) or not threshold > 0:
             raise ValueError(
-                f"inner must be one of {', '.join(get_args(Inner))}, got {self.inner!r}"
+                "guard_threshold must be a share of the norm of attention's output, more than 0 "
+                f"(the default is {Config.guard_threshold}), got {threshold!r}"
             )
         if isinstance(self.codec, str):
             codec_class(self.codec)
@@ -128,6 +146,10 @@ class Config:
         """Whether ``layer`` of ``layers`` stays as it is."""
         return layer in self.skip_layers or layer - layers in self.skip_layers
 
+    def is_exact(self, layer: int, layers: int) -> bool:
+        """Whether ``layer`` of ``layers`` loses nothing."""
+        return layer in self.exact_layers or layer - layers in self.exact_layers
+
     def widths(self, layer: int) -> tuple[Width, Width]:
         """Bits of a key code and of a value code in ``layer``."""
         chosen: Any = dict(self.layer_bits).get(layer)  # pairs, since __post_init__
@@ -145,8 +167,10 @@ class Config:
             if not isinstance(dim, int) or not 1 <= dim <= LARGEST_HEAD_DIM:
                 return f"head_dim {dim} is outside 1..{LARGEST_HEAD_DIM}"
         codec, (key_bits, value_bits) = self.resolved_codec, self.widths(layer)
-        spec, exact = codec_spec(codec), (self.residual_length, self.sink_length)
         calibrated = self.calibration.layers.get(layer) if self.calibration else None
+        if self.is_exact(layer, layers):
+            codec, key_bits, value_bits, calibrated = Lossless(), 8, 8, None
+        spec, exact = codec_spec(codec), (self.residual_length, self.sink_length)
         if calibrated and (misfit := calibrated.misfit(heads, key_dim)):
             return misfit
         try:
@@ -179,11 +203,11 @@ def _check_width(name: str, value: Any, optional: bool = False) -> None:
     )
 
 
-def _layer_numbers(layers: Any) -> tuple[int, ...]:
+def _layer_numbers(name: str, layers: Any) -> tuple[int, ...]:
     if not isinstance(layers, (tuple, list, range, set, frozenset)) or any(
         type(layer) is not int for layer in layers
     ):
-        raise ValueError(f"skip_layers must be a sequence of layer numbers, got {layers!r}")
+        raise ValueError(f"{name} must be a sequence of layer numbers, got {layers!r}")
     return tuple(layers)
 
 

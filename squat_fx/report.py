@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -120,13 +120,13 @@ class GraphReport:
         for site in self.sites:
             text = f"keys {_describe(site.key.fmt)}; values {_describe(site.value.fmt)}"
             groups.setdefault(text, []).append(site.layer)
-        lines += [f"  layers {_ranges(layers)}: {text}" for text, layers in groups.items()]
+        lines += [f"  layers {ranges(layers)}: {text}" for text, layers in groups.items()]
         reasons: dict[str, list[Skipped]] = {}
         for skipped in self.skipped:
             reasons.setdefault(skipped.reason, []).append(skipped)
         for reason, items in reasons.items():
             layers = [s.layer for s in items if s.layer is not None]
-            where = f"layers {_ranges(layers)}" if layers else items[0].node
+            where = f"layers {ranges(layers)}" if layers else items[0].node
             lines.append(f"  left alone, {where}: {reason}")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -142,6 +142,9 @@ class Report:
         eager_calls: calls in which no compiled graph ran.
         runs: calls of compiled graphs, replayed ones among them.
         recordings, replays: of CUDA graphs.
+        raised: layers that got more bits because they lost too much, and how many, 16 for all.
+        arriving: errors that are still on their way from a GPU: when they are there, and what takes
+            them.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
@@ -150,6 +153,9 @@ class Report:
     runs: int = 0
     recordings: int = 0
     replays: int = 0
+    raised: dict[int, float] = field(default_factory=dict)
+    arriving: tuple[Any, Callable[[], None]] | None = field(default=None, repr=False)
+    _errors: dict[int, float] = field(default_factory=dict, repr=False)
     _runs_by_thread: dict[int, int] = field(default_factory=dict, repr=False)
     _storages: weakref.WeakSet[Storage] = field(default_factory=weakref.WeakSet, repr=False)
 
@@ -162,6 +168,25 @@ class Report:
     def skipped(self) -> list[Skipped]:
         """Attentions left alone, over all graphs."""
         return [s for graph in self.graphs for s in graph.skipped]
+
+    @property
+    def attention_errors(self) -> dict[int, float]:
+        """By layer: how far the output of attention over a packed prompt was from the exact one, as
+        a share of that; the largest of all prompts. See :mod:`squat_fx.guard`.
+        """
+        self.read_arrived(wait=True)
+        return self._errors
+
+    def read_arrived(self, wait: bool = False) -> None:
+        """Take the errors that came from a GPU, or wait for them."""
+        if self.arriving is None:
+            return
+        there, take = self.arriving
+        if wait:
+            there.synchronize()
+        if there.query():
+            self.arriving = None
+            take()
 
     @property
     def live_bytes(self) -> CacheBytes:
@@ -202,7 +227,12 @@ class Report:
     def __str__(self) -> str:
         if not self.graphs and not self.notes and not self.eager_calls:
             return "squat_fx: nothing was compiled yet; call the model once"
+        errors = self.attention_errors
         lines = [str(graph) for graph in self.graphs]
+        if errors:
+            numbers = ", ".join(f"{errors[layer]:.2f}" for layer in sorted(errors))
+            where = ranges(errors)
+            lines.append(f"error of attention's output after a prompt, layers {where}: {numbers}")
         if self.eager_calls:
             lines.append(
                 f"{self.eager_calls} calls ran eagerly, their caches were packed afterwards"
@@ -235,7 +265,7 @@ def _describe(fmt: Format) -> str:
     )
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: Iterable[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     out: list[list[int]] = []
     for n in sorted(set(numbers)):

@@ -17,6 +17,7 @@ from squat_fx.backend import NotRewritten, rewrite_graph
 from squat_fx.boundary import Boundary
 from squat_fx.codecs import Format
 from squat_fx.config import Config
+from squat_fx.guard import Watch
 from squat_fx.passes import Rewriting
 from squat_fx.passes.find_cache_edges import part_returned
 from squat_fx.passes.spelling import (
@@ -88,6 +89,11 @@ def rewrite_module(
 
     ``graph_module`` is a copy, ``codegen`` the original's calling convention.
     """
+    if config.guard == "raise_bits":
+        raise ValueError(
+            "guard='raise_bits' stores a prompt again with more bits, which graphs that are "
+            "rewritten one by one do not know of; use guard='warn' and layer_bits"
+        )
     placeholders = tuple(graph_module.graph.find_nodes(op="placeholder"))
     examples = list(_flat_inputs(codegen, placeholders, tuple(example_inputs), {}))
     if len(examples) != len(placeholders):
@@ -110,9 +116,10 @@ def rewrite_module(
         (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
         for row, number in rewriting.numbers
     ]
+    watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
     boundary = Boundary(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
-        numbers=numbers,
+        numbers=numbers, watch=watch,
     )  # fmt: skip
     return RewrittenModule(boundary, rewriting, codegen, spec), report
 

@@ -14,8 +14,8 @@ from squat_fx.codecs import Kivi, Lossless, Squat, codec_spec, list_codecs
 from squat_fx.config import Config
 
 OPTIONS = (
-    "bits, codec, key_bits, value_bits, residual_length, sink_length, skip_layers, layer_bits, "
-    "calibration, inner, cuda_graphs, share_layers, strict"
+    "bits, codec, key_bits, value_bits, residual_length, sink_length, skip_layers, exact_layers, "
+    "layer_bits, guard, guard_threshold, calibration, inner, cuda_graphs, share_layers, strict"
 )
 
 
@@ -92,6 +92,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "skip_layers": (
         {"skip_layers": ("last",)},
         "skip_layers must be a sequence of layer numbers, got ('last',)",
+    ),
+    "exact_layers": (
+        {"exact_layers": 3},
+        "exact_layers must be a sequence of layer numbers, got 3",
+    ),
+    "guard": (
+        {"guard": "raise"},
+        "guard must be one of off, warn, raise_bits, got 'raise'",
+    ),
+    "guard_threshold": (
+        {"guard_threshold": 0},
+        "guard_threshold must be a share of the norm of attention's output, more than 0 "
+        "(the default is 0.6), got 0",
     ),
     "inner": (
         {"inner": "cudagraphs"},
@@ -177,6 +190,13 @@ def test_a_layer_may_have_its_own_widths() -> None:
     assert config.widths(0) == (8, 8)
     assert config.widths(5) == (4, 1)
     assert config.widths(1) == (3, 2)
+
+
+def test_exact_layers_lose_nothing_whatever_the_codec() -> None:
+    config = Config(codec="turboquant", exact_layers=(-1,))
+    packed, exact = (config.formats(layer, 2, 2, 64, 64) for layer in (0, 1))
+    assert [fmt.layout for fmt in packed] == ["levels/token"] * 2  # pyright: ignore
+    assert [fmt.layout for fmt in exact] == ["dense"] * 2  # pyright: ignore
 
 
 def test_skipped_layers_count_from_both_ends() -> None:

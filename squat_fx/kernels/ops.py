@@ -18,6 +18,7 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
 | ``append_both_`` | the same for the keys and values of a layer at once |
 | ``attend`` | attention over the packed past and exact new tokens |
+| ``attend_error`` | how far attention over a stored prompt is from its exact output |
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
@@ -117,6 +118,20 @@ def _declare(layout: str, prefix: str = "", mutable: bool = False, first: str = 
     written = [n for n in names if mutable and n not in fixed]
     alias = {n: f"({chr(ord(first) + i)}!)" for i, n in enumerate(written)}
     return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
+
+
+def _declare_stored(layout: str, prefix: str) -> str:
+    """What ``store`` makes of a role as arguments of a schema."""
+    return ", ".join(f"Tensor {prefix}{name}" for name in stored_names(layout))
+
+
+def _completed(tensors: Sequence[Tensor], given: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
+    """All arenas of a role: those that ``store`` made and the one that all sequences share."""
+    made = dict(zip(fmt.stored_names, tensors, strict=True))
+    for name in fmt.stored_layout.shared:
+        empty = fmt.stored_layout.empty_fixed(fmt, name, made["dense"])
+        made[name] = empty if given is None else given
+    return tuple(made[name] for name in fmt.arena_names)
 
 
 def _returns(n: int) -> str:
@@ -277,6 +292,8 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
     name, (key_layout, value_layout) = _overload_name(*layouts), layouts
     keys = len(arena_names(key_layout))
     arenas = keys + len(arena_names(value_layout))
+    made_keys = len(stored_names(key_layout))
+    made = made_keys + len(stored_names(value_layout))
 
     def append_both_(*args: Any) -> None:
         new_key, new_value, valid, positions, key_row, value_row, codec, *formats = args[
@@ -329,6 +346,37 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             softcap=softcap,
         ).contiguous()
 
+    def attend_error(query: Tensor, output: Tensor, *args: Any) -> Tensor:
+        given, mask, sinks, scale, causal, softcap, *formats = args[made:]
+        implementation = _implementation(query.device)
+        sides = []
+        for layout, tensors, shared, ints in zip(
+            layouts, (args[:made_keys], args[made_keys:made]), (given, None), formats, strict=True
+        ):
+            fmt = Format.from_ints(layout, "", ints)
+            arenas = Arenas.of(fmt, _completed(tensors, shared, fmt))
+            sides.append((arenas, Extent(0, 0).after(query.shape[2], fmt), fmt))
+        if not any(extent.packed(0, fmt) for _, extent, fmt in sides):
+            return query.new_zeros((), dtype=torch.float32)  # every token is exact
+        positions = torch.tensor([(e.length, e.watermark) for _, e, _ in sides])
+        positions = positions.to(query.device, non_blocking=True)
+        newest = slice(-reference.NEWEST_QUERIES, None)
+        found = implementation.attend(
+            query[:, :, newest],
+            None,
+            None,
+            *((a, _extent(implementation, positions, i), f) for i, (a, _, f) in enumerate(sides)),
+            mask=mask[:, :, newest] if mask is not None and mask.shape[2] > 1 else mask,
+            sinks=sinks,
+            scale=scale,
+            causal=reference.BOTTOM_RIGHT if causal else reference.NO_CAUSALITY,
+            softcap=softcap,
+        )
+        return reference.relative_error(found, output[:, :, newest])
+
+    def fake_attend_error(query: Tensor, *args: Any) -> Tensor:
+        return query.new_empty((), dtype=torch.float32)
+
     def fake_attend(
         query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args: Any
     ) -> Tensor:
@@ -356,6 +404,15 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             f"float scale, int causal, float softcap, {formats}) -> Tensor",
             attend,
             fake_attend,
+        ),
+        (
+            f"attend_error.{name}",
+            "(Tensor query, Tensor output, "
+            f"{_declare_stored(key_layout, 'key_')}, {_declare_stored(value_layout, 'value_')}, "
+            "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
+            f"int causal, float softcap, {formats}) -> Tensor",
+            attend_error,
+            fake_attend_error,
         ),
     ]
 

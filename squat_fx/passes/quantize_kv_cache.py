@@ -4,7 +4,8 @@ Before (prefill):
     key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
     arenas = squat_fx.store(key, valid, query);  out = attention(query, key, value)
-    return out, *arenas, ...
+    errors = stack([squat_fx.attend_error(query, out, *key_arenas, *value_arenas), ...])
+    return out, *arenas, ..., errors
 
 Before (decode):
     key = cat([past_key, new_key], -2);  out = attention(query, key, value);  return out, key, value
@@ -12,7 +13,8 @@ After:
     out = squat_fx.attend(query, new_key, new_value, *key_arenas, *value_arenas, positions, ...)
     squat_fx.append_(*key_arenas, new_key, valid, positions, ..., after=[out]);  return out
 
-Attention always sees the new tokens exactly, beside the packed past; then they are appended.
+Attention always sees the new tokens exactly, beside the packed past; then they are appended. What a
+prompt's store does to the attention of its newest queries is measured unless ``guard="off"``.
 
 Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor, and
 the carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the
@@ -67,6 +69,7 @@ class QuantizeKVCache(GraphPass):
         self._masks: dict[tuple[Any, ...], fx.Node | None] = {}
         self._valid: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
+        self._given: dict[fx.Node, fx.Node] = {}
         self._turned: dict[fx.Node, fx.Node] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
@@ -86,7 +89,7 @@ class QuantizeKVCache(GraphPass):
             else:
                 query = self._query_of(edge, rewriting)
                 stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
-        _replace_outputs(rewriting, edges, stored)
+        _replace_outputs(rewriting, edges, stored, self._errors(stored, rewriting))
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
@@ -176,6 +179,8 @@ class QuantizeKVCache(GraphPass):
         if isinstance(given, Tensor):
             name = f"{edge.stored}_{edge.fmt.stored_layout.given}"
             given = _constant(given, name, rewriting)
+        if given is not None and edge.fmt.stored_layout.shared:
+            self._given[edge.stored] = given
         arguments = (
             stored,
             valid,
@@ -194,6 +199,49 @@ class QuantizeKVCache(GraphPass):
                 out.append(graph.call_function(operator.getitem, (store, index)))
         self._placed[place] = out[-1]
         return out
+
+    def _errors(self, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting) -> fx.Node | None:
+        """One tensor of the errors of all layers that lose something; notes which they are."""
+        if rewriting.config.guard == "off":
+            return None
+        found = {s.layer: self._error(s, stored, rewriting) for s in rewriting.sites if _loses(s)}
+        if not found:
+            return None
+        rewriting.watched = tuple(found)
+        with rewriting.graph.inserting_before(rewriting.graph.output_node()):
+            return rewriting.graph.call_function(torch.stack, (list(found.values()),))
+
+    def _error(
+        self, site: AttentionSite, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
+    ) -> fx.Node:
+        attention, graph = site.attention, rewriting.graph
+        arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
+        with graph.inserting_before(attention.output):
+            query = four_dim_query(site, graph)
+            mask = self._mask(site, graph)
+        place = _latest(attention.output, *arenas)
+        with graph.inserting_before(self._placed.get(place, place).next):
+            output = attention.output
+            if len(sizes_of(output)) == 3:
+                output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
+            if site.tiled:
+                output = _regrouped(output, site.num_queries_per_kv, graph)
+            return graph.call_function(
+                ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
+                (
+                    query,
+                    output,
+                    *arenas,
+                    self._given.get(site.key.stored),
+                    mask,
+                    attention.sinks,
+                    attention.scale,
+                    attention.causal,
+                    attention.softcap,
+                    site.key.fmt.to_ints(),
+                    site.value.fmt.to_ints(),
+                ),
+            )
 
     def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
         """The queries of the prompt, if the codec of an edge wants to see them."""
@@ -224,7 +272,7 @@ class QuantizeKVCache(GraphPass):
     def _mask(self, site: AttentionSite, graph: fx.Graph, as_written: bool = True) -> Any:
         """One node for all that is added to a site's scores, shared by sites that add the same."""
         terms = terms_of(site.attention, as_written)
-        heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
+        heads = _num_heads(site)
         key = (heads, *terms)
         if key not in self._masks or any(writers(term.node) for term in terms):
             self._masks[key] = one_mask(terms, heads, graph)
@@ -267,9 +315,20 @@ def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
     """The query as [batch, heads, tokens, channels], in the dtype of the cache."""
     query = _in_dtype_of(site.attention.query, site.key.new, graph)
     if len(sizes_of(site.attention.query)) == 3:
-        heads = site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
-        query = graph.call_method("unflatten", (query, 0, (-1, heads)))
+        query = graph.call_method("unflatten", (query, 0, (-1, _num_heads(site))))
     return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
+
+
+def _num_heads(site: AttentionSite) -> int:
+    return site.num_queries_per_kv * site.key.sizes(site.key.stored)[1]
+
+
+def _loses(site: AttentionSite) -> bool:
+    """Whether a prompt's attention is over all tokens that are stored, and not all stay exact."""
+    tokens = {edge.sizes(edge.stored)[2] for edge in (site.key, site.value)}
+    tokens.add(sizes_of(site.attention.query)[-2])
+    is_exact = site.key.fmt.layout == site.value.fmt.layout == "dense"
+    return site.kind == "prefill" and len(tokens) == 1 and not is_exact
 
 
 def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
@@ -374,7 +433,10 @@ def _site_of(edge: CacheEdge, rewriting: Rewriting) -> AttentionSite | None:
 
 
 def _replace_outputs(
-    rewriting: Rewriting, edges: dict[fx.Node, CacheEdge], stored: dict[fx.Node, list[fx.Node]]
+    rewriting: Rewriting,
+    edges: dict[fx.Node, CacheEdge],
+    stored: dict[fx.Node, list[fx.Node]],
+    errors: fx.Node | None,
 ) -> None:
     """Return arenas where a cache was returned, and note how each flat output is made."""
     inner: list[Any] = []
@@ -405,6 +467,8 @@ def _replace_outputs(
         tokens, count = edge.sizes(node)[2], len(stored[node])
         made = InnerOutput("stored", first[node], count, tokens=tokens, edge=edge)
         rewriting.outputs.append(made)
+    if errors is not None:
+        inner.append(errors)
     rewriting.graph.output_node().args = (tuple(inner),)
 
 

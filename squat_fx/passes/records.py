@@ -204,6 +204,7 @@ class Rewriting:
         make_positions: gives a row's node, and for -1 the placeholder of the whole tensor.
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
+        watched: the layers whose errors are the last output of the rewritten graph.
     """
 
     module: fx.GraphModule
@@ -220,6 +221,7 @@ class Rewriting:
     make_positions: Callable[[int], Any] | None = None
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    watched: tuple[int, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -60,6 +60,8 @@ class Verify(GraphPass):
             for i in range(made.count if made.kind == "stored" else 1)
         }
         count = len(flat_outputs(rewriting.graph))
+        if rewriting.watched:  # the errors are the last output
+            count -= 1
         assert used == set(range(count)), f"{count} outputs, but the caller is given {sorted(used)}"
 
     def _note_symbols(self, rewriting: Rewriting) -> None:

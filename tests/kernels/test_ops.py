@@ -103,6 +103,11 @@ def with_basis(fmt: Format, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(by_name[name] for name in fmt.arena_names)
 
 
+def store(fmt: Format, x: Tensor, role: Role) -> tuple[Tensor, ...]:
+    """What the op ``store`` makes of a prompt."""
+    return ops.overload("store", fmt.layout)(x, None, None, None, role, fmt.codec, fmt.to_ints())
+
+
 def learned_of(fmt: Format, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The fixed arenas among ``tensors``, as the op ``quantize`` takes them."""
     return tuple(Arenas.of(fmt, tensors).fixed.values())
@@ -171,7 +176,19 @@ def calls(layout: str) -> list[Call]:
         Call(f"attend.{pair}", (*news, *sides, -1, *options, *tail)),
         Call(f"attend.{pair}", (query, None, None, *sides, -1, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
-    return numbers + attention
+    made = tuple(
+        tensor for role in ("key", "value") for tensor in store(format_of(layout, role), x, role)
+    )
+    prompts, outputs = randn(2, BATCH, 2 * HEADS, 64, fmt.head_dim, seed=8)
+    causal = left_padding([0, 3], 64)[:, None, None].expand(-1, -1, 64, -1).tril()
+    errors = [
+        Call(
+            f"attend_error.{pair}",
+            (prompts, outputs, *made, None, mask, sinks, 0.2, causality, 0.0, *tail),
+        )
+        for mask, sinks, causality in ((None, sinks, 1), (causal, None, 0))
+    ]
+    return numbers + attention + errors
 
 
 VALID_TOKENS = Call(

@@ -62,7 +62,8 @@ inputs: x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
 store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
-return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
+attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, None, unsqueeze_1, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
     )
 
 
@@ -82,7 +83,8 @@ def test_prefill_of_a_calibrated_layer() -> None:
 inputs: transpose_1_basis, x, mask
 store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2])
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
-return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1""",
+attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, transpose_1_basis, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
     )
 
 
@@ -106,7 +108,8 @@ def test_prefill_of_merged_heads() -> None:
 inputs: x, mask
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
 store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
-return unflatten_3, *store_planes_token, *store_planes_token_1""",
+attend_error_planes_token = squat_fx.attend_error.planes_token(unflatten_5, unflatten_6, *store_planes_token, *store_planes_token_1, None, None, None, 1.0, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
+return unflatten_3, *store_planes_token, *store_planes_token_1, stack""",
     )
 
 
