@@ -81,7 +81,8 @@ def load_cache(
     if compiled is not None:
         wanted = codec_spec(compiled.config.resolved_codec)
         for handle in reader.handles:
-            if handle.format.codec != wanted:
+            is_exact = handle.format.layout == "dense"  # what a layer may be beside any codec
+            if handle.format.codec != wanted and not is_exact:
                 raise ValueError(
                     f"{path} was stored with codec {handle.format.codec!r}, but this "
                     f"{type(model).__name__} is compiled with {wanted!r}; compile it with the "

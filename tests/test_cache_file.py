@@ -262,6 +262,14 @@ def test_another_codec(saved: Path) -> None:
         squat_fx.load_cache(saved, model)
 
 
+def test_near_miss_a_layer_that_is_kept_exactly(path: Path) -> None:
+    model = squat_fx.compile(build("llama"), bits=2, exact_layers=[0], **OPTIONS)
+    cache = prefilled(model, prompt(1, 40))
+    assert cache.layers[0].keys.format.layout == "dense"
+    squat_fx.save_cache(path, cache, model)
+    assert squat_fx.load_cache(path, model).get_seq_length() == 40
+
+
 def test_a_codec_that_is_unknown_here(path: Path) -> None:
     squat_fx.save_cache(path, [packed(Kivi())])
     rewritten(path, "kivi", "kiwi")
