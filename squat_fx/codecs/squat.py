@@ -35,7 +35,7 @@ from squat_fx.layouts.hadamard import rotation_pair
 from squat_fx.layouts.planes import LANES
 from squat_fx.layouts.symmetric import LARGEST_HALF
 
-SMALLEST_PROMPT = 32  # tokens
+SMALLEST_PROMPT = 16  # tokens
 ALL_CHANNELS = 2**30
 
 

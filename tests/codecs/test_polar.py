@@ -55,8 +55,8 @@ def test_bits_are_those_of_the_bytes(head_dim: int, bits: float, role: Role, cod
     fmt = stored_format(Polar(codebook), role, head_dim, bits, 0, 0)  # pyright: ignore
     x = randn(2, 3, 32, head_dim)
     made = QuantizedKV.from_dense(x, fmt, role)
-    counted = sum(getattr(made, name).nbytes for name in fmt.packed_names)
-    tokens = made.qdata.shape[2] * 2 * 3
+    counted = sum(made._storage[name].nbytes for name in fmt.packed_names)
+    tokens = made._storage["qdata"].shape[2] * 2 * 3
     assert 8 * counted == bits * tokens * head_dim
     assert fmt.packed_bits_per_element() == bits == fmt.bits
 

@@ -26,8 +26,8 @@ def test_bits_of_keys_are_those_of_the_bytes(
     fmt = stored_format(PolarRope(group_size, radius_bits), "key", 128, bits, 0, 0)
     assert (fmt.layout, fmt.widths, fmt.token_group) == ("polar/pairs", widths, group_size)
     made = QuantizedKV.from_dense(randn(2, 2, 256, 128), fmt, "key")
-    numbers = made.qdata[..., 0].numel() * 128
-    counted = 8 * sum(getattr(made, name).nbytes for name in fmt.packed_names)
+    numbers = made._storage["qdata"][..., 0].numel() * 128
+    counted = 8 * sum(made._storage[name].nbytes for name in fmt.packed_names)
     assert counted / numbers == bits + 32 / group_size == fmt.packed_bits_per_element()
 
 

@@ -106,4 +106,4 @@ def test_a_calibrated_basis_weighs_channels_itself() -> None:
     basis = torch.eye(16).expand(2, 2, 16, 16).contiguous()
     fmt = stored_format(Squat(), head_dim=16, latent=True)
     handle = QuantizedKV.from_dense(key, fmt, "key", None, query, basis)
-    assert (handle.affine[:, :, 1:] == 1).all()
+    assert (handle._storage["affine"][:, :, 1:] == 1).all()

@@ -124,7 +124,7 @@ def test_what_queries_see_of_the_error_is_what_the_last_block_rounds(
     h = metric(query_gram(query, keep, HEADS), strength, relative=True)
     feedback = feedback_matrix(h, 16).double()
     own = error @ torch.linalg.inv(torch.eye(head_dim, dtype=torch.float64) + feedback)
-    step = handle.scale[:, :, : TOKENS // 32].double().repeat_interleave(32, 2)
+    step = handle._storage["scale"][:, :, : TOKENS // 32].double().repeat_interleave(32, 2)
     reach = own.abs().amax() + error.abs().amax()
     assert (own.abs() <= step / 2 * (1 + 1e-2) + 1e-3 * reach).all()
 
