@@ -42,8 +42,9 @@ class Compiled:
         self._compiles = True  # whether the next call may be expected to
         self.report = Report()
         self._target = target
-        known = inspect.signature(torch.compile).parameters
-        self._takes_limit = "recompile_limit" in known
+        # What is compiled around this calls it; its own graphs would take no packed cache. Not a
+        # decorator, which would import Dynamo, and Triton with it, when this file is imported.
+        self._call = torch.compiler.disable(self._run, recursive=False)
         self._compile()
 
     def _compile(self) -> None:
@@ -61,9 +62,10 @@ class Compiled:
             self._target, backend=backend, **{name: own[name] for name in own if name in known}
         )
 
-    # What is compiled around this calls it; its own graphs would take no packed cache.
-    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
         if self.report.raised != self._raised:
             self._compile()

@@ -450,7 +450,7 @@ def test_explain_of_an_architecture_says_what_its_layers_are():
     result = squat("explain", "Gemma2ForCausalLM", "--bits", "4")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("prefill graph (eager, ")
-    assert "layers 1: keys squat 4 bits per token" in result.stdout
+    assert "layers 0-1: keys squat 4 bits per token" in result.stdout
 
 
 @needs_transformers
