@@ -188,6 +188,38 @@ def test_eager_fallback_keeps_padding_out_of_the_cache() -> None:
         assert torch.equal(left_padded_batch(model), expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_models_of_one_class_with_different_scales_are_all_rewritten(implementation: str) -> None:
+    """Dynamo makes an input of a number that differs between two models."""
+    torch._dynamo.reset()
+    for scale in (0.25, 0.2, 0.15):
+        model = build("llama", implementation)
+        for layer in model.model.layers:
+            layer.self_attn.scaling = scale
+        expected = greedy(model, 20)
+        squat_fx.compile(model, codec="none", strict=True, **OPTIONS)
+        assert torch.equal(greedy(model, 20), expected)
+        kinds = [graph.kind for graph in squat_fx.report(model).graphs]
+        assert kinds == ["prefill", "decode"]
+
+
+def test_a_scale_that_changes_is_seen() -> None:
+    def step(query: Any, key: Any, value: Any, past: Any, scale: float) -> Any:
+        keys, values = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=scale)
+        return out, keys, values
+
+    torch._dynamo.reset()
+    packed = squat_fx.compile(step, codec="none", strict=True, **OPTIONS)
+    x = torch.randn(1, 2, 3, 16)
+    past = (x[:, :, :0], x[:, :, :0])
+    with torch.no_grad():
+        for scale in (0.25, 0.5, 0.75, 0.25):
+            torch.testing.assert_close(
+                packed(x, x, x, past, scale)[0], step(x, x, x, past, scale)[0]
+            )
+
+
 def test_a_failure_while_compiling_runs_the_model_as_it_was_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

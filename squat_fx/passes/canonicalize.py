@@ -45,6 +45,7 @@ from squat_fx.passes.spelling import (
     returned_nodes,
     same_computation,
     same_size,
+    scalar_of,
     shape_of,
     source_of,
     submodule_of,
@@ -116,8 +117,7 @@ def _sdpa(
         return Skipped(node.name, DROPOUT)
     if not isinstance(causal, bool):
         return Skipped(node.name, "is_causal is computed in the graph")
-    if scale is None:
-        scale = shape[3] ** -0.5
+    scale = shape[3] ** -0.5 if scale is None else scalar_of(scale)
     if not isinstance(scale, (int, float)):
         return Skipped(node.name, "the scale is computed in the graph")
     if reason := mask_reason(mask):

@@ -29,6 +29,7 @@ from squat_fx.passes.spelling import (
     operand,
     parts_of,
     same_size,
+    scalar_of,
     shape_of,
     sizes_of,
     source_of,
@@ -155,16 +156,17 @@ class Scores:
         return self
 
     def _scaled(self, node: fx.Node, scores: fx.Node, factor: Any) -> fx.Node | str:
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool):
+        number = scalar_of(factor)
+        if number is None:
             return "the scale is computed in the graph"
         if kind(scores) == "tanh":
-            inner = _softcap_argument(scores, float(factor)) if kind(node) == "mul" else None
+            inner = _softcap_argument(scores, number) if kind(node) == "mul" else None
             if inner is None or self.softcap or self.scale != 1.0:
                 return NO_SOFTCAP
-            self.softcap = float(factor)
+            self.softcap = number
             self.passed |= {scores, source_of(scores)}
             return inner
-        self.scale *= factor if kind(node) == "mul" else 1.0 / factor
+        self.scale *= number if kind(node) == "mul" else 1.0 / number
         return scores
 
 

@@ -180,11 +180,24 @@ def operand(node: fx.Node, index: int = 0) -> Any:
     return next((node.kwargs[k] for k in _KEYWORDS[index] if k in node.kwargs), None)
 
 
-def number_of(x: Any) -> float | None:
-    """The number that ``x`` is, written out or as a constant tensor; None if it is none."""
+def scalar_of(x: Any) -> float | None:
+    """The number that ``x`` is, written out or as an input; None if it is none, or a tensor.
+
+    Dynamo makes inputs of numbers that differed among models with the same code; what one of them
+    is here is guarded from now on.
+    """
     if not isinstance(x, fx.Node):
         is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
         return float(x) if is_number else None
+    value = value_of(x)
+    return float(value) if isinstance(value, torch.SymFloat) and value.node.has_hint() else None
+
+
+def number_of(x: Any) -> float | None:
+    """The number that ``x`` is, as :func:`scalar_of` says or as a constant tensor, or None."""
+    scalar = scalar_of(x)
+    if scalar is not None or not isinstance(x, fx.Node):
+        return scalar
     if kind(x) in ("same", "cast"):
         return number_of(operand(x))
     if x.op == "get_attr":
