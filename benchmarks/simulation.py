@@ -27,6 +27,7 @@ import squat_fx
 from squat_fx.codecs import Role
 from squat_fx.kernels import reference
 from squat_fx.layouts import Format
+from squat_fx.layouts.rotary import Rotation
 
 NAME = "squat_fx_simulation"
 
@@ -39,6 +40,8 @@ class Site:
         layer: its number in the model.
         module: transformers' attention module.
         prompt, residual, sinks: tokens that are fed in one call, kept as newest, kept as first.
+        frequency: radians from token to token of each pair of channels that the rotary embedding
+            turns, ``[pairs]``.
     """
 
     layer: int
@@ -46,6 +49,7 @@ class Site:
     prompt: int
     residual: int
     sinks: int
+    frequency: Tensor | None = None
 
     def packed(self, tokens: int, group: int) -> int:
         """How many of ``tokens`` stored tokens are packed, ``group`` at a time."""
@@ -86,6 +90,7 @@ class Simulation:
         self._rounding = rounding
         self._prompt = prompt
         self._measure = measure
+        self._rotary: Any = None
         self.errors: dict[int, Tensor] = {}
 
     @contextmanager
@@ -93,6 +98,7 @@ class Simulation:
         """Use it in ``model`` while the context lasts; without a rounding nothing changes."""
         ALL_ATTENTION_FUNCTIONS.register(NAME, self)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self._rotary = getattr(model.model, "rotary_emb", None)
         before = model.config._attn_implementation
         model.config._attn_implementation = before if self._rounding is None else NAME
         try:
@@ -123,7 +129,8 @@ class Simulation:
         first = max(prompt - window + 1, 0)
         query, key, value = (x[:, :, first:] for x in (query, key, value))
         prompt, tokens, rounding = prompt - first, key.shape[2], self._rounding
-        site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks)
+        frequency = frequencies(self._rotary, module)
+        site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks, frequency)
         packed = _packed(site, tokens, rounding.groups(site, key), device)
         seen = visible(tokens, prompt, window, device)
         scale = scaling or key.shape[-1] ** -0.5
@@ -136,6 +143,12 @@ class Simulation:
             before = self.errors.get(site.layer, 0)
             self.errors[site.layer] = before + torch.stack(squares)
         return torch.cat([of_prompt, of_steps], 2).transpose(1, 2).contiguous(), None
+
+
+def frequencies(rotary: Any, attention: Any) -> Tensor | None:
+    """Those of the rotary embedding that an attention of transformers gets, if it gets one."""
+    kind = getattr(attention, "layer_type", None)
+    return getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
 
 
 def visible(tokens: int, first: int, window: int, device: torch.device) -> Tensor:
@@ -202,9 +215,14 @@ class OfConfig:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Rounding`."""
         formats = self._formats(site, key)
-        basis = self.config.basis(site.layer, formats[0], key.device)
+        given = self.config.basis(site.layer, formats[0], key.device)
+        of_layout = formats[0].stored_layout
+        if of_layout.given == "frequency" and site.frequency is not None:
+            given = site.frequency
+            rotation = Rotation(2 * len(given), "halves")
+            formats = (of_layout.with_rotation(formats[0], rotation), formats[1])
         return (
-            round_as("key", key, query, formats[0], site, basis),
+            round_as("key", key, query, formats[0], site, given),
             round_as("value", value, query, formats[1], site),
         )
 
@@ -217,22 +235,25 @@ class OfConfig:
 
 
 def round_as(
-    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, basis: Tensor | None = None
+    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, given: Tensor | None = None
 ) -> Tensor:
     """``x`` after it was stored: fitted on the prompt, its tokens packed with feedback, those that
-    came later without.
+    came later without. ``given`` is what the layout is given: a basis, or frequencies.
     """
     of_prompt = slice(0, site.prompt)
-    arenas = reference.empty_arenas(x, 0, fmt, basis)
+    arenas = reference.empty_arenas(x, 0, fmt, given)
     fit = reference.learn(arenas, x[:, :, of_prompt], None, query[:, :, of_prompt], fmt, role)
     out = x.clone()
     stored = site.packed(site.prompt, fmt.token_group)
     end = site.packed(x.shape[2], fmt.token_group)
     for first, last, feedback in ((0, stored, fit.feedback), (stored, end, None)):
         if first < last:
-            tokens = slice(site.sinks + first, site.sinks + last)
-            packed = reference.quantize(x[:, :, tokens], None, fmt, arenas.fixed, feedback, first)
-            reference.dequantize_groups(packed, fmt, out[:, :, tokens], arenas.fixed)
+            position = site.sinks + first
+            tokens = slice(position, site.sinks + last)
+            packed = reference.quantize(
+                x[:, :, tokens], None, fmt, arenas.fixed, feedback, first, position
+            )
+            reference.dequantize_groups(packed, fmt, out[:, :, tokens], arenas.fixed, position)
     return out
 
 

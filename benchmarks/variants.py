@@ -14,7 +14,7 @@ import torch
 from simulation import Site
 from torch import Tensor
 
-from squat_fx.calibration import RIDGE, LayerCalibration
+from squat_fx.calibration import DISTORTION, RIDGE, LayerCalibration
 from squat_fx.codecs.feedback import feedback_matrix, leading_subspace, query_gram
 from squat_fx.codecs.smoothing import FLOOR, LARGEST_EXPONENT
 from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment, token_mean
@@ -54,7 +54,18 @@ class Variant:
             "fit" (least squares), "unbiased" (keeps the product with the token itself, beside which
             "norm" is half-way to "fit"), "search" (the best of nine scales, then least squares).
         value_norm: the same of values.
-        mend_mixed: whether scales are mended where plane groups have different widths, too.
+        mend_mixed: of what numbers scales keep the length where plane groups have different widths:
+            "" (scales stay as they are), "all", "stored" (of the groups that have bits), "weighed"
+            (by one over the error that a width leaves, which is what a group is worth).
+        mixed_size: of what numbers a token's size is taken there, likewise.
+        gain: whether the levels of each width are stretched by what it takes off a Gaussian.
+        balanced: whether latent channels of equal width are scaled so that what they are worth is
+            shared between their size and the weight of their errors, and then rotated.
+        rising: whether the least of the latent channels come first.
+        seek: whether the scale of mixed widths is the one of five that leaves the least error,
+            weighed as in ``mend_mixed``.
+        even: whether latent channels all have the same width.
+        plain_metric: whether the feedback's identity is that of the keys, not of the latent frame.
         weighted_search: whether the search weighs errors with the queries' metric.
         value_strength: ``lambda'`` of feedback in the metric of the output projection, all tokens.
         calibration: latent bases of keys by layer, in place of the rotation.
@@ -84,7 +95,14 @@ class Variant:
     uniform: bool = True
     norm: str = "norm"
     value_norm: str = "unbiased"
-    mend_mixed: bool = False
+    mend_mixed: str = ""
+    mixed_size: str = "all"
+    gain: bool = False
+    balanced: bool = False
+    rising: bool = False
+    seek: bool = False
+    even: bool = False
+    plain_metric: bool = False
     weighted_search: bool = False
     value_strength: float = 0.0
     calibration: Mapping[int, LayerCalibration] | None = None
@@ -134,13 +152,21 @@ class Variant:
             of_queries = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
             factor = self._factors(moment, of_queries, trust)
         pair = self._pair(layer, head_dim, key.device)
-        widths = layer.widths(bits) if layer else spread_widths(head_dim, bits)
+        widths = layer.widths(bits) if layer and not self.even else spread_widths(head_dim, bits)
+        if layer and self.balanced:
+            pair = _balanced(pair, layer.importance.to(key.device), widths)
+        if layer and self.rising:
+            order = torch.arange(head_dim, device=key.device).flip(0)
+            pair, widths = (pair[0][..., order], pair[1][..., order, :]), widths[::-1]
         matrix, h = None, None
         if self.strength:
             if self.rank is not None:
                 gram = leading_subspace(gram, self.rank)
             back = pair[1].double() * factor.double()
-            h = _metric(back @ gram @ back.mT, self.strength * trust)
+            if self.plain_metric:
+                h = back @ _metric(gram, self.strength * trust) @ back.mT
+            else:
+                h = _metric(back @ gram @ back.mT, self.strength * trust)
             matrix = feedback_matrix(h, self.block)
         y = ((key - mean) / factor) @ pair[0]
         end = site.prompt if not self.appended else key.shape[2]
@@ -220,7 +246,11 @@ class Variant:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
         is_mixed = len(set(widths)) > 1
         low, high = self.reach or ((0.75, 1.0) if is_mixed else (0.0, float(max(widths) > 3)))
-        size = y.square().mean(-1, keepdim=True).sqrt()
+        weights_of = _weights_of(widths, y)
+        size = y.square()
+        if is_mixed:
+            size = size * weights_of[self.mixed_size] / weights_of[self.mixed_size].mean()
+        size = size.mean(-1, keepdim=True).sqrt()
         reach = [low if w == 2 else high if w > 2 else 0.0 for w in widths]
         scale = size
         if self.uniform:
@@ -231,8 +261,15 @@ class Variant:
         scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF)
         if is_mixed and not self.mend_mixed:
             scale, norm = scale.half().float(), ""
+        if is_mixed and self.seek:
+            scale = self._sought(y, scale, widths, weights_of["weighed"])
         if norm != "search":
-            return _mended(y, self._with_scale(y, scale, widths, matrix), norm, scale)
+            weigh = weights_of[self.mend_mixed or "all"].sqrt() if is_mixed else 1.0
+            rounded = self._with_scale(y, scale, widths, matrix)
+            if self.gain:
+                kept = 1 - torch.tensor(DISTORTION, device=y.device)[_bits(widths, y)]
+                rounded = rounded / (kept if norm == "unbiased" else kept.sqrt()).clamp_min(1e-9)
+            return _mended(y, rounded, norm, scale, weigh)
         best, least_error = None, None
         for step in range(-4, 5):
             other = scale * 2 ** (step / 8)
@@ -249,10 +286,18 @@ class Variant:
         assert best is not None
         return best
 
+    def _sought(self, y: Tensor, scale: Tensor, widths: tuple[int, ...], weights: Tensor) -> Tensor:
+        tried = torch.stack([scale * 2 ** (step / 4) for step in range(-3, 2)])
+        errors = torch.stack([
+            ((self._with_scale(y, one, widths, None) - y).square() * weights).sum(-1, keepdim=True)
+            for one in tried
+        ])  # fmt: skip
+        return tried.gather(0, errors.argmin(0, keepdim=True))[0]
+
     def _with_scale(
         self, y: Tensor, scale: Tensor, widths: tuple[int, ...], matrix: Tensor | None
     ) -> Tensor:
-        bits = torch.tensor(widths, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
+        bits = _bits(widths, y)
         step = torch.tensor(STEP, device=y.device)[bits]
         zero = (2.0**bits - 1) / 2
         if matrix is None:
@@ -285,10 +330,54 @@ def _metric(gram: Tensor, strength: float) -> Tensor:
     return identity + strength * gram / mean
 
 
-def _mended(y: Tensor, rounded: Tensor, norm: str, scale: Tensor) -> Tensor:
+def _bits(widths: tuple[int, ...], y: Tensor) -> Tensor:
+    """The width of each channel of ``y``."""
+    return torch.tensor(widths, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
+
+
+def _weights_of(widths: tuple[int, ...], y: Tensor) -> dict[str, Tensor]:
+    """See :class:`Variant`."""
+    bits = _bits(widths, y)
+    worth = 1 / torch.tensor(DISTORTION, device=y.device)[bits]
+    stored = (bits > 0).float()
+    return {"all": torch.ones_like(worth), "stored": stored, "weighed": worth * stored}
+
+
+def _balanced(
+    pair: tuple[Tensor, Tensor], importance: Tensor, widths: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """See :class:`Variant`."""
+    head_dim = pair[0].shape[-1]
+    logs = importance.double().log().repeat_interleave(LANES, -1)[:, :head_dim]
+    bits = torch.tensor(widths, device=importance.device).repeat_interleave(LANES)[:head_dim]
+    turned = [x.clone() for x in pair]
+    for width in set(widths):
+        same = (bits == width).nonzero()[:, 0]
+        mean = logs[:, same].mean(-1, keepdim=True)
+        size = (logs[:, same] - mean) / 4
+        size = size.exp()
+        size = size / size.square().mean(-1, keepdim=True).sqrt()  # unit variance once rotated
+        mixing = _orthogonal(len(same)).to(importance.device)
+        turned[0][..., same] = (pair[0][..., same] * size.float()[:, None, :]) @ mixing
+        turned[1][:, same] = mixing.T @ (pair[1][:, same] / size.float()[:, :, None])
+    return turned[0], turned[1]
+
+
+def _orthogonal(order: int) -> Tensor:
+    """A rotation that mixes ``order`` channels."""
+    if order & (order - 1) == 0:
+        return rotation(order).float()
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(order, order, generator=generator)).Q
+
+
+def _mended(
+    y: Tensor, rounded: Tensor, norm: str, scale: Tensor, weigh: Tensor | float = 1.0
+) -> Tensor:
     """``rounded``, multiples of ``scale``, with other scales in fp16; see :class:`Variant`."""
-    inner = (y * rounded).sum(-1, keepdim=True)
-    ours, theirs = (x.square().sum(-1, keepdim=True).clamp_min(1e-30) for x in (rounded, y))
+    y, weighed = y * weigh, rounded * weigh
+    inner = (y * weighed).sum(-1, keepdim=True)
+    ours, theirs = (x.square().sum(-1, keepdim=True).clamp_min(1e-30) for x in (weighed, y))
     ratios = {
         "": torch.ones_like(scale),
         "fit": inner / ours,
