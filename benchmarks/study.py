@@ -52,10 +52,10 @@ ANSWER = 64  # tokens of an answer that count
 
 
 def _calibrated(
-    weight: float = 0.5, joint: bool = False, inner: bool = True, **options: Any
+    weight: float = 0.5, joint: bool = False, inner: bool = True, first: int = 0, **options: Any
 ) -> Callable[[Statistics], Variant]:
     def build(statistics: Statistics) -> Variant:
-        return Variant(calibration=statistics.calibration(weight, joint, inner), **options)
+        return Variant(calibration=statistics.calibration(weight, joint, inner, first), **options)
 
     return build
 
@@ -161,6 +161,10 @@ VARIANTS: dict[str, Build] = {
     "calibrated, levels reach 0.75 and 1": _calibrated(reach=(0.75, 1.0)),
     "calibrated, levels reach 0.6": _calibrated(reach=(0.6, 0.6)),
     "calibrated, scales mended": _mended(),
+    "calibrated, mended, no sinks": _mended(first=4),
+    "calibrated, mended, no sinks, w 0.75": _mended(0.75, first=4),
+    "calibrated, mended, no sinks, reach 0.5 and 1": _mended(first=4, reach=(0.5, 1.0)),
+    "calibrated, mended, no sinks, 4 bits": _mended(first=4, key_bits=4, value_bits=4),
     "calibrated, mended by all channels": _mended(mend_mixed="all"),
     "calibrated, mended by stored channels": _mended(mend_mixed="stored"),
     "calibrated, mended, levels of each width stretched": _mended(gain=True),

@@ -14,14 +14,14 @@ import torch
 from simulation import Site
 from torch import Tensor
 
-from squat_fx.calibration import DISTORTION, RIDGE, LayerCalibration
+from squat_fx.calibration import RIDGE, LayerCalibration
 from squat_fx.codecs.feedback import feedback_matrix, leading_subspace, query_gram
 from squat_fx.codecs.smoothing import FLOOR, LARGEST_EXPONENT
 from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment, token_mean
 from squat_fx.layouts.hadamard import rotation
 from squat_fx.layouts.levels import level_table
 from squat_fx.layouts.planes import LANES, spread_widths
-from squat_fx.layouts.symmetric import LARGEST_HALF, SMALLEST_SCALE, STEP
+from squat_fx.layouts.symmetric import DISTORTION, LARGEST_HALF, SMALLEST_SCALE, STEP
 
 
 @dataclass(frozen=True)
@@ -388,13 +388,16 @@ def _mended(
     return rounded / scale * mended
 
 
+SKIPPED = (0, 4)
+
+
 class Statistics:
     """Sums of keys and queries by layer, as a rounding that changes nothing; for calibrations."""
 
     residual = sinks = 0
 
     def __init__(self) -> None:
-        self._moment: dict[int, Tensor] = {}
+        self._moment: dict[tuple[int, int], Tensor] = {}
         self._gram: dict[int, Tensor] = {}
 
     def groups(self, site: Site, key: Tensor) -> tuple[int, int]:
@@ -406,15 +409,22 @@ class Statistics:
     ) -> tuple[Tensor, Tensor]:
         """Adds the windows up."""
         keep = key.new_ones(key.shape[::2], dtype=torch.bool)
-        centered = (key - key.mean(2, keepdim=True)).double()
-        moment = (centered.mT @ centered).sum(0) / key.shape[2]
+        for first in SKIPPED:
+            part = key[:, :, first:]
+            centered = (part - part.mean(2, keepdim=True)).double()
+            moment = (centered.mT @ centered).sum(0) / part.shape[2]
+            place = site.layer, first
+            self._moment[place] = self._moment.get(place, 0) + moment
         gram = query_gram(query, keep, key.shape[1]).sum(0)
-        self._moment[site.layer] = self._moment.get(site.layer, 0) + moment
         self._gram[site.layer] = self._gram.get(site.layer, 0) + gram
         return key, value
 
     def calibration(
-        self, query_weight: float = 0.5, joint: bool = False, inner: bool = True
+        self,
+        query_weight: float = 0.5,
+        joint: bool = False,
+        inner: bool = True,
+        first: int = 0,
     ) -> dict[int, LayerCalibration]:
         """Bases by layer.
 
@@ -422,10 +432,11 @@ class Statistics:
             query_weight: ``w`` of :mod:`squat_fx.calibration`.
             joint: one basis for all heads of a layer.
             inner: whether a Hadamard rotation mixes each plane group.
+            first: tokens of a window, of ``SKIPPED``, whose keys are left out.
         """
         found = {}
-        for layer, moment in self._moment.items():
-            gram = self._gram[layer]
+        for layer, gram in self._gram.items():
+            moment = self._moment[layer, first]
             if joint:
                 moment, gram = (x.mean(0, keepdim=True).expand_as(x) for x in (moment, gram))
             found[layer] = _basis(moment.cpu(), gram.cpu(), query_weight, inner)

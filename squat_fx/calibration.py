@@ -28,13 +28,11 @@ from torch import Tensor, nn
 
 from squat_fx.layouts.hadamard import rotation
 from squat_fx.layouts.planes import LANES, spread_widths
+from squat_fx.layouts.symmetric import DISTORTION
 
 FORMAT, VERSION = "squat_fx calibration", 1
 QUERY_WEIGHT = 0.5
 RIDGE = 1e-2
-DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.00031, 9e-5)
-"""Relative mean squared error of rounding a Gaussian with 0 to 8 bits."""
-
 SAMPLES = 16  # numbers per parameter in a fingerprint
 SAMPLE_TOLERANCE = 0.02  # half precision, not another model
 

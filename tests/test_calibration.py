@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import Calibration, Config, QuantizedKV
-from squat_fx.calibration import DISTORTION, Fingerprint, LayerCalibration, allocate
+from squat_fx.calibration import Fingerprint, LayerCalibration, allocate
 from squat_fx.codecs import Squat, codec_spec, make_format
+from squat_fx.layouts.symmetric import DISTORTION
 from tests.conftest import randn
 from tests.models import build, prompt
 
