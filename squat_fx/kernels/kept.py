@@ -80,10 +80,12 @@ def _guide(query: Tensor | None, keys: Tensor | None, fmt: Format) -> Tensor | N
 
 
 def most_packed(tokens: int, query: Tensor | None, keys: Tensor | None, fmt: Format) -> int:
-    """How many of a prompt's ``tokens``, maybe symbolic, can be packed."""
+    """How many of a prompt's ``tokens``, maybe symbolic, can be packed; of groups that are smaller
+    than those of the other role, those that follow what was kept.
+    """
     if _guide(query, keys, fmt) is None:
         return tokens
-    return torch.sym_min(tokens, layout.budget(fmt) + layout.group(fmt) - 1)  # pyright: ignore[reportReturnType]
+    return torch.sym_min(tokens, layout.budget(fmt) + layout.group(fmt) - fmt.token_group)  # pyright: ignore[reportReturnType]
 
 
 def begins_at(packed: int, extent: Extent, fmt: Format) -> int:

@@ -149,6 +149,10 @@ def test_each_head_keeps_its_budget_and_all_that_is_exact(
         assert row[:, packed.stop :].all()
         if packable:
             assert (row[:, packed].sum(-1) == min(packable, budget * group)).all()
+    for cached in (keys, values):
+        lost = TOKENS - RESIDUAL - SINKS - budget * group >= group
+        assert cached._storage.lost_tokens == lost
+        assert (cached._storage["start"] >= cached._storage.dropped).all()
     assert torch.equal(keys._storage["start"], values._storage["start"])
     assert torch.equal(keys._storage[MOVED][..., :1], values._storage[MOVED])
 
@@ -403,7 +407,7 @@ def test_appended_tokens_grow_what_was_kept_and_drop_nothing() -> None:
 
 def test_store_is_as_large_as_a_budget_needs() -> None:
     key, value, query = tensors(1, dtype=torch.float32)
-    for group, slots, value_slots in ((1, 12, 12), (4, 16, 15)):
+    for group, slots, value_slots in ((1, 12, 12), (4, 12, 15)):
         fmt, value_fmt = formats_of(exact(12, group))
         ints = fmt.to_ints()
         store = ops.overload("store", fmt.layout)
