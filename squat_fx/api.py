@@ -19,6 +19,7 @@ from squat_fx.fallback import pack_dense_caches
 from squat_fx.guard import with_raised
 from squat_fx.head_start import HeadStart
 from squat_fx.masks import may_be_left_out, without_idle_mask
+from squat_fx.offloaded_caches import on_their_device
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
 from squat_fx.static_caches import with_growing_caches
@@ -68,6 +69,10 @@ class Compiled:
         return self._call(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with on_their_device(args, kwargs, self.report):
+            return self._run_on_device(*args, **kwargs)
+
+    def _run_on_device(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
         if self.report.raised != self._raised:
             self._compile()

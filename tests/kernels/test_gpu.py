@@ -454,7 +454,7 @@ class Decoding:
         output = self._op("attend", key)(
             self.query, self.new["key"], self.new["value"],
             *laws.tensors_of(self.arenas["key"]), *laws.tensors_of(self.arenas["value"]),
-            self.positions, 0, 1, None, None, 0.3, 0, 0.0, key.to_ints(), value.to_ints(),
+            self.positions, 0, 1, -1, None, None, 0.3, 0, 0.0, key.to_ints(), value.to_ints(),
         )  # fmt: skip
         for row, (role, fmt) in enumerate(self.formats.items()):
             self._op("append_", fmt)(
