@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -33,10 +32,9 @@ from squat_fx.kernels import (
     triton_attend,
     triton_attend_token,
     triton_dequantize,
-    triton_products,
     tuning,
 )
-from squat_fx.kernels.reference import MOST_PRODUCTS, NOTHING, Arenas, Extent
+from squat_fx.kernels.reference import NOTHING, Arenas, Extent
 from squat_fx.kernels.triton_planes import Stored, StoredFormat, stored_format
 from squat_fx.layouts import LAYOUTS, Fixed, Format
 from squat_fx.layouts.planes import LANES
@@ -624,28 +622,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def products(row: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """See :func:`squat_fx.kernels.reference.products`; one launch."""
-    inner, sizes = row.shape[-1], [weight.shape[0] for weight in weights]
-    for weight in weights:
-        if weight.stride() != (inner, 1) or weight.dtype != row.dtype:
-            raise ValueError(
-                f"a weight must be contiguous {row.dtype} [rows, {inner}], "
-                f"got {weight.dtype} {list(weight.shape)} with strides {weight.stride()}"
-            )
-    row = row.contiguous()
-    out = row.new_empty((*row.shape[:-1], sum(sizes)))
-    blocks = sum(-(-size // triton_products.BLOCK_N) for size in sizes)
-    missing = MOST_PRODUCTS - len(weights)
-    with _on(row.device):
-        triton_products.products_kernel[(blocks,)](
-            row, *weights, *([row] * missing), out, *sizes, *([0] * missing), inner, len(weights),
-            triton_products.BLOCK_N, triton_products.BLOCK_K,
-            num_warps=triton_products.NUM_WARPS,
-        )  # fmt: skip
-    return out
 
 
 # arguments ---------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``attend_error`` | how far attention over a stored prompt is from its exact output |
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
-| ``products`` | one row times up to three weights |
 
 CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call, and
 the reference where one does not compile (:mod:`squat_fx.kernels.fallback`).
@@ -172,8 +171,7 @@ def _subject(schema: str) -> int | None:
     """The argument that says for which shape an op runs; None if it has no kernels."""
     names = [argument.split()[-1] for argument in schema.partition(") ->")[0].split(",")]
     return next(
-        (names.index(n) for n in ("x", "query", "new", "new_key", "dense", "row") if n in names),
-        None,
+        (names.index(n) for n in ("x", "query", "new", "new_key", "dense") if n in names), None
     )
 
 
@@ -439,14 +437,6 @@ def _valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
     return reference.valid_tokens(mask, new.shape[2]).expand(new.shape[0], -1).clone()
 
 
-def _products(row: Tensor, weights: list[Tensor]) -> Tensor:
-    return _implementation(row.device).products(row, weights)
-
-
-def _fake_products(row: Tensor, weights: list[Tensor]) -> Tensor:
-    return row.new_empty((*row.shape[:-1], sum(weight.shape[0] for weight in weights)))
-
-
 def _fake_valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
     return mask.new_empty((new.shape[0], new.shape[2]), dtype=torch.bool)
 
@@ -456,6 +446,5 @@ _register(
         *(op for layout in LAYOUTS for op in _ops_of(layout)),
         *(op for pair in PAIRS for op in _ops_of_pair(*pair)),
         ("valid_tokens", "(Tensor mask, Tensor new) -> Tensor", _valid_tokens, _fake_valid_tokens),
-        ("products", "(Tensor row, Tensor[] weights) -> Tensor", _products, _fake_products),
     ]
 )

@@ -718,15 +718,3 @@ def valid_tokens(mask: Tensor, new_tokens: int) -> Tensor:
     if newest.dtype != torch.bool:
         newest = newest > torch.finfo(newest.dtype).min / 4
     return newest.any(2).any(1).expand(-1, new_tokens)
-
-
-MOST_PRODUCTS = 3  # queries, keys and values
-
-
-def products(row: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """One row times each of up to three weights: ``[..., rows of all]`` in the row's dtype, sums in
-    fp32. ``row`` is ``[..., K]`` with leading sizes of one, a weight ``[rows, K]``.
-    """
-    wide = torch.promote_types(row.dtype, torch.float32)
-    found = [F.linear(row.to(wide), weight.to(wide)) for weight in weights]
-    return torch.cat(found, -1).to(row.dtype)

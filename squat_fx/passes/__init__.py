@@ -6,7 +6,6 @@ from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import Canonicalize
 from squat_fx.passes.find_cache_edges import FindCacheEdges
 from squat_fx.passes.fuse_appends import FuseAppends
-from squat_fx.passes.multiply_rows import MultiplyRows
 from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
 from squat_fx.passes.record_rotations import RecordRotations
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
@@ -22,7 +21,6 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     ServePositions,
     QuantizeKVCache,
     FuseAppends,
-    MultiplyRows,
     Verify,
 )
 

@@ -922,18 +922,3 @@ def learning_leaves_out(bad: float, case: Case, device: str) -> None:
     assert bool(found.feedback.isfinite().all())
     torch.testing.assert_close(arenas[0].affine, arenas[1].affine, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.feedback, expected.feedback, rtol=1e-3, atol=1e-3)
-
-
-def products_agree_with_the_reference(
-    sizes: tuple[int, ...], inner: int, dtype: torch.dtype, device: str
-) -> None:
-    """One row times weights is within a rounding of the reference, which sums in fp32 as well."""
-    generator = torch.Generator().manual_seed(inner)
-    row = torch.randn((1, 1, inner), generator=generator).to(dtype)
-    weights = [torch.randn((n, inner), generator=generator).to(dtype) for n in sizes]
-    expected = reference.products(row, weights)
-    found = launch.products(row.to(device), [weight.to(device) for weight in weights])
-    assert found.dtype == dtype
-    scale = float(expected.float().abs().max())
-    error = (found.cpu().float() - expected.float()).abs().max()
-    assert error <= 2 * torch.finfo(dtype).eps * scale

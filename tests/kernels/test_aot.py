@@ -131,21 +131,6 @@ def test_one_token_of_keys_and_values_takes_one_launch() -> None:
     assert resources.instructions <= 1200  # keys and values, of which a program runs one
 
 
-@pytest.mark.parametrize("capability", [90, *full(80)])
-@pytest.mark.parametrize("sizes", [(4096, 1024, 1024), (4096,)], ids=str)
-def test_a_row_of_products_reads_sixteen_bytes_a_thread(
-    sizes: tuple[int, ...], capability: int
-) -> None:
-    row = torch.zeros((1, 1, 4096), dtype=torch.float16)
-    with aot.recorded() as launches:
-        launch.products(row, [torch.zeros((n, 4096), dtype=torch.float16) for n in sizes])
-    assert not any(r.spills for r in compiled(launches, capability).values())
-    kernel = aot.compiled_kernel(launches[0], capability)
-    loads = [text for _, text in aot.machine_code(kernel) if "LDG" in text]
-    assert len(loads) == 3 * 4  # of the row and two rows of a weight, 1024 channels at a time
-    assert all(".128" in load for load in loads)
-
-
 @pytest.mark.parametrize(
     ("codec", "capability"), diagonal([Kvarn(), Think()], aot.CAPABILITIES), ids=str
 )

@@ -550,10 +550,3 @@ def test_ops_never_wait_for_the_gpu(codec: Codec) -> None:
         store(new, valid, decoding.query.expand(-1, -1, 40, -1), None, "key", *codec_and_ints(fmt))
         quantize(new[:, :, :32], None, *learned, *codec_and_ints(fmt))
         append_(*arenas, new, valid, decoding.positions, 0, *codec_and_ints(fmt))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(1024,), (14336, 14336), (4096, 1024, 1023)])
-@pytest.mark.parametrize("inner", [4096, 1000])
-def test_products_of_a_row(sizes: tuple[int, ...], inner: int, dtype: torch.dtype) -> None:
-    laws.products_agree_with_the_reference(sizes, inner, dtype, "cuda")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from squat_fx.codecs import Codec, Squat
 from squat_fx.kernels import launch
@@ -67,13 +66,3 @@ def test_attending_to_latent_keys_agrees_with_float64(
 ) -> None:
     split_into(2, monkeypatch)
     laws.attending_agrees_with_float64(case, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "inner", "dtype"),
-    [((5,), 96, torch.float16), ((4, 3), 1000, torch.bfloat16), ((8, 2, 5), 2048, torch.float16)],
-)
-def test_products_of_a_row_agree_with_the_reference(
-    sizes: tuple[int, ...], inner: int, dtype: torch.dtype
-) -> None:
-    laws.products_agree_with_the_reference(sizes, inner, dtype, "cpu")
