@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-from weakref import ref
 
 import sympy
 import torch
@@ -25,7 +23,7 @@ from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import Storage
+from squat_fx.storage import Storage, changes
 from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
@@ -163,11 +161,15 @@ class Boundary:
         if self._moving is None or dense:
             results = list(self._inner(*self._gather(args, staged, dense)))
             return self._finish(args, self._watched(results), staged, dense)
-        where = self._whereabouts.key(args)
-        results = self._replay(self._moving, where, args, staged)
+        copied = {i: args[index] for i, index in self._moving.arguments.items()}
+        for i in self._moving.positions:
+            copied[i] = self._positions(args, staged)
+        with torch.cuda.device(self._device(args)):
+            key = self._replayed.key(self._key(args, copied, staged))
+            results = self._replay(key, args, staged, copied)
         out = self._finish(args, self._watched(results), staged, dense)
         if self._head_start is not None:
-            self._head_start.note(self._next_step(self._moving, where, args, out))
+            self._head_start.note(self._next_step(self._moving, key, args, staged))
         return out
 
     def _watched(self, results: list[Any]) -> list[Any]:
@@ -178,63 +180,57 @@ class Boundary:
 
     def _replay(
         self,
-        moving: Moving,
-        where: Hashable,
+        key: Hashable,
         args: tuple[Any, ...],
         staged: dict[int, tuple[Storage, int]],
+        copied: Mapping[int, Tensor],
     ) -> list[Any]:
         """The results of a CUDA graph that was recorded where storages and weights are now."""
-        copied = {i: args[index] for i, index in moving.arguments.items()}
-        for i in moving.positions:
-            copied[i] = self._positions(args, staged)
-        with torch.cuda.device(self._device(args)):
-            key = self._replayed.key(_key(where, copied, staged))
-            begun = None if self._head_start is None else self._head_start.take(self, key, copied)
-            if begun is not None:
-                self._replayed.count(key, begun=True)
-                return begun
-            return self._replayed(
-                key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))
-            )
+        begun = None if self._head_start is None else self._head_start.take(self, key, copied)
+        if begun is not None:
+            self._replayed.count(key, begun=True)
+            return begun
+        return self._replayed(
+            key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))
+        )
+
+    def _key(
+        self,
+        args: tuple[Any, ...],
+        copied: Mapping[int, Tensor],
+        staged: dict[int, tuple[Storage, int]],
+    ) -> tuple[Hashable, ...]:
+        """Equal for calls of which one's recording can be replayed for the other."""
+        sizes = (x.shape for x in copied.values())
+        addresses = (s.addresses for s, _ in staged.values())
+        return (*self._whereabouts.key(args), *sizes, *addresses)
 
     def _next_step(
-        self, moving: Moving, where: Hashable, args: tuple[Any, ...], out: tuple[Any, ...]
-    ) -> Step:
-        """The step behind this one: it takes the handles that this one gave."""
-        appended = {o.argument: out[i] for i, o in enumerate(self._outputs) if o.kind == "appended"}
-        handles = [(c, ref(appended.get(c.index, args[c.index]))) for c in self._carriers]
-        given = {i: args[index] for i, index in moving.arguments.items()}
-        return Step(partial(self._begin, moving, where, handles), given)
-
-    def _begin(
         self,
         moving: Moving,
-        where: Hashable,
-        expected: Sequence[tuple[Carrier, ref[QuantizedKV]]],
-        given: Mapping[int, Tensor],
-    ) -> Begun | None:
-        """Replay a step that appends to such handles, if they are ready for it."""
-        args: dict[int, QuantizedKV] = {}
-        staged: dict[int, tuple[Storage, int]] = {}
-        storages: set[int] = set()
-        for carrier, reference in expected:
-            handle = reference()
-            new_tokens = 0 if carrier.new_tokens is None else carrier.new_tokens.number or 0
-            if not isinstance(handle, QuantizedKV) or not handle.is_writable(new_tokens):
+        key: tuple[Any, Hashable],
+        args: tuple[Any, ...],
+        staged: dict[int, tuple[Storage, int]],
+    ) -> Step:
+        """The step behind this one, if that finds all as this one leaves it."""
+        given = {i: args[index] for i, index in moving.arguments.items()}
+        recording = self._replayed.recording(key)
+        if recording is None or not all(s.fits(new_tokens) for s, new_tokens in staged.values()):
+            return Step(lambda _: None, given)
+        positions = self._positions(args, staged)
+        copied = dict.fromkeys(moving.positions, positions)
+        device, now = self._device(args), changes()
+
+        def begin(given: Mapping[int, Tensor]) -> Begun | None:
+            if changes() != now or not self._whereabouts.are_where_they_were():
                 return None
-            if new_tokens or carrier.index in self._read:
-                staged[carrier.index] = handle._storage, new_tokens
-                storages.add(id(handle._storage))
-            args[carrier.index] = handle
-        if len(storages) < len(staged) or not self._whereabouts.are_where_they_were():
-            return None
-        copied = dict(given)
-        for i in moving.positions:
-            copied[i] = self._positions(args, staged)
-        with torch.cuda.device(self._device(args)):
-            key = self._replayed.key(_key(where, copied, staged))
-            outputs = self._replayed.begin(key, copied)
-        return None if outputs is None else Begun(self, key, copied, outputs)
+            with torch.cuda.device(device):
+                if torch.cuda.current_stream() != key[0]:
+                    return None
+                inputs = {**given, **copied}
+                return Begun(self, key, inputs, self._replayed.begin(recording, inputs))
+
+        return Step(begin, given)
 
     def _device(self, args: Arguments) -> torch.device:
         """Where the caches are."""
@@ -386,10 +382,3 @@ class Boundary:
                     del arenas
                 out.append(stored[made.first])
         return tuple(out)
-
-
-def _key(
-    where: Hashable, copied: Mapping[int, Tensor], staged: dict[int, tuple[Storage, int]]
-) -> tuple[Hashable, ...]:
-    """Equal for calls of which one's recording can be replayed for the other."""
-    return where, *(x.shape for x in copied.values()), *(s.addresses for s, _ in staged.values())

@@ -62,6 +62,7 @@ class Whereabouts:
         self._numbers: list[int] = []
         self._addresses: list[int] = []
         self._weights: list[ref[Tensor]] = []
+        self._places: list[int] = []
         self._version = 0
 
     def key(self, args: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -74,6 +75,7 @@ class Whereabouts:
             for i in self._tensors:
                 self._addresses[i] = args[i].data_ptr()
             self._weights = [ref(args[i]) for i in self._tensors]
+            self._places = [self._addresses[i] for i in self._tensors]
             self._version += 1
         numbers = (args[i] for i in self._numbers)
         return self._version, *(x.item() if isinstance(x, Tensor) else x for x in numbers)
@@ -81,17 +83,23 @@ class Whereabouts:
     def are_where_they_were(self) -> bool:
         """Whether the weights of the last call still exist, where they were."""
         weights = [weight() for weight in self._weights]
-        return all(
-            x is not None and x.data_ptr() == self._addresses[i]
-            for i, x in zip(self._tensors, weights, strict=True)
-        )
+        if any(weight is None for weight in weights):
+            return False
+        return _same_addresses(weights, self._places, list(range(len(weights))))
 
     def _same_addresses(self, args: Sequence[Any]) -> bool:
-        # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.
-        equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-        if equal is not None:
-            return equal(list(args), self._addresses, self._tensors)
-        return all(args[i].data_ptr() == self._addresses[i] for i in self._tensors)
+        return _same_addresses(args, self._addresses, self._tensors)
+
+
+def _same_addresses(
+    tensors: Sequence[Any], addresses: Sequence[int], indices: Sequence[int]
+) -> bool:
+    """Whether the tensors at such places are at those of the addresses."""
+    # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.
+    equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if equal is not None:
+        return equal(list(tensors), addresses, indices)
+    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
 class Recording:
@@ -165,8 +173,8 @@ class Replayed:
             self.count(key)
             return recording(copied)
 
-    def key(self, where: Hashable) -> Hashable:
-        """Of a call on the current stream.
+    def key(self, where: Hashable) -> tuple[Any, Hashable]:
+        """Of a call on the current stream, which comes first.
 
         Args:
             where: equal if and only if all that is taken where it is has the same addresses and
@@ -174,13 +182,14 @@ class Replayed:
         """
         return torch.cuda.current_stream(), where
 
-    def begin(self, key: Hashable, copied: Mapping[int, Tensor]) -> list[Any] | None:
-        """Replay what was recorded for a call with such a key; None if nothing was. It is not
-        counted before it is asked for.
-        """
+    def recording(self, key: Hashable) -> Recording | None:
+        """What was recorded for calls with such a key."""
+        return self._found.get(key)
+
+    def begin(self, recording: Recording, copied: Mapping[int, Tensor]) -> list[Any]:
+        """Replay what was recorded; it is not counted before it is asked for."""
         with self._lock:
-            recording = self._found.get(key)
-            return None if recording is None else recording(copied)
+            return recording(copied)
 
     def count(self, key: Hashable, begun: bool = False) -> None:
         """Count a replay, which may have ``begun`` early, and keep its recording longest."""

@@ -181,12 +181,6 @@ class QuantizedKV(Tensor):
         self._reserve(new_tokens)
         return self._storage
 
-    def is_writable(self, new_tokens: int) -> bool:
-        """Whether :meth:`writable_storage` would give the storage as it is."""
-        storage = self._storage
-        is_newest = self._pending is None and self._lease.length == storage.length
-        return is_newest and storage.fits(new_tokens)
-
     def _own(self, length: int) -> None:
         storage = self._storage
         if storage.length == length:
