@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Format, Role
-from squat_fx.kernels import ops, reference
+from squat_fx.kernels import kept, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.pool import GROWTH_SHARE, POOL, TOKENS, grown_capacity
 
@@ -122,6 +122,11 @@ class Storage:
     def nbytes(self) -> int:
         """Bytes of all arenas, spare capacity included."""
         return sum(arena.nbytes for arena in self._arenas.values())
+
+    @property
+    def lost_tokens(self) -> bool:
+        """Whether tokens of a prompt were left out, so that there is no dense form."""
+        return self.fmt.stored_layout.keeps_part and self.dropped > 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self._arenas[name]
@@ -233,8 +238,18 @@ class Storage:
                 dense.copy_(written)
         self.advance(new_tokens)
 
+    def check_crop(self, length: int) -> None:
+        """Refuse to forget the tokens from ``length`` on.
+
+        Raises:
+            ValueError: tokens before it are lost, and not the same ones in all heads.
+        """
+        if self.lost_tokens:
+            kept.check_crop(self.arenas, self.fmt, length)
+
     def truncate(self, length: int) -> None:
-        """Forget all tokens from ``length`` on, in place."""
+        """Forget all tokens from ``length`` on, in place; see :meth:`check_crop`."""
+        self.check_crop(length)
         after = Extent(length, min(self.watermark, length))
         reference.truncate(self.arenas, self.extent, after, self.fmt)
         self.length, self.watermark = after.length, after.watermark
