@@ -159,7 +159,7 @@ def _compile_rewritten(
         Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
         if rewriting.watched
         else None,
-        head_start,
+        None if _changed_in_place(rewriting) else head_start,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
@@ -168,8 +168,19 @@ def _changes_no_input(rewriting: Rewriting) -> bool:
     """Whether a call may be repeated: it has no cache to append to and writes to none of its own
     inputs.
     """
-    written = (memory_of(x) for node in rewriting.graph.nodes for x in written_by(node))
-    return not rewriting.handles and all(x.op not in ("placeholder", "get_attr") for x in written)
+    return not rewriting.handles and not _changed_in_place(rewriting)
+
+
+def _changed_in_place(rewriting: Rewriting) -> set[fx.Node]:
+    """Inputs, weights and buffers that a graph writes to; not what our own ops append to."""
+    placeholders = rewriting.graph.find_nodes(op="placeholder")
+    arenas = {
+        node
+        for node, fed in zip(placeholders, rewriting.inputs, strict=True)
+        if fed.kind == "arena"
+    }
+    written = {memory_of(x) for node in rewriting.graph.nodes for x in written_by(node)}
+    return {x for x in written - arenas if x.op in ("placeholder", "get_attr")}
 
 
 def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
@@ -314,6 +325,7 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
     arguments: dict[int, int] = {}
     positions: list[int] = []
     others: list[int] = []
+    changed = _changed_in_place(rewriting)
     for i, fed in enumerate(rewriting.inputs):
         if fed.kind == "positions":
             positions.append(i)
@@ -328,6 +340,12 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
                 return None
             elif _stays_in_place(node, example):
                 others.append(fed.index)
+            elif node in changed:
+                report.note(
+                    f"a graph is not replayed, because it writes to its input {node.name}, which "
+                    "may be elsewhere at every call"
+                )
+                return None
             else:
                 arguments[i] = fed.index
     return Moving(arguments, positions, others) if rewriting.handles else None

@@ -182,3 +182,50 @@ def test_a_call_that_raises_leaves_nothing_behind() -> None:
     assert loop.head_start.wrong == 1
     assert loop(token(3)) is None
     assert loop.launched == [2]
+
+
+# what a graph writes to ---------------------------------------------------------------------------
+
+
+class Counting(torch.nn.Module):
+    """Attention over a past, and a state that every step writes to: one that the caller gives, or
+    one of its own.
+    """
+
+    state: Tensor
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(4))
+        self.own = own
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        """``x`` is ``[batch, heads, tokens, channels]``."""
+        changed = self.state if self.own else state
+        changed.add_(1.0)
+        key, value = torch.cat([key, x], 2), torch.cat([value, x], 2)
+        out = torch.nn.functional.scaled_dot_product_attention(x, key, value)
+        return out + changed.sum(), key, value
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "given"])
+def test_a_state_is_written_to_once_a_step(own: bool) -> None:
+    def steps(model: Any) -> tuple[list[Tensor], float]:
+        key = value = torch.ones(1, 2, 6, 16)
+        state, found = torch.zeros(4), []
+        with torch.no_grad():
+            for step in range(8):
+                x = torch.full((1, 2, 1, 16), float(step))
+                out, key, value = model(x, key, value, state)
+                found.append(out)
+        return found, (model.state if own else state).sum().item()
+
+    expected, model = steps(Counting(own)), Counting(own)
+    found = steps(squat_fx.compile(model, cuda_graphs=True, **OPTIONS))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1] == expected[1] == 8 * 4
+    report = squat_fx.report(model)
+    assert report.begun == 0
+    assert (report.replays > 0) == own
+    note = "a graph is not replayed, because it writes to its input l_state_, which may be"
+    assert (note in str(report)) == (not own)
