@@ -30,7 +30,7 @@ import typer
 from common import command, load_model, model_folder, text_record, write_result
 from rich.console import Console
 from rich.table import Table
-from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site
+from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site, formats_of
 from torch import Tensor
 from variants import Statistics, Variant
 
@@ -44,6 +44,7 @@ from squat_fx.evaluate.numbers import standard_error
 from squat_fx.evaluate.settings import parse_bits, parse_codec
 from squat_fx.evaluate.tasks import Answers, Case, Needles
 from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
+from squat_fx.layouts import kept
 
 BASE = "squat"
 FULL = "full"
@@ -352,10 +353,10 @@ class Study:
                 for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
             texts = records_by_text(scores, self.sets)
-            lengths = {x.label(t): x.prompt + x.tokens for x in self.sets for t in x.texts}
-            for label, tokens in lengths.items():
-                texts[label] |= bits_of(model, rounding, tokens)
-            row = {"name": name, **bits_of(model, rounding, next(iter(lengths.values())))}
+            lengths = {x.label(t): (x.prompt, x.prompt + x.tokens) for x in self.sets for t in x.texts}
+            for label, length in lengths.items():
+                texts[label] |= bits_of(model, rounding, *length)
+            row = {"name": name, **bits_of(model, rounding, *next(iter(lengths.values())))}
             errors = {} if rounding is None else self._errors(model, rounding)
             return row | {"attention_error": errors, "texts": texts}
 
@@ -401,9 +402,12 @@ class Study:
         return Scores(*torch.stack(found, 1)[:, :, -last:])
 
 
-def bits_of(model: Any, rounding: Rounding | None, tokens: int) -> dict[str, float | None]:
-    """Bits of a packed number, and with everything counted after so many tokens, in half precision;
-    the mean over layers, keys and values; None of what has no stored layout.
+def bits_of(
+    model: Any, rounding: Rounding | None, prompt: int, tokens: int
+) -> dict[str, float | None]:
+    """Bits of a packed number, and with everything counted after so many tokens, those of the
+    prompt among them, in half precision; the mean over layers, keys and values; None of what has no
+    stored layout.
     """
     if rounding is None:
         return {"packed_bits": None, "effective_bits": 16.0}
@@ -413,14 +417,14 @@ def bits_of(model: Any, rounding: Rounding | None, tokens: int) -> dict[str, flo
     for module in attentions(model):
         layers, layer = module.config.num_hidden_layers, module.layer_idx
         heads = module.config.num_key_value_heads
-        formats = rounding.config.formats(layer, layers, heads, module.head_dim, module.head_dim)
-        if isinstance(formats, str):
-            raise ValueError(formats)
+        formats = formats_of(rounding.config, module, layers, heads, module.head_dim)
         seen = min(tokens, (getattr(module, "sliding_window", None) or tokens + 1) - 1)
         site = Site(layer, module, seen, rounding.residual, rounding.sinks)
         for fmt in formats:
             bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
-            count = site.packed(seen, fmt.token_group)
+            count, lost = site.packed(seen, fmt.token_group), 0
+            if fmt.stored_layout.keeps_part:
+                lost = max(site.packed(prompt, kept.group(fmt)) - kept.budget(fmt), 0)
             learned = sum(
                 math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
                 * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
@@ -428,7 +432,8 @@ def bits_of(model: Any, rounding: Rounding | None, tokens: int) -> dict[str, flo
             )  # fmt: skip
             learned += 2 * 32 * fmt.head_dim**2 * fmt.latent  # a basis and its inverse
             packed.append(bits)
-            effective.append((bits * count + 16 * (seen - count) + learned / fmt.head_dim) / seen)
+            stored = bits * (count - lost) + 16 * (seen - count)
+            effective.append((stored + learned / fmt.head_dim) / seen)
     return {"packed_bits": mean(packed), "effective_bits": mean(effective)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from simulation import Site
+from simulation import Rounding, Site
 from torch import Tensor
 
 from squat_fx.calibration import RIDGE, LayerCalibration
@@ -25,7 +25,7 @@ from squat_fx.layouts.symmetric import DISTORTION, LARGEST_HALF, SMALLEST_SCALE,
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Rounding):
     """How keys and values are rounded.
 
     Attributes:
@@ -391,7 +391,7 @@ def _mended(
 SKIPPED = (0, 4)
 
 
-class Statistics:
+class Statistics(Rounding):
     """Sums of keys and queries by layer, as a rounding that changes nothing; for calibrations."""
 
     residual = sinks = 0
