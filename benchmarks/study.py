@@ -36,7 +36,8 @@ from variants import Statistics, Variant
 
 import squat_fx
 from squat_fx.bench.record import device_name, versions
-from squat_fx.calibration import Fingerprint
+from squat_fx.calibrate import FIRST
+from squat_fx.calibration import QUERY_WEIGHT, Fingerprint
 from squat_fx.codecs import Kivi, SquatPaper
 from squat_fx.evaluate import together
 from squat_fx.evaluate.measure import Scores, records_by_text, score
@@ -48,21 +49,33 @@ from squat_fx.layouts import kept
 
 BASE = "squat"
 FULL = "full"
-SCORES = 2**26  # of a head, that go through together: prompts may be scored at once
+SCORES = 2**27  # of a head, that go through together: prompts may be scored at once
 ANSWER = 64  # tokens of an answer that count
 
 
 def _calibrated(
-    weight: float = 0.5, joint: bool = False, inner: bool = True, first: int = 0, **options: Any
+    weight: float = QUERY_WEIGHT,
+    joint: bool = False,
+    inner: bool = True,
+    first: int = FIRST,
+    usual: bool = False,
+    **options: Any,
 ) -> Callable[[Statistics], Variant]:
     def build(statistics: Statistics) -> Variant:
-        return Variant(calibration=statistics.calibration(weight, joint, inner, first), **options)
+        found = {"calibration": statistics.calibration(weight, joint, inner, first)}
+        if usual:
+            found["usual"] = statistics.usual(first)
+        return Variant(**found, **options)
 
     return build
 
 
-def _mended(weight: float = 0.5, joint: bool = False, **options: Any) -> Any:
-    return _calibrated(weight, joint, **{"mend_mixed": "weighed", **options})
+def _mended(weight: float = 0.5, joint: bool = False, first: int = 0, **options: Any) -> Any:
+    """Around what a calibration was before: half weighed by queries, all tokens, and the strongest
+    channels first.
+    """
+    chosen = {"mend_mixed": "weighed", "falling": True, **options}
+    return _calibrated(weight, joint, first=first, **chosen)
 
 
 Build = Rounding | Callable[[Statistics], Rounding]
@@ -73,6 +86,16 @@ VARIANTS: dict[str, Build] = {
     "kivi G=32, written apart": PlainKivi(),
     "kivi G=128": OfConfig(squat_fx.Config(codec=Kivi(128))),
     "calibrated": _calibrated(),
+    "calibrated, before": _mended(mend_mixed=""),
+    "calibrated, scales not mended": _calibrated(mend_mixed=""),
+    "calibrated, first tokens too": _calibrated(first=0),
+    "calibrated, strongest first": _calibrated(falling=True),
+    "calibrated, factors for what is unusual": _calibrated(usual=True),
+    "calibrated, at least 1 bit": _calibrated(least_width=1),
+    "calibrated, channels of a width balanced": _calibrated(balanced=True),
+    "calibrated, the keys' identity": _calibrated(plain_metric=True),
+    "calibrated, w 0.125": _calibrated(0.125),
+    "calibrated, w 0.5": _calibrated(0.5),
     # scale and levels
     "before: reach 0.75, scales not mended": Variant(reach=(0.75, 1.0), norm="", value_norm=""),
     "scale of keys not mended": Variant(norm=""),
@@ -149,7 +172,6 @@ VARIANTS: dict[str, Build] = {
     "feedback for values 4": Variant(value_strength=4.0),
     # calibration
     "calibrated, w 0": _calibrated(0.0),
-    "calibrated, w 0.25": _calibrated(0.25),
     "calibrated, w 0.75": _calibrated(0.75),
     "calibrated, w 1": _calibrated(1.0),
     "calibrated, one basis for all heads": _calibrated(joint=True),
@@ -180,11 +202,11 @@ VARIANTS: dict[str, Build] = {
     "calibrated, mended, scale sought": _mended(seek=True),
     "calibrated, mended, unbiased": _mended(norm="unbiased"),
     "calibrated, mended, least squares": _mended(norm="fit"),
-    "calibrated, mended, least channels first": _mended(rising=True),
-    "calibrated, mended, least first, keys' identity": _mended(rising=True, plain_metric=True),
+    "calibrated, mended, least channels first": _mended(falling=False),
+    "calibrated, mended, least first, keys' identity": _mended(falling=False, plain_metric=True),
     "calibrated, mended, keys' identity": _mended(plain_metric=True),
     "calibrated, mended, balanced": _mended(balanced=True),
-    "calibrated, mended, balanced, least first": _mended(balanced=True, rising=True),
+    "calibrated, mended, balanced, least first": _mended(balanced=True, falling=False),
     "calibrated, mended, no feedback": _mended(strength=0.0),
     "calibrated, mended, lambda' 4": _mended(strength=4.0),
     "calibrated, mended, w 0.25": _mended(0.25),
@@ -353,7 +375,9 @@ class Study:
                 for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
             texts = records_by_text(scores, self.sets)
-            lengths = {x.label(t): (x.prompt, x.prompt + x.tokens) for x in self.sets for t in x.texts}
+            lengths = {
+                x.label(t): (x.prompt, x.prompt + x.tokens) for x in self.sets for t in x.texts
+            }
             for label, length in lengths.items():
                 texts[label] |= bits_of(model, rounding, *length)
             row = {"name": name, **bits_of(model, rounding, *next(iter(lengths.values())))}
@@ -565,7 +589,8 @@ def main(
         raise typer.BadParameter("variants are calibrated too; give a --calibration-text")
     codecs = of_codecs(codec or [], bits or ["2"], calibration is not None)
     names = [name for name in VARIANTS if not only or name == BASE or name in only]
-    names = [FULL, BASE, *codecs] if codecs else names
+    if codecs:
+        names = [FULL, *(only or ()), *codecs]
     study = Study(folder, device, sets, last, batch, calibration, names, codecs)
     rows: dict[int, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:

@@ -14,7 +14,8 @@ import torch
 from simulation import Rounding, Site
 from torch import Tensor
 
-from squat_fx.calibration import RIDGE, LayerCalibration
+from squat_fx.calibrate import FIRST
+from squat_fx.calibration import QUERY_WEIGHT, RIDGE, LayerCalibration
 from squat_fx.codecs.feedback import feedback_matrix, leading_subspace, query_gram
 from squat_fx.codecs.smoothing import FLOOR, LARGEST_EXPONENT
 from squat_fx.codecs.squat import SMALLEST_PROMPT, second_moment, token_mean
@@ -56,20 +57,24 @@ class Variant(Rounding):
         value_norm: the same of values.
         mend_mixed: of what numbers scales keep the length where plane groups have different widths:
             "" (scales stay as they are), "all", "stored" (of the groups that have bits), "weighed"
-            (by one over the error that a width leaves, which is what a group is worth).
+            (by one over the error that a width leaves, which is what a group is worth). None:
+            "weighed" in a latent basis, "stored" elsewhere.
         mixed_size: of what numbers a token's size is taken there, likewise.
         gain: whether the levels of each width are stretched by what it takes off a Gaussian.
         balanced: whether latent channels of equal width are scaled so that what they are worth is
             shared between their size and the weight of their errors, and then rotated.
-        rising: whether the least of the latent channels come first.
+        falling: whether the strongest of the latent channels come first.
         seek: whether the scale of mixed widths is the one of five that leaves the least error,
             weighed as in ``mend_mixed``.
         even: whether latent channels all have the same width.
+        least_width: bits that every plane group of latent channels has.
         plain_metric: whether the feedback's identity is that of the keys, not of the latent frame.
         weighted_search: whether the search weighs errors with the queries' metric.
         value_strength: ``lambda'`` of feedback in the metric of the output projection, all tokens.
         calibration: latent bases of keys by layer, in place of the rotation.
         smooth_latent: whether keys get factors before the latent basis.
+        usual: by layer, the logarithms of what keys' squares are to queries' in the texts that were
+            calibrated on: factors are then for how far a prompt is from that.
         residual, sinks: tokens kept exact.
     """
 
@@ -95,18 +100,20 @@ class Variant(Rounding):
     uniform: bool = True
     norm: str = "norm"
     value_norm: str = "unbiased"
-    mend_mixed: str = ""
+    mend_mixed: str | None = None
     mixed_size: str = "all"
     gain: bool = False
     balanced: bool = False
-    rising: bool = False
+    falling: bool = False
     seek: bool = False
     even: bool = False
+    least_width: int = 0
     plain_metric: bool = False
     weighted_search: bool = False
     value_strength: float = 0.0
     calibration: Mapping[int, LayerCalibration] | None = None
     smooth_latent: bool = False
+    usual: Mapping[int, Tensor] | None = None
     residual: int = 32
     sinks: int = 4
 
@@ -147,15 +154,18 @@ class Variant(Rounding):
         )
         layer = self.calibration.get(site.layer) if self.calibration else None
         factor = torch.ones_like(mean)
-        if self.smooth and (layer is None or self.smooth_latent):
+        if self.smooth and (layer is None or self.smooth_latent or self.usual):
             moment = second_moment(prompt, mean.half(), keep)
             of_queries = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
-            factor = self._factors(moment, of_queries, trust)
+            usual = self.usual[site.layer].to(key.device) if self.usual else None
+            factor = self._factors(moment, of_queries, trust, usual)
         pair = self._pair(layer, head_dim, key.device)
-        widths = layer.widths(bits) if layer and not self.even else spread_widths(head_dim, bits)
+        widths = spread_widths(head_dim, bits)
+        if layer and not self.even:
+            widths = self._allocated(layer, sum(widths))
         if layer and self.balanced:
             pair = _balanced(pair, layer.importance.to(key.device), widths)
-        if layer and self.rising:
+        if layer and self.falling:
             order = torch.arange(head_dim, device=key.device).flip(0)
             pair, widths = (pair[0][..., order], pair[1][..., order, :]), widths[::-1]
         matrix, h = None, None
@@ -174,18 +184,33 @@ class Variant(Rounding):
         weights = None if h is None or not self.weighted_search else h.float()
         rounded = torch.cat(
             [
-                self._round(y[:, :, :end], widths, self.norm, matrix, weights),
-                self._round(y[:, :, end:], widths, self.norm, None, weights),
+                self._round(y[:, :, :end], widths, self.norm, matrix, weights, layer is not None),
+                self._round(y[:, :, end:], widths, self.norm, None, weights, layer is not None),
             ],
             2,
         )
         return (rounded @ pair[1]) * factor + mean
 
-    def _factors(self, of_keys: Tensor, of_queries: Tensor, trust: float) -> Tensor:
+    def _allocated(self, layer: LayerCalibration, total: int) -> tuple[int, ...]:
+        share = layer.importance / layer.importance.sum(-1, keepdim=True)
+        worth = share.log().mean(0).exp().tolist()
+        widths = [self.least_width] * len(worth)
+        for _ in range(total - sum(widths)):
+            gains = [w * (DISTORTION[b] - DISTORTION[b + 1]) if b < 8 else -1.0
+                     for w, b in zip(worth, widths, strict=True)]  # fmt: skip
+            widths[gains.index(max(gains))] += 1
+        return tuple(widths)
+
+    def _factors(
+        self, of_keys: Tensor, of_queries: Tensor, trust: float, usual: Tensor | None = None
+    ) -> Tensor:
         """As :func:`squat_fx.codecs.smoothing.smoothing_factors`, for any exponent."""
         floored = [x.double() + FLOOR * x.double().mean(-1, keepdim=True) + 1e-300
                    for x in (of_keys, of_queries)]  # fmt: skip
-        ratio = (floored[0] / floored[1]).log2() * self.smooth * trust
+        ratio = (floored[0] / floored[1]).log2()
+        if usual is not None:
+            ratio = ratio - usual
+        ratio = ratio * self.smooth * trust
         exponent = (ratio - ratio.mean(-1, keepdim=True)).nan_to_num(0.0, 0.0, 0.0)
         exponent = exponent.round() if self.power_of_two else exponent
         return torch.exp2(exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)).float()
@@ -242,8 +267,12 @@ class Variant(Rounding):
         norm: str,
         matrix: Tensor | None,
         weights: Tensor | None,
+        is_latent: bool = False,
     ) -> Tensor:
         """``y`` on the levels of each plane group, with error feedback if there is a matrix."""
+        mend = (
+            ("weighed" if is_latent else "stored") if self.mend_mixed is None else self.mend_mixed
+        )
         is_mixed = len(set(widths)) > 1
         low, high = self.reach or ((0.75, 1.0) if is_mixed else (0.0, float(max(widths) > 3)))
         weights_of = _weights_of(widths, y)
@@ -259,12 +288,12 @@ class Variant(Rounding):
             least = torch.tensor(least, device=y.device).repeat_interleave(LANES)[: y.shape[-1]]
             scale = torch.maximum(size, (y.abs() * least).amax(-1, keepdim=True))
         scale = (scale * self.stretch).clamp(SMALLEST_SCALE, LARGEST_HALF)
-        if is_mixed and not self.mend_mixed:
+        if is_mixed and not mend:
             scale, norm = scale.half().float(), ""
         if is_mixed and self.seek:
             scale = self._sought(y, scale, widths, weights_of["weighed"])
         if norm != "search":
-            weigh = weights_of[self.mend_mixed or "all"].sqrt() if is_mixed else 1.0
+            weigh = weights_of[mend or "all"].sqrt() if is_mixed else 1.0
             rounded = self._with_scale(y, scale, widths, matrix)
             if self.gain:
                 kept = 1 - torch.tensor(DISTORTION, device=y.device)[_bits(widths, y)]
@@ -388,7 +417,7 @@ def _mended(
     return rounded / scale * mended
 
 
-SKIPPED = (0, 4)
+SKIPPED = (0, FIRST)
 
 
 class Statistics(Rounding):
@@ -419,12 +448,22 @@ class Statistics(Rounding):
         self._gram[site.layer] = self._gram.get(site.layer, 0) + gram
         return key, value
 
+    def usual(self, first: int = FIRST) -> dict[int, Tensor]:
+        """See ``Variant.usual``."""
+        found = {}
+        for layer, gram in self._gram.items():
+            sums = self._moment[layer, first], gram
+            diagonals = [x.diagonal(dim1=-2, dim2=-1) for x in sums]
+            floored = [x + FLOOR * x.mean(-1, keepdim=True) + 1e-300 for x in diagonals]
+            found[layer] = (floored[0] / floored[1]).log2()[None, :, None]
+        return found
+
     def calibration(
         self,
-        query_weight: float = 0.5,
+        query_weight: float = QUERY_WEIGHT,
         joint: bool = False,
         inner: bool = True,
-        first: int = 0,
+        first: int = FIRST,
     ) -> dict[int, LayerCalibration]:
         """Bases by layer.
 
@@ -452,7 +491,6 @@ def _basis(moment: Tensor, gram: Tensor, weight: float, inner: bool) -> LayerCal
     weighted = (1 - weight + RIDGE) * identity + weight * gram / mean[1]
     factor = torch.linalg.cholesky(weighted)
     values, vectors = torch.linalg.eigh(factor.mT @ moment @ factor)
-    values, vectors = values.flip(-1), vectors.flip(-1)
     groups = values.split(LANES, -1)
     importance = torch.stack([group.mean(-1) for group in groups], -1)
     order = [group.shape[-1] if inner else 1 for group in groups]

@@ -90,7 +90,7 @@ def test_all_heads_of_a_layer_get_the_same_widths_and_none_decides_alone() -> No
 def test_the_widths_average_what_was_asked(bits: float) -> None:
     widths = layer()[0].widths(bits)
     assert sum(widths) == 4 * bits
-    assert list(widths) == sorted(widths, reverse=True)
+    assert list(widths) == sorted(widths)
 
 
 def test_an_average_that_the_planes_do_not_have_is_refused() -> None:

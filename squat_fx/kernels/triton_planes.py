@@ -172,7 +172,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         per_token=per_token,
         steps=tuple(STEP[bits] for bits in fmt.widths) if per_token else (),
         least_scales=least_scales(fmt.widths) if per_token else (),
-        worths=worths(fmt.widths) if per_token else (),
+        worths=worths(fmt.widths, fmt.latent) if per_token else (),
         unbiased=fmt.unbiased,
         affine=fmt.affine,
         levels=levels,

@@ -327,9 +327,9 @@ def worth(fmt, plane):
 
 
 @triton.constexpr_function
-def are_mixed(fmt):
-    """Whether plane groups have different widths."""
-    return len(set(fmt.widths)) > 1
+def count_alike(fmt):
+    """Whether all plane groups count the same in it."""
+    return len(set(fmt.worths)) == 1
 
 
 @triton.jit
@@ -347,7 +347,7 @@ def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.conste
     total = tl.sum(squares, 1, keep_dims=True)
     size = tl.maximum(tl.sqrt(total / fmt.head_dim), asked)
     size = tl.minimum(tl.maximum(size, SMALLEST_TOKEN_SCALE), LARGEST_HALF)
-    if are_mixed(fmt):
+    if not count_alike(fmt):
         total = tl.sum(weighed, 1, keep_dims=True)
     per_unit = 1.0 / tl.where(slot % 2 == 0, size, -size)
     kept = tl.zeros_like(squares)

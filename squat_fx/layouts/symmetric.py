@@ -16,11 +16,12 @@ what it lost. Keys come back as long as they were, ``|y'| = |y|``; values, of wh
 means, come back ``unbiased``, ``y' @ y = y @ y``. The scale of least error, ``y' @ y = y' @ y'``,
 shortens all tokens and is worse than none mended.
 
-Where plane groups have different widths the narrow ones lose more, and to make up for it in the
-wide ones would be an error. So length and product are those in which a plane group counts as much
-as its width says that it is worth: one over the error that the width leaves, since bits were given
-so that what is left is worth the same everywhere. Levels reach three quarters of the largest number
-at 2 bits, all of it from 3 bits on.
+Where plane groups have different widths levels reach three quarters of the largest number at 2 bits
+and all of it from 3 bits on. In a rotated frame all channels are worth the same, and so they count
+alike in what the scale keeps. In a calibrated basis the narrow plane groups are narrow because they
+are worth little; what they lose must not be made up for in the wide ones. There a plane group
+counts as much as its width says that it is worth: one over the error that the width leaves, since
+bits were given so that what is left is worth the same everywhere.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -74,12 +75,12 @@ def token_size(y: Tensor, widths: tuple[int, ...]) -> Tensor:
     return size.clamp(SMALLEST_SCALE, LARGEST_HALF)
 
 
-def worths(widths: tuple[int, ...]) -> tuple[float, ...]:
+def worths(widths: tuple[int, ...], latent: bool) -> tuple[float, ...]:
     """What the numbers of each plane group count in what a scale keeps, relative to those of the
-    widest; nothing without bits.
+    widest; nothing without bits. ``latent``: the frame is a calibrated basis.
     """
     least = DISTORTION[max(widths)]
-    return tuple(least / DISTORTION[b] if b else 0.0 for b in widths)
+    return tuple((least / DISTORTION[b] if latent else 1.0) if b else 0.0 for b in widths)
 
 
 def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
@@ -94,6 +95,7 @@ def quantize_tokens(
     feedback: Tensor | None = None,
     first_slot: int = 0,
     unbiased: bool = False,
+    latent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``y``) and scales (fp16 ``[..., tokens, 1]``).
 
@@ -103,6 +105,7 @@ def quantize_tokens(
         feedback: see :class:`squat_fx.codecs.base.Fit`; size and length are those before it.
         first_slot: where the first token is stored.
         unbiased: see the module.
+        latent: whether the frame is a calibrated basis.
     """
     head_dim = y.shape[-1]
     sign = alternating_signs(y.shape[-2], first_slot, y.device)
@@ -119,14 +122,18 @@ def quantize_tokens(
             later = slice(first + LANES, head_dim)
             error = (rounded - zero[block]) * unit[..., block] - rest[..., block]
             rest[..., later] += error @ feedback[..., block, later]
-    size = size * _mending(y / (size * sign), (codes - zero) * step, widths, unbiased)
+    size = size * _mending(
+        y / (size * sign), (codes - zero) * step, worths(widths, latent), unbiased
+    )
     scale = size.clamp(SMALLEST_SCALE, LARGEST_HALF).half() * sign
     return codes.to(torch.uint8), scale
 
 
-def _mending(units: Tensor, levels: Tensor, widths: tuple[int, ...], unbiased: bool) -> Tensor:
-    """What to multiply ``levels`` with for the length or the product of ``units``."""
-    worth = torch.tensor(worths(widths), device=units.device)
+def _mending(units: Tensor, levels: Tensor, of_groups: tuple[float, ...], unbiased: bool) -> Tensor:
+    """What to multiply ``levels`` with for the length or the product of ``units``, in which plane
+    groups count as :func:`worths` says.
+    """
+    worth = torch.tensor(of_groups, device=units.device)
     worth = worth.repeat_interleave(LANES)[: units.shape[-1]]
     units = units.masked_fill(worth == 0, 0.0)
     total = (worth * units.square()).sum(-1, keepdim=True)

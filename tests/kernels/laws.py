@@ -554,7 +554,7 @@ def assert_rounded_rightly(
         size = scale = size[..., None]
         bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
         levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
-        worth = torch.tensor(worths(fmt.widths), dtype=torch.float64)
+        worth = torch.tensor(worths(fmt.widths, fmt.latent), dtype=torch.float64)
         root = worth.repeat_interleave(LANES)[:head_dim].sqrt()
         levels, number = levels * sign * root, y * root
         length = number.norm(dim=-1, keepdim=True)
