@@ -287,7 +287,7 @@ def is_static(
     that depend on the symbols ``besides`` alone.
     """
     for fed in inputs:
-        if fed.kind in ("arena", "positions", "constant"):
+        if fed.kind not in ("argument", "dense"):
             continue
         example = examples[fed.index]
         sizes = example.shape if isinstance(example, Tensor) else (example,)
