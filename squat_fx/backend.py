@@ -26,7 +26,7 @@ from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.guard import Watch, repeated, with_raised
 from squat_fx.head_start import HeadStart
-from squat_fx.kernels import ahead
+from squat_fx.kernels import ahead, reference
 from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import Beside, InnerInput
@@ -208,6 +208,8 @@ def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
                     attention.scale,
                     attention.softcap,
                     attention.sinks is not None,
+                    attention.causal != reference.NO_CAUSALITY,
+                    site.layer in rewriting.watched,
                     (site.key.constant, site.value.constant),
                 )
             )
