@@ -124,6 +124,7 @@ class Boundary:
             self._replayed = Replayed(report)
             self._whereabouts = Whereabouts(moving.others)
         self._inputs = tuple(inputs)
+        self._fed = _by_carrier(inputs)
         self._outputs = tuple(outputs)
         self._report = report
         appended = {o.argument: o for o in outputs if o.kind == "appended"}
@@ -331,15 +332,14 @@ class Boundary:
         copied: Mapping[int, Tensor] = NOTHING,
     ) -> list[Any]:
         gathered = []
-        for i, fed in enumerate(self._inputs):
+        for i, fed in self._fed:
             if i in copied:
                 gathered.append(copied[i])
             elif fed.kind == "argument":
                 gathered.append(args[fed.index])
             elif fed.kind == "arena":
-                storage = staged[fed.index][0]
-                ring = dense.get(fed.index) if fed.name == "dense" else None
-                gathered.append(storage[fed.name] if ring is None else ring)
+                storage, ring = staged[fed.index][0], dense.get(fed.index)
+                gathered += storage.tensors if ring is None else storage.with_dense(ring)
             elif fed.kind == "constant":
                 gathered.append(fed.tensor)
             elif fed.kind == "beside":
@@ -422,3 +422,19 @@ class Boundary:
                     del arenas
                 out.append(stored[made.first])
         return tuple(out)
+
+
+def _by_carrier(inputs: Sequence[InnerInput]) -> list[tuple[int, InnerInput]]:
+    """What feeds the inputs, by the number of the first of them: all arenas of a carrier, which
+    follow each other, at once.
+    """
+    found: list[tuple[int, InnerInput]] = []
+    for i, fed in enumerate(inputs):
+        before = found[-1][1] if found else None
+        if (
+            fed.kind != "arena"
+            or before is None
+            or (before.kind, before.index) != ("arena", fed.index)
+        ):
+            found.append((i, fed))
+    return found

@@ -218,7 +218,9 @@ class Report:
 
     def track(self, handle: QuantizedKV) -> QuantizedKV:
         """Count a handle's storage among the live caches."""
-        self._storages.add(handle._storage)
+        if handle._storage.counted_by is not self:
+            handle._storage.counted_by = self
+            self._storages.add(handle._storage)
         return handle
 
     def note(self, text: str) -> None:
