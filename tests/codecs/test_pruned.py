@@ -25,7 +25,6 @@ from squat_fx.codecs import (
     codec_spec,
 )
 from tests import kinds
-from tests.choose import full
 from tests.conftest import stored_format
 from tests.models import SCENARIOS, VOCABULARY, beam, build, chat, greedy, left_padded_batch, prompt
 from tests.uses import generate, prefilled
@@ -112,7 +111,8 @@ def test_widths_are_those_of_the_codec_beneath() -> None:
 # whole models -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", ["left_padded_batch", *full(*SCENARIOS)])
+@pytest.mark.full
+@pytest.mark.parametrize("scenario", SCENARIOS)
 def test_with_budget_for_all_a_model_answers_as_with_the_codec_beneath(scenario: str) -> None:
     run = SCENARIOS[scenario]
     expected = run(compiled(build("llama"), Squat()))
