@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, PreTrainedModel
 
 import squat_fx
@@ -255,21 +256,51 @@ def test_a_file_goes_on_where_the_prompt_ended(tmp_path: Path) -> None:
         squat_fx.load_cache(path, other)
 
 
-def test_a_layer_left_dense_says_what_to_do() -> None:
-    """A second reader wants all keys."""
+def lost_keys() -> QuantizedKV:
+    """Keys whose prompt lost tokens."""
+    x = torch.randn(2, 1, 2, 60, 16)
+    return QuantizedKV.from_dense(x[0], stored_format(EXACT, "key", 16), "key", query=x[1])
+
+
+@pytest.mark.parametrize("kept", [None, 20])
+def test_what_wants_all_keys_says_what_to_do(kept: int | None) -> None:
+    """A second reader, and a window."""
 
     def step(query: Tensor, new: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys = torch.cat([past, new], 2)
         out = torch.nn.functional.scaled_dot_product_attention(query, keys, keys)
-        return out, keys.square().sum(-1), keys
+        return out, keys.square().sum(-1), keys if kept is None else keys[:, :, -kept:]
 
     torch._dynamo.reset()
     options: dict[str, Any] = {"codec": EXACT, "inner": "eager", "residual_length": 8}
-    fmt = stored_format(EXACT, "key", 16)
-    keys = QuantizedKV.from_dense(
-        torch.randn(1, 2, 60, 16), fmt, "key", query=torch.randn(1, 2, 60, 16)
-    )
-    run = torch.compile(step, backend="squat", options=options)
-    new = torch.randn(1, 2, 1, 16)
+    run, new = torch.compile(step, backend="squat", options=options), torch.randn(1, 2, 1, 16)
     with torch.no_grad(), pytest.raises(ValueError, match=r"^these keys lost tokens"):
-        run(new, new, keys)
+        run(new, new, lost_keys())
+
+
+class Prompt(torch.nn.Module):
+    """Returns all keys and values, and attends to the newest."""
+
+    def __init__(self, newest: int) -> None:
+        super().__init__()
+        self.newest = newest
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        key, value, newest = 2 * key, 2 * value, slice(-self.newest, None)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key[:, :, newest], value[:, :, newest], scale=0.25
+        )
+        return out, key, value
+
+
+@pytest.mark.parametrize(("newest", "layout"), [(0, "kept/dense"), (10, "dense")])
+def test_bare_graphs_keep_a_part_but_not_of_what_is_read_as_a_window(
+    newest: int, layout: str
+) -> None:
+    x = tuple(torch.randn(3, 1, 2, 60, 16))
+    config = squat_fx.Config(codec=EXACT, residual_length=8)
+    module, report = squat_fx.rewrite(make_fx(Prompt(newest))(*x), x, config)
+    assert report.rewritten == 1, str(report)
+    _, key, value = module(*x)
+    assert key.format.layout == value.format.layout == layout
+    assert key._storage.lost_tokens == value._storage.lost_tokens == (not newest)
