@@ -19,7 +19,15 @@ from squat_fx.kernels import kept, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.pool import GROWTH_SHARE, POOL, TOKENS, grown_capacity
 
+_CHANGES = [0]
 MANY_LEASES = 32  # dead ones are dropped when there are so many
+
+
+def changes() -> int:
+    """How often any storage has changed: what is written of it, where it is, or that it is gone.
+    As long as that is the same, all are what they were.
+    """
+    return _CHANGES[0]
 
 
 class Lease:
@@ -193,6 +201,7 @@ class Storage:
         with torch.inference_mode(False), torch.no_grad():
             reference.drop_front(self.arenas, first, self.fmt)
         self.dropped = self._start_for(first)
+        _CHANGES[0] += 1
 
     def capacity_of(self, name: str) -> int:
         """Tokens that fit into the packed arena ``name``."""
@@ -203,6 +212,7 @@ class Storage:
         self.length, self.watermark = reference.advanced(
             self.length, self.watermark, new_tokens, self.fmt
         )
+        _CHANGES[0] += 1
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
         """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that
@@ -243,6 +253,7 @@ class Storage:
         after = Extent(length, min(self.watermark, length))
         reference.truncate(self.arenas, self.extent, after, self.fmt)
         self.length, self.watermark = after.length, after.watermark
+        _CHANGES[0] += 1
 
     def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
         """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
@@ -278,6 +289,7 @@ class Storage:
         capacities = {self.capacity_of(name) for name in self.fmt.packed_names}
         self._room = capacities.pop() if len(capacities) == 1 else 0
         self._addresses: tuple[int, ...] | None = None
+        _CHANGES[0] += 1
 
     def _move_to_pool(self, capacity: int) -> None:
         first, *others = self.fmt.packed_names
@@ -309,6 +321,7 @@ class Storage:
 
 
 def _give_back(arenas: dict[str, Tensor], shared: tuple[str, ...]) -> None:
+    _CHANGES[0] += 1
     for name, arena in arenas.items():
         if name not in shared:
             POOL.give(arena)

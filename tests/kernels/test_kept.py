@@ -363,9 +363,10 @@ def test_copies_attend_alike(inner: Codec) -> None:
         assert torch.equal(attention(new, key, value, mask), out)
         assert key.storage_nbytes == keys.storage_nbytes
     picked = (x.index_select(0, rows) for x in (keys, values))
-    assert torch.equal(attention(new[rows], *picked, mask[rows]), out[rows])
+    # Products of other rows may be summed in another order.
+    torch.testing.assert_close(attention(new[rows], *picked, mask[rows]), out[rows])
     sliced = (x[1:] for x in (keys, values))
-    assert torch.equal(attention(new[1:], *sliced, mask[1:]), out[1:])
+    torch.testing.assert_close(attention(new[1:], *sliced, mask[1:]), out[1:])
 
 
 def test_a_copy_in_another_dtype_has_its_kept_tokens_in_it() -> None:
