@@ -270,6 +270,13 @@ def test_without_queries_all_tokens_are_kept() -> None:
     assert torch.equal(keys[:, :, 40:], key[:, :, 40:])
 
 
+def test_keys_that_keep_all_tokens_choose_nothing() -> None:
+    key, value, query = tensors(1)
+    keys = QuantizedKV.from_dense(key, formats_of(Lossless(1))[0], "key", query=query)
+    with pytest.raises(ValueError, match=r"^keys say .*, got 'dense' and 'kept/dense'; leave .*$"):
+        QuantizedKV.from_dense(value, formats_of(exact(9))[1], "value", keys=keys)
+
+
 # handles ------------------------------------------------------------------------------------------
 
 
