@@ -2,8 +2,9 @@
 
 A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``,
 ``device``), and every operation on it is right: appending, cropping, batch selection and attention
-stay packed, everything else dequantizes, or raises where tokens of a prompt were left out. So a cache object, a beam search or a piece of code that
-was never compiled can hold one without knowing it.
+stay packed, everything else dequantizes, or raises where tokens of a prompt were left out. So a
+cache object, a beam search or a piece of code that was never compiled can hold one without knowing
+it.
 
 Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
 a window, and an append that would disturb another living handle copies first. Tokens appended
