@@ -40,6 +40,9 @@ IN_PLACE_ERROR = (
 )
 
 
+NOTHING_TO_ENTER = contextlib.nullcontext()
+
+
 class QuantizedKV(Tensor):
     """Packed keys or values that look like the dense ``[batch, num_kv_heads, seq_len, head_dim]``.
 
@@ -66,7 +69,7 @@ class QuantizedKV(Tensor):
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         is_set = is_fake or torch.is_inference_mode_enabled()
-        with contextlib.nullcontext() if is_set else torch.inference_mode():
+        with NOTHING_TO_ENTER if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
                 cls, tuple(shape), dtype=dense.dtype, device=dense.device
             )
@@ -75,7 +78,10 @@ class QuantizedKV(Tensor):
         if not is_fake:
             stored = length - (0 if pending is None else pending.shape[TOKENS])
             handle._lease = storage.lease(stored, first)
-            vars(handle).update(_dynamic_marks(cls.token_dim))
+            marks, (dims, others) = vars(handle), _marks_of_a_tensor(cls.token_dim)
+            marks.update(others)
+            for name in dims:
+                marks[name] = {cls.token_dim}
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -186,6 +192,10 @@ class QuantizedKV(Tensor):
         Copies if another living handle reads tokens that this one does not have; truncates in place
         if none does.
         """
+        storage = self._storage
+        is_newest = self._pending is None and self._lease.length == storage.length
+        if is_newest and storage.fits(new_tokens):
+            return storage
         self._own(self._lease.length)
         if self._pending is not None:
             self._reserve(self._pending.shape[TOKENS])
@@ -389,20 +399,20 @@ def _common_size(size: Any) -> Any:
     return common if common is size or common == size else size
 
 
-def _dynamic_marks(dim: int) -> dict[str, Any]:
-    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies.
+@lru_cache(maxsize=2)
+def _marks_of_a_tensor(dim: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies: those that are
+    sets of dims, each tensor's own, and others.
 
     ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
     grow.
     """
-    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor(dim).items()}
-
-
-@lru_cache(maxsize=2)
-def _marks_of_a_tensor(dim: int) -> dict[str, Any]:
     marked = torch.empty((1,) * (dim + 1))
     torch._dynamo.maybe_mark_dynamic(marked, dim)
-    return dict(vars(marked))
+    found = vars(marked)
+    dims = tuple(name for name, value in found.items() if isinstance(value, set))
+    assert all(found[name] == {dim} for name in dims)
+    return dims, {name: value for name, value in found.items() if name not in dims}
 
 
 def _choice_of(keys: QuantizedKV, fmt: Format) -> Tensor:

@@ -491,8 +491,12 @@ def attend(
 ) -> Tensor:
     """Attention over the stored tokens from ``first`` on and, beside them, the exact new ones.
 
-    The mask and the causality count from ``first``.
+    The mask and the causality count from ``first``; the mask may have more columns than there are
+    tokens.
     """
+    if mask is not None and mask.shape[-1] > 1:
+        new_len = 0 if new_key is None else new_key.shape[2]
+        mask = mask[..., : key[1].length + new_len - first]
     if key[2].stored_layout.chooses and query.shape[2] == 1:
         sides = (
             chosen.Side(arenas, extent.length, extent.watermark, fmt, new)
