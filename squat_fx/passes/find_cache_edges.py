@@ -21,6 +21,7 @@ of more than two tensors, static caches, tensors written in place, layers the co
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import fx
 from squat_fx.codecs import Format, Role
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.latent import latent_reason
 from squat_fx.passes.one_mask import terms_of
 from squat_fx.passes.records import (
     Attention,
@@ -87,17 +89,27 @@ class FindCacheEdges(GraphPass):
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
-        """Attentions that share a cache must agree on its format; the first one decides."""
+        """Attentions that share a cache must agree on its format, the first one decides; it grows
+        if the queries of one of them come with its keys.
+        """
         edges: dict[fx.Node, CacheEdge] = {}
-        for site in list(rewriting.sites):
-            for edge in (site.key, site.value):
-                if edges.setdefault(edge.stored, edge) != edge:
-                    rewriting.sites.remove(site)
-                    reason = "shares its cache with a layer that stores it differently"
-                    rewriting.skipped.append(
-                        Skipped(site.attention.output.name, reason, site.layer)
-                    )
-                    break
+        agreed: list[AttentionSite] = []
+        for site in rewriting.sites:
+            pair = site.key, site.value
+            if all(edges.get(e.stored, e) == replace(e, grows=_grows(edges, e)) for e in pair):
+                edges |= {e.stored: e for e in pair if e.grows or e.stored not in edges}
+                agreed.append(site)
+            else:
+                reason = "shares its cache with a layer that stores it differently"
+                rewriting.skipped.append(Skipped(site.attention.output.name, reason, site.layer))
+        rewriting.sites = [
+            replace(site, key=edges[site.key.stored], value=edges[site.value.stored])
+            for site in agreed
+        ]
+
+
+def _grows(edges: Mapping[fx.Node, CacheEdge], edge: CacheEdge) -> bool:
+    return edges.get(edge.stored, edge).grows
 
 
 def layer_of(node: fx.Node, ordinal: int) -> int:
@@ -121,10 +133,10 @@ def _site(
     for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
-            return f"{role} {found}"
+            return latent_reason(attention, role, returned) or f"{role} {found}"
         token_dim = _token_dim(found, role, attention)
         if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
-            return f"{role} {reason}"
+            return latent_reason(attention, role, returned) or f"{role} {reason}"
         if token_dim is None:
             return f"{role} {OTHER_AXES}"
         followed.append(found)

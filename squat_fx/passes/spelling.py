@@ -74,6 +74,11 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.view.default, aten.reshape.default, aten._unsafe_view.default,
         aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
     ),
+    "maximum": (torch.maximum, "maximum", aten.maximum.default),
+    "clamp": (
+        torch.clamp, torch.clamp_min, torch.clip, "clamp", "clamp_min", "clip",
+        aten.clamp.default, aten.clamp_min.default,
+    ),
     "unsqueeze": (torch.unsqueeze, "unsqueeze", aten.unsqueeze.default),
     "expand": ("expand", aten.expand.default, torch.broadcast_to, torch.Tensor.expand),
     "transpose": (torch.transpose, torch.swapaxes, "transpose", "swapaxes", aten.transpose.int),
@@ -295,13 +300,13 @@ def writers(node: fx.Node) -> list[fx.Node]:
             is_writer = current in written_by(user)
             if is_writer and user not in found:
                 found.append(user)
-            if user not in seen and (is_writer or _may_alias(user)):
+            if user not in seen and (is_writer or may_alias(user)):
                 seen.add(user)
                 stack.append(user)
     return found
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     name = describe(node)
     return (kind(node) in _MAY_ALIAS and name != "clone") or name in _OTHER_VIEWS
 
@@ -328,7 +333,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def memory_of(node: fx.Node) -> fx.Node:
     """The node whose memory ``node`` may be a view of."""
-    while _may_alias(node) or written_by(node):
+    while may_alias(node) or written_by(node):
         source = operand(node)
         if not isinstance(source, fx.Node):
             break
