@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from squat_fx.backend import NotRewritten, rewrite_graph
-from squat_fx.boundary import Boundary
+from squat_fx.boundary import Boundary, joins_of, with_joined
 from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.guard import Watch
@@ -34,14 +34,21 @@ from squat_fx.report import GraphReport, Report
 class RewrittenModule(nn.Module):
     """A rewritten graph, called as the original was, with ``QuantizedKV`` where the cache is."""
 
-    def __init__(self, boundary: Boundary, rewriting: Rewriting, codegen: Any, spec: Any) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        call: Callable[..., Any],
+        placeholders: Sequence[fx.Node],
+        codegen: Any,
+        spec: Any,
+    ) -> None:
         super().__init__()
-        self.module = rewriting.module
-        self._boundary = boundary
+        self.module = module
+        self._call = call
         self._codegen = codegen
         self._spec = spec
-        self._placeholders = rewriting.placeholders
-        self._expected = [(node.name, shape_of(node)) for node in rewriting.placeholders]
+        self._placeholders = placeholders
+        self._expected = [(node.name, shape_of(node)) for node in placeholders]
 
     @property
     def graph(self) -> fx.Graph:
@@ -58,7 +65,7 @@ class RewrittenModule(nn.Module):
         flat = _flat_inputs(self._codegen, self._placeholders, args, kwargs)
         self._check(flat)
         with torch.no_grad():  # a packed cache is not differentiable
-            out = self._boundary(*flat)
+            out = self._call(*flat)
         if is_pytree:
             return self._codegen.process_outputs(out)
         return out if self._spec is None else pytree.tree_unflatten(list(out), self._spec)
@@ -106,14 +113,16 @@ def rewrite_module(
     rewriting = Rewriting(
         graph_module, config, _carriers(graph_module.graph), placeholders=placeholders
     )
+    rewriting.joined = {n: None for n in placeholders if n not in rewriting.carriers}
     spec = rewrite_graph(rewriting)
     if config.strict and rewriting.skipped:
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
-    handles = [placeholders.index(node) for node in rewriting.handles]
-    values = [value_of(node) for node in placeholders]
+    inputs = rewriting.placeholders
+    handles = [inputs.index(node) for node in rewriting.handles]
+    values = [value_of(node) for node in inputs]
     numbers = [
-        (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
+        (row, number.size, tuple(inputs.index(node) for node in number.carriers))
         for row, number in rewriting.numbers
     ]
     watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
@@ -121,7 +130,8 @@ def rewrite_module(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
         numbers=numbers, watch=watch,
     )  # fmt: skip
-    return RewrittenModule(boundary, rewriting, codegen, spec), report
+    call = with_joined(boundary, joins_of(rewriting), rewriting.returned_as)
+    return RewrittenModule(rewriting.module, call, placeholders, codegen, spec), report
 
 
 def _flat_inputs(

@@ -28,7 +28,7 @@ from typing import Any
 from torch import fx
 
 from squat_fx.codecs import Format, Role
-from squat_fx.passes.axes import Followed, follow_views
+from squat_fx.passes.axes import Followed, follow_views, token_dim_of
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.latent import latent_reason
 from squat_fx.passes.one_mask import terms_of
@@ -76,11 +76,11 @@ class FindCacheEdges(GraphPass):
         count = len(rewriting.attentions)
         for ordinal, attention in enumerate(rewriting.attentions):
             layer = layer_of(attention.output, ordinal)
-            found = _site(attention, layer, count, returned, rewriting)
-            if isinstance(found, AttentionSite):
-                rewriting.sites.append(found)
-            else:
+            found = _sites(attention, layer, count, returned, rewriting)
+            if isinstance(found, str):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
+            else:
+                rewriting.sites.extend(found)
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
         _place_windows(rewriting)
@@ -121,8 +121,27 @@ def layer_of(node: fx.Node, ordinal: int) -> int:
     return ordinal
 
 
+def _sites(
+    attention: Attention, layer: int, count: int, returned: Returned, rewriting: Rewriting
+) -> list[AttentionSite] | str:
+    """The site of an attention, or one for each block of its heads, or why there is none."""
+    blocks = rewriting.blocks.get(attention.output)
+    if blocks is None:
+        found = _site(attention, None, layer, count, returned, rewriting)
+        return found if isinstance(found, str) else [found]
+    sites: list[AttentionSite] = []
+    for block in blocks:  # its keys are read as they are, and not as an eager product reads them
+        part = replace(attention, key=block.key, value=block.value, spelling="sdpa")
+        found = _site(part, block.heads, layer, count, returned, rewriting)
+        if isinstance(found, str):
+            return found
+        sites.append(found)
+    return sites
+
+
 def _site(
     attention: Attention,
+    heads: tuple[int, int] | None,
     layer: int,
     count: int,
     returned: Returned,
@@ -134,7 +153,7 @@ def _site(
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
             return latent_reason(attention, role, returned) or f"{role} {found}"
-        token_dim = _token_dim(found, role, attention)
+        token_dim = token_dim_of(found, role, attention.spelling)
         if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
             return latent_reason(attention, role, returned) or f"{role} {reason}"
         if token_dim is None:
@@ -145,14 +164,14 @@ def _site(
     sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
     if reason := _tiled_reason(attention, key, value):
         return reason
-    queries = _queries_per_kv(attention, key, value, *sizes)
+    queries = _queries_per_kv(attention, heads, key, value, *sizes)
     if isinstance(queries, str):
         return queries
     for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
         if reason := _buffer_reason(found.source, tokens, attention):
             return f"{role} {reason}"
-    _, heads, _, key_dim = sizes[0]
-    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
+    _, kv_heads, _, key_dim = sizes[0]
+    formats = rewriting.config.formats(layer, count, kv_heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
     found_edges = [
@@ -175,7 +194,7 @@ def _site(
     key_edge = replace(key_edge, given=basis)
     seen = None if key.source is key_edge.grown else key.source
     is_tiled = _is_tiled(key)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled, heads)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
@@ -249,25 +268,6 @@ def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | 
     return None
 
 
-def _token_dim(followed: Followed, role: str, attention: Attention) -> int | None:
-    """The cache's dim of tokens, 2 or 1, that the attention reads as [batch, heads x repeat,
-    tokens, channels] (an eager key: transposed); None if it reads the dims in another order.
-    """
-    axes = followed.axes
-    if len(axes) == 3:
-        axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
-    last = axes[-2:]
-    if role == "key" and attention.spelling == "eager":
-        last = last[::-1]
-    heads = tuple(name for name in axes[1] if name != "repeat")
-    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
-        return None
-    read = (heads, *last)
-    if read == (("heads",), ("tokens",), ("channels",)):
-        return 2
-    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
-
-
 def _is_tiled(followed: Followed) -> bool:
     """Whether all heads are there and then all of them again."""
     return any(len(axis) > 1 and "repeat" in axis[:-1] for axis in followed.axes)
@@ -285,11 +285,17 @@ def _tiled_reason(attention: Attention, key: Followed, value: Followed) -> str |
 
 
 def _queries_per_kv(
-    attention: Attention, key: Followed, value: Followed, keys: Sizes, values: Sizes
+    attention: Attention,
+    block: tuple[int, int] | None,
+    key: Followed,
+    value: Followed,
+    keys: Sizes,
+    values: Sizes,
 ) -> int | str:
     """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves.
 
-    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels.
+    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels. ``block``:
+    which query heads are meant, if not all of them are.
     """
     if key.source is value.source:
         return "keys and values are the same tensor"
@@ -307,7 +313,7 @@ def _queries_per_kv(
     leading = [_leading(shape, keys[0], keys[1] * key.repeat) for shape in (query, output)]
     if not all(map(same_size, *leading)):
         return "the attention's output has other leading dims than its query"
-    heads = leading[0][1]
+    heads = leading[0][1] if block is None else block[1]
     if not isinstance(heads, int) or heads % keys[1]:
         return "the number of query heads is not a multiple of the number of key heads"
     return heads // keys[1]

@@ -46,8 +46,8 @@ def latent_reason(attention: Attention, role: str, returned: Collection[fx.Node]
     for cached, product in _cached_above(node, returned).items():
         if cached not in of_query or _grows(cached):
             return (
-                f"{role} is rebuilt by {describe(product)} from a latent cache at every step (multi-head "
-                "latent attention); what is cached is small already and stays as it is"
+                f"{role} is rebuilt by {describe(product)} from a latent cache at every step "
+                "(multi-head latent attention); what is cached is small already and stays as it is"
             )
     return None
 

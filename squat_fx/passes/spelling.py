@@ -67,6 +67,7 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.to.dtype_layout, prims.convert_element_type.default,
     ),
     "cat": (torch.cat, torch.concat, torch.concatenate, aten.cat.default),
+    "stack": (torch.stack, aten.stack.default),
     "max": (torch.max, torch.amax, "max", "amax", aten.max.dim, aten.amax.default),
     "view": (
         torch.reshape, torch.flatten, torch.unflatten, torch.squeeze,

@@ -16,7 +16,7 @@ from tests.passes.spellings import sdpa_masked
 def rewritten() -> Rewriting:
     """A rewritten decode graph, and what feeds it."""
     module, _ = rewrite(Cached(), *examples(Cached()))
-    boundary: Any = module._boundary
+    boundary: Any = module._call
     inputs, outputs = list(boundary._inputs), list(boundary._outputs)
     return Rewriting(module.module, LOSSLESS, {}, inputs=inputs, outputs=outputs)
 

@@ -1,0 +1,761 @@
+"""Take tensors that hold several caches apart, so that each is seen for itself.
+
+Before (keys and values fused; ``past`` is ``[B, H, T, 2 D]``):
+    both = cat([past, cat([new_key, new_value], -1)], 2)           # returned
+    out  = attention(query, both[..., :D], both[..., D:])
+After:
+    key = cat([past_key, new_key], 2);  value = cat([past_value, new_value], 2)
+    out = attention(query, key, value);  return out, key, value    # which the boundary joins
+
+Before (stacked; ``past`` is ``[layers, 2, B, H, T, D]``):
+    key = cat([past[0, 0], new_key], 2);  ...;  return stack([stack([key, value]), ...])
+After:
+    key = cat([past_0_0, new_key], 2);  ...;  return key, value, ...
+
+Where a cache is inside of such a tensor says a lens (:mod:`squat_fx.lenses`): what an attention
+reads of what is returned, or of what something returned was stacked from. An input that arrives
+joined becomes one input for each of its caches.
+
+Leaves alone: tensors of which attentions do not read all, each number in one place; caches that are
+read in windows there. :class:`PutBackTogether` undoes what came of no use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from squat_fx.joined import JoinedKV
+from squat_fx.lenses import Join, Lens, are_all_of_it, origins, same_lens, view_through
+from squat_fx.passes.axes import follow_views, token_dim_of
+from squat_fx.passes.base import GraphPass
+from squat_fx.passes.one_mask import terms_of
+from squat_fx.passes.records import Attention, Block, JoinedOutput, Rewriting
+from squat_fx.passes.spelling import (
+    VIEWS,
+    argument,
+    describe,
+    dim_of,
+    flat_outputs,
+    kind,
+    operand,
+    parts_of,
+    returned_nodes,
+    same_size,
+    shape_of,
+    sizes_of,
+    value_of,
+    writers,
+)
+from squat_fx.state import QuantizedKV
+
+
+@dataclass
+class _Part:
+    """A cache inside of a larger tensor: where, and the node that is it."""
+
+    lens: Lens
+    node: fx.Node
+    token_dim: int
+
+
+@dataclass
+class _Blocks:
+    """An attention of which the heads ``i`` and ``i + kv_heads`` read the same values: those of
+    ``value``, a part of ``values``; and all of ``keys``. There are ``count`` times ``kv_heads``
+    heads of keys, and for ``kv_heads`` of them ``query_heads`` of queries.
+    """
+
+    keys: fx.Node
+    values: fx.Node
+    value: fx.Node
+    lens: Lens
+    kv_heads: int
+    count: int
+    query_heads: int
+
+
+class TakeCachesApart(GraphPass):
+    """Return caches in the place of what was put together from them."""
+
+    name = "take caches apart"
+
+    def run(self, rewriting: Rewriting) -> int:
+        """See the module's docstring."""
+        self._rewriting = rewriting
+        self._readers: dict[fx.Node, tuple[fx.Node, str, str]] = {}
+        self._made: list[fx.Node] = []
+        self._inputs: dict[fx.Node, tuple[Join, list[fx.Node]]] = {}
+        for node, join in rewriting.joined.items():
+            if join is not None:
+                self._take_input_apart(node, join)
+        returned = returned_nodes(rewriting.graph)
+        reads = self._reads(returned)
+        outputs: list[Any] = []
+        made: list[int | JoinedOutput] = []
+        count = 0
+        for node in flat_outputs(rewriting.graph):
+            found = self._taken_apart(node, reads) if isinstance(node, fx.Node) else None
+            if found is None:
+                made.append(len(outputs))
+                outputs.append(node)
+                continue
+            join, parts = found
+            made.append(JoinedOutput(len(outputs), join, node))
+            outputs.extend(parts)
+            count += 1
+        for node in self._made:
+            if not node.users and node not in outputs:
+                rewriting.graph.erase_node(node)
+        if count:
+            rewriting.graph.output_node().args = (tuple(outputs),)
+            rewriting.returned_as = made
+        return count
+
+    def _reads(self, returned: dict[fx.Node, Any]) -> dict[fx.Node, list[_Part]]:
+        """The parts that attentions read of what is returned; notes whatever they read."""
+        found: dict[fx.Node, list[_Part]] = {}
+        for attention in self._rewriting.attentions:
+            blocks = _blocks(attention, returned)
+            if blocks is not None:
+                self._read_in_blocks(attention, blocks, found)
+                continue
+            for role in ("key", "value"):
+                node = getattr(attention, role)
+                for above in _views_above(node, returned):
+                    self._readers.setdefault(above, (node, role, attention.spelling))
+                read = _read(node, returned)
+                token_dim = None if read is None else self._token_dim(read[2])
+                if read is None or token_dim is None:
+                    continue
+                root, lens, part = read
+                parts = found.setdefault(root, [])
+                if all(p.node is not part for p in parts):
+                    parts.append(_Part(lens, part, token_dim))
+        return found
+
+    def _read_in_blocks(
+        self, attention: Attention, blocks: _Blocks, found: dict[fx.Node, list[_Part]]
+    ) -> None:
+        """Note that an attention reads its keys head by head, and a part of its values."""
+        values = found.setdefault(blocks.values, [])
+        if all(part.node is not blocks.value for part in values):
+            values.append(_Part(blocks.lens, blocks.value, 2))
+        keys = found.setdefault(blocks.keys, [])
+        noted: list[Block] = []
+        for i in range(blocks.count):
+            lens: Lens = (("narrow", (1, i * blocks.kv_heads, blocks.kv_heads)),)
+            part = next((p for p in keys if p.lens == lens), None)
+            if part is None:
+                part = _Part(lens, _taken(blocks.keys, lens, after=blocks.keys), 2)
+                self._made.append(part.node)
+                keys.append(part)
+            heads = i * blocks.query_heads, blocks.query_heads
+            noted.append(Block(heads, part.node, blocks.value))
+        self._rewriting.blocks[attention.output] = noted
+
+    def _token_dim(self, node: fx.Node) -> int | None:
+        """The dim of tokens of what an attention reads views of."""
+        if node not in self._readers or len(shape_of(node) or ()) != 4:
+            return None
+        read, role, spelling = self._readers[node]
+        followed = follow_views(read, lambda n: n is node)
+        return None if isinstance(followed, str) else token_dim_of(followed, role, spelling)
+
+    def _leaves(self, node: fx.Node, lens: Lens = ()) -> list[_Part] | None:
+        """The caches that something is put together from; None if there is something else."""
+        token_dim = self._token_dim(node)
+        if token_dim is not None:
+            for built, where in _views_up(node, lens):
+                if kind(built) == "cat" and (dim := self._token_dim(built)) is not None:
+                    return [_Part(where, built, dim)]
+            return [_Part(lens, node, token_dim)]
+        parts: list[_Part] = []
+        for piece, where in _pieces(node) or ():
+            found = self._leaves(piece, (*lens, *where))
+            if found is None:
+                return None
+            parts += found
+        return parts or None
+
+    def _taken_apart(
+        self, node: fx.Node, reads: dict[fx.Node, list[_Part]]
+    ) -> tuple[Join, list[fx.Node]] | None:
+        """How a tensor that is returned is put together, and from which caches."""
+        if writers(node):
+            return None
+        own = reads.get(node, [])
+        if any(not part.lens for part in own):
+            return None  # it is a cache itself
+        parts = own or (self._leaves(node) if node not in self._readers else None)
+        parts = parts or self._grown_beside(node)
+        join = _join(parts, sizes_of(node)) if parts else None
+        if join is None:
+            return None
+        if own:
+            nodes = self._parts_of_one(node, own, join)
+        else:
+            nodes = [part.node for part in parts]
+            for part in parts:
+                self._name_past(part)
+        for known, _ in self._inputs.values():  # so that caches that come and go look alike
+            order = known.order_in(join)
+            if order is not None:
+                return known, [nodes[i] for i in order]
+        return join, nodes
+
+    def _grown_beside(self, node: fx.Node) -> list[_Part] | None:
+        """The caches in a past and all that is new, where each attention reads its own past and its
+        own new tokens.
+        """
+        if kind(node) != "cat" or len(parts_of(node)) != 2:
+            return None
+        past, new = parts_of(node)
+        parts: list[_Part] = []
+        for built, lens in _built_from(new):
+            for user in list(built.users):
+                pair = parts_of(user) if kind(user) == "cat" else ()
+                token_dim = self._token_dim(user)
+                if len(pair) != 2 or pair[1] is not built or token_dim is None:
+                    continue
+                part = _Part(lens, user, token_dim)
+                self._name_past(part)
+                if self._is_part(parts_of(user)[0], past, lens):
+                    parts.append(part)
+        join = _join(parts, sizes_of(node)) if parts else None
+        return parts if join is not None and _grows(node, join) else None
+
+    def _is_part(self, node: fx.Node, whole: fx.Node, lens: Lens) -> bool:
+        """Whether a node is the part of ``whole`` behind a lens."""
+        join, parts = self._inputs.get(whole, (None, []))
+        if join is not None and node in parts:
+            return same_lens(join.lenses[parts.index(node)], lens, sizes_of(whole))
+        found = (where for view, where in _views_below(whole) if view is node)
+        return any(same_lens(where, lens, sizes_of(whole)) for where in found)
+
+    def _parts_of_one(self, node: fx.Node, parts: list[_Part], join: Join) -> list[fx.Node]:
+        """The nodes that take the place of what attentions read of ``node``."""
+        made = []
+        for i, part in enumerate(parts):
+            if _grows(node, join):
+                taken = self._grown(node, join, i)
+            else:
+                taken = _built_as(node, part.lens) or part.node
+            if taken is not part.node:
+                self._replace(part.node, taken)
+            made.append(taken)
+        return made
+
+    def _grown(self, node: fx.Node, join: Join, part: int) -> fx.Node:
+        """Part ``part`` of a past and new tokens: their parts, concatenated."""
+        past, new = parts_of(node)
+        lens = join.lenses[part]
+        old, taken = self._past(past, join, part), _taken(new, lens, after=new)
+        with node.graph.inserting_after(max(node, old, taken)):
+            cat = node.graph.call_function(
+                node.target, ([old, taken], join.part_dim(part, join.token_dim))
+            )
+        cat.meta.update(node.meta, example_value=view_through(lens, value_of(node)))
+        cat.meta.pop("val", None)
+        return cat
+
+    def _past(self, past: fx.Node, join: Join, part: int) -> fx.Node:
+        """Part ``part`` of a past that is a tensor like what is returned."""
+        if past in self._rewriting.joined and past not in self._inputs:
+            self._take_input_apart(past, join)
+        if past in self._inputs:
+            known, nodes = self._inputs[past]
+            for lens, node in zip(known.lenses, nodes, strict=True):
+                if same_lens(lens, join.lenses[part], sizes_of(past)):
+                    return node
+        return _taken(past, join.lenses[part], after=_last_input(past.graph))
+
+    def _name_past(self, part: _Part) -> None:
+        """An input of its own for the past of a cache, if that is a part of an input that may
+        arrive joined.
+        """
+        past = next(iter(parts_of(part.node)), None) if kind(part.node) == "cat" else None
+        source = past
+        while isinstance(source, fx.Node) and (above := _view_of(source)) is not None:
+            source = above[0]
+        rewriting = self._rewriting
+        if not isinstance(source, fx.Node) or source not in rewriting.joined:
+            return
+        if source in self._inputs:
+            return
+        parts = [
+            _Part(lens, node, _token_dim_below(node))
+            for node, lens in _views_below(source)
+            if any(kind(u) == "cat" and parts_of(u)[0] is node for u in node.users)
+        ]
+        join = _join(parts, sizes_of(source)) if parts else None
+        if join is not None:
+            self._take_input_apart(source, join)
+
+    def _take_input_apart(self, whole: fx.Node, join: Join) -> None:
+        """An input for each cache in ``whole``, in the place of all views that lead to one."""
+        rewriting, after, nodes = self._rewriting, whole, []
+        value = value_of(whole)
+        values = value.outlines() if isinstance(value, JoinedKV) else join.parts(value)
+        for i, part in enumerate(values):
+            with rewriting.graph.inserting_after(after):
+                after = rewriting.graph.placeholder(f"{whole.name}_part_{i}")
+            after.meta["example_value"] = part
+            _give_source(after, whole, f"part_{i}")
+            nodes.append(after)
+            if rewriting.joined[whole] is None:
+                rewriting.carriers[after] = None
+            elif isinstance(part, QuantizedKV):
+                rewriting.carriers[after] = part.format
+            if after in rewriting.carriers:
+                rewriting.rows.append(after)
+        rewriting.placeholders = (*rewriting.placeholders, *nodes)
+        rewriting.joined[whole] = join
+        rewriting.taken_apart[whole] = tuple(nodes)
+        self._inputs[whole] = join, nodes
+        for node, lens in _views_below(whole):
+            for part_lens, part in zip(join.lenses, nodes, strict=True):
+                if same_lens(lens, part_lens, sizes_of(whole)):
+                    self._replace(node, part)
+
+    def _replace(self, old: fx.Node, new: fx.Node) -> None:
+        rewriting = self._rewriting
+        rewriting.attentions = [
+            replace(
+                attention,
+                key=new if attention.key is old else attention.key,
+                value=new if attention.value is old else attention.value,
+            )
+            for attention in rewriting.attentions
+        ]
+        for blocks in rewriting.blocks.values():
+            blocks[:] = [
+                replace(
+                    block,
+                    key=new if block.key is old else block.key,
+                    value=new if block.value is old else block.value,
+                )
+                for block in blocks
+            ]
+        for user in list(old.users):
+            if user is not new and user.op != "output":
+                user.replace_input_with(old, new)
+                rewriting.replaced.append((user, old, new))
+
+
+class PutBackTogether(GraphPass):
+    """Return what was taken apart as it was, where no attention over its parts was rewritten."""
+
+    name = "put back together"
+
+    def run(self, rewriting: Rewriting) -> int:
+        """Undo; returns how many outputs are as they were."""
+        if not rewriting.returned_as:
+            return 0
+        edges, outputs = rewriting.edges(), flat_outputs(rewriting.graph)
+        made: list[int | JoinedOutput] = []
+        kept: list[Any] = []
+        undone: set[fx.Node] = set()
+        for output in rewriting.returned_as:
+            first = output if isinstance(output, int) else output.first
+            count = 1 if isinstance(output, int) else len(output.join.lenses)
+            parts = outputs[first : first + count]
+            if isinstance(output, int) or not any(part in edges for part in parts):
+                made.append(len(kept))
+                kept.append(parts[0] if isinstance(output, int) else output.whole)
+                undone |= set() if isinstance(output, int) else set(parts)
+            else:
+                made.append(JoinedOutput(len(kept), output.join, output.whole))
+                kept.extend(parts)
+        for user, old, new in reversed(rewriting.replaced):
+            if new in undone and new in user.all_input_nodes:
+                user.replace_input_with(new, old)
+        rewriting.graph.output_node().args = (tuple(kept),)
+        rewriting.returned_as = made
+        for node in undone:
+            if not node.users and node.op != "placeholder":
+                rewriting.graph.erase_node(node)
+        return len(undone)
+
+
+def _blocks(attention: Attention, returned: dict[fx.Node, Any]) -> _Blocks | None:
+    """How the heads of an attention read their values, if that is a part of them, again and again
+    (DiffLlama), while each has keys of its own.
+    """
+    key, value = (_read(node, returned) for node in (attention.key, attention.value))
+    query = shape_of(attention.query)
+    if key is None or value is None or key[1] or not value[1] or len(query or ()) != 4:
+        return None
+    by_head = (term for term in terms_of(attention) if sizes_of(term.node)[-3:-2] not in ((), (1,)))
+    if attention.sinks is not None or any(by_head):
+        return None
+    read = [
+        follow_views(node, lambda n, at=part: n is at)
+        for node, part in ((attention.key, key[2]), (attention.value, value[2]))
+    ]
+    keys, values = (None if isinstance(r, str) else [a for a in r.axes if a] for r in read)
+    if keys is None or values is None:
+        return None
+    keys = keys[:2] + (keys[:1:-1] if attention.spelling == "eager" else keys[2:])
+    kv_heads, key_heads = sizes_of(value[2])[1], sizes_of(key[2])[1]
+    plain = [("batch",), ("heads",), ("tokens",), ("channels",)]
+    if [tuple(n for n in axis if n != "repeat") for axis in (*keys, *values)] != plain * 2:
+        return None
+    if keys[1][:1] != ("heads",) or values[1][:1] != ("repeat",):
+        return None
+    sizes = key_heads, kv_heads, query[1] if query else None
+    if not all(isinstance(n, int) for n in sizes) or key_heads % kv_heads:
+        return None
+    count = key_heads // kv_heads
+    tiles = 1 if isinstance(read[1], str) else read[1].repeat
+    repeats = 1 if isinstance(read[0], str) else read[0].repeat
+    if tiles != count * repeats or sizes[2] % key_heads or _first_repeat(attention.value) != count:
+        return None
+    query_heads = sizes[2] // count
+    return _Blocks(key[0], value[0], value[2], value[1], kv_heads, count, query_heads)
+
+
+def _first_repeat(node: fx.Node) -> int | None:
+    """How many times ``x.repeat(1, n, 1, 1)`` above a node repeats the heads."""
+    while kind(node) != "repeat":
+        source = operand(node)
+        if not isinstance(source, fx.Node) or kind(node) not in VIEWS | {"cast"}:
+            return None
+        node = source
+    given: Any = argument(node, 1, "repeats")
+    repeats = tuple(given) if isinstance(given, (tuple, list)) else node.args[1:]
+    return repeats[1] if len(repeats) == 4 and repeats[:1] + repeats[2:] == (1, 1, 1) else None
+
+
+def _join(parts: list[_Part], sizes: tuple[Any, ...]) -> Join | None:
+    """How a tensor of such sizes is put together from ``parts``; None if that is not all of it, or
+    not of caches that have their batch and their tokens in the same place.
+    """
+    found = [origins(part.lens, len(sizes)) for part in parts]
+    touched = frozenset().union(*(dims for _, dims in found))
+    fixed = tuple(size if d in touched else None for d, size in enumerate(sizes))
+    if any(not isinstance(fixed[d], int) for d in touched):
+        return None
+    places = {(dims[0], dims[p.token_dim]) for p, (dims, _) in zip(parts, found, strict=True)}
+    if len(places) != 1 or not are_all_of_it([p.lens for p in parts], fixed):
+        return None
+    batch, tokens = places.pop()
+    if batch is None or tokens is None or {batch, tokens} & touched:
+        return None
+    return Join(tuple(part.lens for part in parts), fixed, tokens)
+
+
+def _grows(node: fx.Node, join: Join) -> bool:
+    """Whether a node is a past and new tokens."""
+    if kind(node) != "cat" or len(parts_of(node)) != 2:
+        return False
+    shape = sizes_of(node)
+    shapes = [shape_of(part) for part in parts_of(node)]
+    is_alike = all(s is not None and len(s) == len(shape) for s in shapes)
+    return is_alike and dim_of(argument(node, 1, "dim", 0), shape) == join.token_dim
+
+
+def _read(node: fx.Node, returned: dict[fx.Node, Any]) -> tuple[fx.Node, Lens, fx.Node] | None:
+    """What is returned of which an attention reads a part, where that part is, and the
+    four-dimensional node that is it.
+    """
+    chain = list(_views_above(node, returned))
+    root = chain.pop()
+    if root not in returned:
+        return None
+    steps = [_view_of(view) for view in chain]
+    last = min((i for i, found in enumerate(steps) if _selects(found)), default=len(chain))
+    lens, part = (), root
+    for i in reversed(range(len(chain))):
+        found = steps[i]
+        if i < last and len(shape_of(part) or ()) == 4:
+            break
+        if found is None:
+            return None
+        lens, part = (*lens, *found[1]), chain[i]
+    return root, lens, part
+
+
+def _selects(found: tuple[fx.Node, Lens] | None) -> bool:
+    return any(name in ("select", "narrow") for name, _ in (found or ((), ()))[1])
+
+
+def _built_as(x: fx.Node, lens: Lens) -> fx.Node | None:
+    """What was stacked or concatenated to become the part of ``x`` behind a lens."""
+    for built, where in _built_from(x):
+        if built is not x and same_lens(where, lens, sizes_of(x)):
+            return built
+    return None
+
+
+def _taken(x: fx.Node, lens: Lens, after: fx.Node) -> fx.Node:
+    """The part of ``x`` behind a lens, which may be new views of it."""
+    built = _built_as(x, lens)
+    if built is not None:
+        return built
+    value, after = value_of(x), max(x, after)
+    for name, arguments in lens:
+        value = getattr(value, name)(*arguments)
+        with x.graph.inserting_after(after):
+            after = x = x.graph.call_method(name, (x, *arguments))
+        x.meta["example_value"] = value
+    return x
+
+
+def _built_from(node: fx.Node, lens: Lens = ()) -> Iterator[tuple[fx.Node, Lens]]:
+    """A tensor, and all that it is stacked and concatenated from, each with where it is in it."""
+    yield node, lens
+    for piece, where in _pieces(node) or ():
+        yield from _built_from(piece, (*lens, *where))
+
+
+def _pieces(node: fx.Node) -> list[tuple[fx.Node, Lens]] | None:
+    """What a node is stacked, concatenated or viewed from, and where that is in it."""
+    shape, step = shape_of(node), kind(node)
+    if shape is None or writers(node):
+        return None
+    if step == "stack":
+        dim = dim_of(argument(node, 1, "dim", 0), shape)
+        return [(part, (("select", (dim, i)),)) for i, part in enumerate(parts_of(node))]
+    if step == "cat":
+        dim, start = dim_of(argument(node, 1, "dim", 0), shape), 0
+        pieces: list[tuple[fx.Node, Lens]] = []
+        for part in parts_of(node):
+            sizes = shape_of(part) or ()
+            if len(sizes) != len(shape) or not isinstance(sizes[dim], int):
+                return None
+            size = sizes[dim]
+            pieces.append((part, (("narrow", (dim, start, size)),)))
+            start += size
+        return pieces
+    source = operand(node)
+    if step in ("view", "same", "transpose", "permute", "unsqueeze"):
+        undone = _undone(node, source) if isinstance(source, fx.Node) else None
+        return None if undone is None else [(source, undone)]
+    return None
+
+
+def _views_up(node: fx.Node, lens: Lens) -> Iterator[tuple[fx.Node, Lens]]:
+    """A node and what it is a view of, of as many dims, each with where it is."""
+    yield node, lens
+    if kind(node) in ("same", "transpose", "permute"):
+        for source, where in _pieces(node) or ():
+            yield from _views_up(source, (*lens, *where))
+
+
+def _views_above(node: fx.Node, returned: dict[fx.Node, Any]) -> Iterator[fx.Node]:
+    """A node and what it is a view of, up to what is returned."""
+    while True:
+        yield node
+        above = _view_of(node)
+        source = operand(node) if above is None else above[0]
+        is_view = above is not None or kind(node) in VIEWS or kind(node) == "cast"
+        if node in returned or not is_view or not isinstance(source, fx.Node):
+            return
+        node = source
+
+
+def _undone(node: fx.Node, source: fx.Node) -> Lens | None:
+    """The steps that lead from a view back to its source."""
+    before, after, step = shape_of(source), shape_of(node), kind(node)
+    if before is None or after is None:
+        return None
+    if step == "same":
+        return ()
+    if step == "unsqueeze":
+        return (("select", (argument(node, 1, "dim") % len(after), 0)),)
+    if step == "view":
+        return _split(after, before)
+    order = _order(node, len(before))
+    return (("permute", (tuple(order.index(d) for d in range(len(order))),)),)
+
+
+def _split(merged: tuple[Any, ...], apart: tuple[Any, ...]) -> Lens | None:
+    """How a shape becomes one in which some of its dims are several, of sizes that are numbers."""
+    steps: list[Any] = []
+    sizes = list(apart)
+    for dim, size in reversed(list(enumerate(merged))):
+        taken: list[Any] = []
+        while not taken or not same_size(_product(taken), size):
+            if not sizes or len(sizes) <= dim:
+                return None
+            taken.insert(0, sizes.pop())
+        if len(taken) > 1:
+            if not all(isinstance(s, int) for s in taken):
+                return None
+            steps.append(("unflatten", (dim, tuple(taken))))
+    return None if sizes else tuple(steps)
+
+
+def _product(sizes: list[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def _order(node: fx.Node, dims: int) -> list[int]:
+    """The dims of its source in the order in which a transpose or permute has them."""
+    if kind(node) == "permute":
+        given: Any = argument(node, 1, "dims")
+        given = given if isinstance(given, (tuple, list)) else node.args[1:]
+        return [d % dims for d in given]
+    a, b = (argument(node, i, f"dim{i - 1}") % dims for i in (1, 2))
+    order = list(range(dims))
+    order[a], order[b] = b, a
+    return order
+
+
+def _view_of(node: fx.Node) -> tuple[fx.Node, Lens] | None:
+    """What a node is a view of, and where it is in it; None for all that is no such view."""
+    source = operand(node)
+    if not isinstance(source, fx.Node) or node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(value_of(source), (tuple, list)):
+        return _piece(node, source)
+    before, after, step, name = shape_of(source), shape_of(node), kind(node), describe(node)
+    if before is None or after is None:
+        return None
+    if step == "same" and name != "clone":
+        return source, ()
+    if step == "unsqueeze":
+        return source, (("unsqueeze", (argument(node, 1, "dim") % len(after),)),)
+    if step in ("transpose", "permute"):
+        return source, (("permute", (tuple(_order(node, len(before))),)),)
+    if step == "view":
+        steps = _split(before, after)
+        return None if steps is None else (source, steps)
+    if name == "select":
+        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
+        return _with_steps(source, _one(before, dim, index))
+    if step == "slice" or name in ("narrow", "slice"):
+        dim, start = argument(node, 1, "dim", 0), argument(node, 2, "start")
+        if name == "narrow":
+            end: Any = start + argument(node, 3, "length") if isinstance(start, int) else None
+            end = -1 if end is None else end
+        else:
+            end = argument(node, 3, "end")
+        return _with_steps(
+            source, _range(before, dim, slice(start, end, argument(node, 4, "step")))
+        )
+    if step == "getitem":
+        return _with_steps(source, _index(node.args[1], before))
+    return None
+
+
+def _with_steps(source: fx.Node, steps: Lens | None) -> tuple[fx.Node, Lens] | None:
+    return None if steps is None else (source, steps)
+
+
+def _piece(node: fx.Node, pieces: fx.Node) -> tuple[fx.Node, Lens] | None:
+    """``x.chunk(2, dim)[i]`` and the like."""
+    source, name, index = operand(pieces), describe(pieces), None
+    if kind(node) == "getitem" and isinstance(node.args[1], int):
+        index = node.args[1]
+    shape = shape_of(source)
+    if index is None or shape is None:
+        return None
+    if name == "unbind":
+        dim = argument(pieces, 1, "dim", 0)
+        return _with_steps(source, _one(shape, dim, index))
+    if name not in ("chunk", "split", "split_with_sizes", "tensor_split"):
+        return None
+    dim = dim_of(argument(pieces, 2, "dim", 0), shape)
+    index %= len(value_of(pieces))
+    lengths = [x.shape[dim] for x in value_of(pieces)]
+    if not all(isinstance(n, int) for n in lengths):
+        return None
+    return source, (("narrow", (dim, sum(lengths[:index]), lengths[index])),)
+
+
+def _one(shape: tuple[Any, ...], dim: Any, index: Any) -> Lens | None:
+    if not isinstance(dim, int) or not isinstance(index, int):
+        return None
+    dim %= len(shape)
+    if not isinstance(shape[dim], int):
+        return None
+    return (("select", (dim, index % shape[dim])),)
+
+
+def _range(shape: tuple[Any, ...], dim: int, which: slice) -> Lens | None:
+    dim %= len(shape)
+    size = shape[dim]
+    if which.start in (None, 0) and which.step in (None, 1) and _is_end(which.stop):
+        return ()
+    ends = (which.start, which.stop, which.step)
+    if not isinstance(size, int) or not all(e is None or isinstance(e, int) for e in ends):
+        return None
+    first, last, step = which.indices(size)
+    if step != 1 or last <= first:
+        return None
+    return () if (first, last) == (0, size) else (("narrow", (dim, first, last - first)),)
+
+
+def _is_end(stop: Any) -> bool:
+    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
+
+
+def _index(index: Any, shape: tuple[Any, ...]) -> Lens | None:
+    """``x[0, :, None, ..., :8]``."""
+    items = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        named = sum(i is not None and i is not Ellipsis for i in items)
+        items = (*items[:at], *[slice(None)] * (len(shape) - named), *items[at + 1 :])
+    steps: list[Any] = []
+    sizes, dim = list(shape), 0
+    for item in items:
+        if item is None:
+            steps.append(("unsqueeze", (dim,)))
+            sizes.insert(dim, 1)
+            dim += 1
+        elif isinstance(item, int) and not isinstance(item, bool):
+            found = _one(tuple(sizes), dim, item)
+            if found is None:
+                return None
+            steps.extend(found)
+            del sizes[dim]
+        elif isinstance(item, slice):
+            found = _range(tuple(sizes), dim, item)
+            if found is None:
+                return None
+            steps.extend(found)
+            if found:
+                sizes[dim] = found[0][1][2]
+            dim += 1
+        else:
+            return None
+    return tuple(steps)
+
+
+def _views_below(node: Any, lens: Lens = ()) -> Iterator[tuple[fx.Node, Lens]]:
+    """All views of a node, each with where it is."""
+    for user in list(node.users):
+        is_several = isinstance(value_of(user), (tuple, list))
+        for view in list(user.users) if is_several else [user]:
+            found = _view_of(view) if isinstance(value_of(view), Tensor) else None
+            if found is not None and found[0] is node:
+                here = (*lens, *found[1])
+                yield view, here
+                yield from _views_below(view, here)
+
+
+def _token_dim_below(past: fx.Node) -> int:
+    """The dim on which a past is concatenated to."""
+    cat = next(u for u in past.users if kind(u) == "cat")
+    return dim_of(argument(cat, 1, "dim", 0), sizes_of(cat))
+
+
+def _last_input(graph: fx.Graph) -> fx.Node:
+    return max(graph.find_nodes(op="placeholder"))
+
+
+def _give_source(part: fx.Node, whole: fx.Node, name: str) -> None:
+    from torch._dynamo.source import AttrSource
+
+    source = getattr(whole, "_dynamo_source", None)
+    if source is not None:
+        part._dynamo_source = AttrSource(source, name)  # pyright: ignore[reportAttributeAccessIssue]
