@@ -25,7 +25,7 @@ from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import Storage
+from squat_fx.storage import TOKENS, Storage
 from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
@@ -261,11 +261,11 @@ class Boundary:
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
-            rows.append(
-                (storage.length, storage.watermark)
-                if storage
-                else (args[carrier.index].shape[args[carrier.index].token_dim], 0)
-            )
+            if storage is not None:
+                rows.append((storage.length, storage.watermark))
+            else:
+                x = args[carrier.index]  # dense where no attention over it was understood
+                rows.append((x.shape[x.token_dim if isinstance(x, QuantizedKV) else TOKENS], 0))
         for row in self._rows:
             number = row.size(args)
             if row.carriers:

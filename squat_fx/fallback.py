@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.config import Config
+from squat_fx.packed import PackedTensor
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 
@@ -66,7 +67,7 @@ def _is_dense(layer: Any) -> bool:
         return False
     if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
         return False
-    if isinstance(keys, QuantizedKV) or isinstance(values, QuantizedKV):
+    if isinstance(keys, PackedTensor) or isinstance(values, PackedTensor):
         return False
     return (
         keys.dim() == values.dim() == 4 and keys.numel() > 0 and keys.shape[:3] == values.shape[:3]

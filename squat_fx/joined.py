@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from squat_fx.lenses import Join, Step
+from squat_fx.lenses import Join, Step, view_through
 from squat_fx.packed import PackedTensor
 from squat_fx.state import QuantizedKV, dynamic_marks
 from squat_fx.storage import Storage
@@ -194,10 +194,11 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
         if isinstance(x, PackedTensor) or x.dim() != first.dim() or own != shape:
             return NotImplemented
     made = []
-    for i, (part, *new) in enumerate(
-        zip(first.parts, *(first.join.parts(x) for x in rest), strict=True)
-    ):
-        made.append(torch.cat([part, *new], first.join.part_dim(i, first.join.token_dim)))
+    for i, part in enumerate(first.parts):
+        along = first.join.part_dim(i, first.join.token_dim)
+        assert along is not None, "no lens touches the tokens"
+        new = (view_through(first.join.lenses[i], x) for x in rest)
+        made.append(torch.cat([part, *new], along))
     return join_parts(made, first.join)
 
 
@@ -265,6 +266,10 @@ def _split(func: Any, x: JoinedKV, sizes: Any, dim: int = 0) -> Any:
     return NotImplemented if any(f is NotImplemented for f in found) else tuple(found)
 
 
+def _chunk(func: Any, x: JoinedKV, chunks: int, dim: int = 0) -> Any:
+    return _split(func, x, -(-x.shape[dim] // chunks), dim)
+
+
 def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return _each(func, x, *args, **kwargs) if isinstance(x, JoinedKV) else NotImplemented
 
@@ -279,6 +284,7 @@ _OPS: dict[Any, Callable[..., Any]] = {
     aten.unbind.int: _unbind,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
+    aten.chunk.default: _chunk,
     aten.index_select.default: _along,
     aten.index.Tensor: _index,
     aten.repeat_interleave.self_int: _repeat_interleave,

@@ -20,6 +20,7 @@ from squat_fx.passes.records import Attention
 from squat_fx.passes.spelling import (
     VIEWS,
     describe,
+    is_product,
     kind,
     may_alias,
     operand,
@@ -31,7 +32,6 @@ ABSORBED = (
     "key and value are parts of one latent cache (multi-head latent attention, its projections "
     "absorbed into the query), which is small already and stays as it is"
 )
-_PRODUCTS = ("linear", "Linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")
 _MOST_NODES = 400
 
 
@@ -65,7 +65,7 @@ def _cached_above(node: fx.Node, returned: Collection[fx.Node]) -> dict[fx.Node,
         if product is not None and node in returned:
             found.setdefault(node, product)
             continue
-        if describe(node) in _PRODUCTS:
+        if is_product(node):
             if product is not None:
                 continue
             product = node

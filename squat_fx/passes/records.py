@@ -236,6 +236,7 @@ class Rewriting:
         taken_apart: the placeholders for the caches in such an input; behind all others.
         returned_as: which output of the graph each flat output is, or is put together from; empty
             if that is as it was.
+        made: the nodes that taking apart put into the graph.
         blocks: attentions, by their outputs, whose query heads read caches in different order.
         replaced: what reads a part of a joined tensor, the part as it was and as it is now.
     """
@@ -259,6 +260,7 @@ class Rewriting:
     taken_apart: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     returned_as: list[int | JoinedOutput] = field(default_factory=list)
     blocks: dict[fx.Node, list[Block]] = field(default_factory=dict)
+    made: list[fx.Node] = field(default_factory=list)
     replaced: list[tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=list)
 
     @property

@@ -128,6 +128,9 @@ VIEWS = frozenset(
 )
 _MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave", "repeat"}
 _OTHER_VIEWS = frozenset({"chunk", "split", "unbind", "select", "narrow", "view_as", "movedim"})
+_PRODUCTS = frozenset(
+    {"linear", "Linear", "Conv1D", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}
+)
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in dir(operator)
@@ -262,6 +265,11 @@ def reads_size(node: fx.Node) -> bool:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     names = ("size", "dim", "numel", "sym_size", "sym_numel", "sym_stride")
     return describe(node) in (*names, "_assert_tensor_metadata")
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a product of matrices, such as a projection."""
+    return describe(node) in _PRODUCTS
 
 
 def newest_of(node: Any) -> fx.Node | None:

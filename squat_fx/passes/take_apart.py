@@ -33,13 +33,14 @@ from squat_fx.lenses import Join, Lens, are_all_of_it, origins, same_lens, view_
 from squat_fx.passes.axes import follow_views, token_dim_of
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.one_mask import terms_of
-from squat_fx.passes.records import Attention, Block, JoinedOutput, Rewriting
+from squat_fx.passes.records import Attention, Block, CacheEdge, JoinedOutput, Rewriting
 from squat_fx.passes.spelling import (
     VIEWS,
     argument,
     describe,
     dim_of,
     flat_outputs,
+    is_product,
     kind,
     operand,
     parts_of,
@@ -87,7 +88,6 @@ class TakeCachesApart(GraphPass):
         """See the module's docstring."""
         self._rewriting = rewriting
         self._readers: dict[fx.Node, tuple[fx.Node, str, str]] = {}
-        self._made: list[fx.Node] = []
         self._inputs: dict[fx.Node, tuple[Join, list[fx.Node]]] = {}
         for node, join in rewriting.joined.items():
             if join is not None:
@@ -107,9 +107,6 @@ class TakeCachesApart(GraphPass):
             made.append(JoinedOutput(len(outputs), join, node))
             outputs.extend(parts)
             count += 1
-        for node in self._made:
-            if not node.users and node not in outputs:
-                rewriting.graph.erase_node(node)
         if count:
             rewriting.graph.output_node().args = (tuple(outputs),)
             rewriting.returned_as = made
@@ -150,8 +147,7 @@ class TakeCachesApart(GraphPass):
             lens: Lens = (("narrow", (1, i * blocks.kv_heads, blocks.kv_heads)),)
             part = next((p for p in keys if p.lens == lens), None)
             if part is None:
-                part = _Part(lens, _taken(blocks.keys, lens, after=blocks.keys), 2)
-                self._made.append(part.node)
+                part = _Part(lens, _taken(blocks.keys, lens, blocks.keys, self._rewriting.made), 2)
                 keys.append(part)
             heads = i * blocks.query_heads, blocks.query_heads
             noted.append(Block(heads, part.node, blocks.value))
@@ -193,7 +189,7 @@ class TakeCachesApart(GraphPass):
         parts = own or (self._leaves(node) if node not in self._readers else None)
         parts = parts or self._grown_beside(node)
         join = _join(parts, sizes_of(node)) if parts else None
-        if join is None:
+        if parts is None or join is None or (own and _is_buffer(node, join)):
             return None
         if own:
             nodes = self._parts_of_one(node, own, join)
@@ -253,13 +249,15 @@ class TakeCachesApart(GraphPass):
         """Part ``part`` of a past and new tokens: their parts, concatenated."""
         past, new = parts_of(node)
         lens = join.lenses[part]
-        old, taken = self._past(past, join, part), _taken(new, lens, after=new)
+        old, taken = self._past(past, join, part), _taken(new, lens, new, self._rewriting.made)
         with node.graph.inserting_after(max(node, old, taken)):
+            target: Any = node.target
             cat = node.graph.call_function(
-                node.target, ([old, taken], join.part_dim(part, join.token_dim))
+                target, ([old, taken], join.part_dim(part, join.token_dim))
             )
         cat.meta.update(node.meta, example_value=view_through(lens, value_of(node)))
         cat.meta.pop("val", None)
+        self._rewriting.made.append(cat)
         return cat
 
     def _past(self, past: fx.Node, join: Join, part: int) -> fx.Node:
@@ -271,7 +269,7 @@ class TakeCachesApart(GraphPass):
             for lens, node in zip(known.lenses, nodes, strict=True):
                 if same_lens(lens, join.lenses[part], sizes_of(past)):
                     return node
-        return _taken(past, join.lenses[part], after=_last_input(past.graph))
+        return _taken(past, join.lenses[part], _last_input(past.graph), self._rewriting.made)
 
     def _name_past(self, part: _Part) -> None:
         """An input of its own for the past of a cache, if that is a part of an input that may
@@ -312,6 +310,10 @@ class TakeCachesApart(GraphPass):
                 rewriting.carriers[after] = part.format
             if after in rewriting.carriers:
                 rewriting.rows.append(after)
+        if whole in rewriting.carriers:
+            del rewriting.carriers[whole]
+            rewriting.rows = [row for row in rewriting.rows if row is not whole]
+        rewriting.made += nodes
         rewriting.placeholders = (*rewriting.placeholders, *nodes)
         rewriting.joined[whole] = join
         rewriting.taken_apart[whole] = tuple(nodes)
@@ -347,38 +349,62 @@ class TakeCachesApart(GraphPass):
 
 
 class PutBackTogether(GraphPass):
-    """Return what was taken apart as it was, where no attention over its parts was rewritten."""
+    """Undo what was taken apart where no attention over its parts was rewritten."""
 
     name = "put back together"
 
     def run(self, rewriting: Rewriting) -> int:
-        """Undo; returns how many outputs are as they were."""
-        if not rewriting.returned_as:
-            return 0
-        edges, outputs = rewriting.edges(), flat_outputs(rewriting.graph)
+        """See the class; returns how many tensors are as they were."""
+        edges = rewriting.edges()
+        undone = self._outputs(rewriting, edges) + self._inputs(rewriting, edges)
+        for user, old, new in reversed(rewriting.replaced):
+            if new in undone and new in user.all_input_nodes:
+                user.replace_input_with(new, old)
+        for node in sorted(rewriting.made, reverse=True):
+            if not node.users and (node.op != "placeholder" or node in undone):
+                rewriting.graph.erase_node(node)
+        return len(undone)
+
+    def _outputs(self, rewriting: Rewriting, edges: dict[fx.Node, CacheEdge]) -> list[fx.Node]:
+        """Return what was returned before; gives the parts that are not."""
+        outputs = flat_outputs(rewriting.graph)
         made: list[int | JoinedOutput] = []
         kept: list[Any] = []
-        undone: set[fx.Node] = set()
+        undone: list[fx.Node] = []
         for output in rewriting.returned_as:
             first = output if isinstance(output, int) else output.first
             count = 1 if isinstance(output, int) else len(output.join.lenses)
             parts = outputs[first : first + count]
-            if isinstance(output, int) or not any(part in edges for part in parts):
+            if isinstance(output, int):
                 made.append(len(kept))
-                kept.append(parts[0] if isinstance(output, int) else output.whole)
-                undone |= set() if isinstance(output, int) else set(parts)
-            else:
+                kept += parts
+            elif any(part in edges for part in parts):
                 made.append(JoinedOutput(len(kept), output.join, output.whole))
-                kept.extend(parts)
-        for user, old, new in reversed(rewriting.replaced):
-            if new in undone and new in user.all_input_nodes:
-                user.replace_input_with(new, old)
-        rewriting.graph.output_node().args = (tuple(kept),)
-        rewriting.returned_as = made
-        for node in undone:
-            if not node.users and node.op != "placeholder":
-                rewriting.graph.erase_node(node)
-        return len(undone)
+                kept += parts
+            else:
+                made.append(len(kept))
+                kept.append(output.whole)
+                undone += parts
+        if undone:
+            rewriting.graph.output_node().args = (tuple(kept),)
+            is_as_it_was = all(isinstance(output, int) for output in made)
+            rewriting.returned_as = [] if is_as_it_was else made
+        return undone
+
+    def _inputs(self, rewriting: Rewriting, edges: dict[fx.Node, CacheEdge]) -> list[fx.Node]:
+        """Take inputs whole that may, but do not, arrive packed; gives their parts."""
+        pasts = {edge.past for edge in edges.values()}
+        undone: list[fx.Node] = []
+        for whole, parts in list(rewriting.taken_apart.items()):
+            if not isinstance(value_of(whole), JoinedKV) and not pasts & set(parts):
+                undone += parts
+                del rewriting.taken_apart[whole]
+                rewriting.joined[whole] = None
+        for part in undone:
+            del rewriting.carriers[part]
+            rewriting.rows.remove(part)
+        rewriting.placeholders = tuple(n for n in rewriting.placeholders if n not in undone)
+        return undone
 
 
 def _blocks(attention: Attention, returned: dict[fx.Node, Any]) -> _Blocks | None:
@@ -392,30 +418,28 @@ def _blocks(attention: Attention, returned: dict[fx.Node, Any]) -> _Blocks | Non
     by_head = (term for term in terms_of(attention) if sizes_of(term.node)[-3:-2] not in ((), (1,)))
     if attention.sinks is not None or any(by_head):
         return None
-    read = [
-        follow_views(node, lambda n, at=part: n is at)
-        for node, part in ((attention.key, key[2]), (attention.value, value[2]))
-    ]
-    keys, values = (None if isinstance(r, str) else [a for a in r.axes if a] for r in read)
-    if keys is None or values is None:
+    keys = follow_views(attention.key, lambda n: n is key[2])
+    values = follow_views(attention.value, lambda n: n is value[2])
+    if isinstance(keys, str) or isinstance(values, str):
         return None
-    keys = keys[:2] + (keys[:1:-1] if attention.spelling == "eager" else keys[2:])
+    key_axes, value_axes = ([axis for axis in x.axes if axis] for x in (keys, values))
+    if attention.spelling == "eager":
+        key_axes[2:] = key_axes[:1:-1]
     kv_heads, key_heads = sizes_of(value[2])[1], sizes_of(key[2])[1]
     plain = [("batch",), ("heads",), ("tokens",), ("channels",)]
-    if [tuple(n for n in axis if n != "repeat") for axis in (*keys, *values)] != plain * 2:
+    named = [tuple(n for n in a if n != "repeat") for a in (*key_axes, *value_axes)]
+    if named != plain * 2 or key_axes[1][0] != "heads" or value_axes[1][:2] != ("repeat", "heads"):
         return None
-    if keys[1][:1] != ("heads",) or values[1][:1] != ("repeat",):
-        return None
-    sizes = key_heads, kv_heads, query[1] if query else None
-    if not all(isinstance(n, int) for n in sizes) or key_heads % kv_heads:
+    query_heads = query[1] if query else None
+    if not isinstance(query_heads, int) or not isinstance(key_heads, int) or key_heads % kv_heads:
         return None
     count = key_heads // kv_heads
-    tiles = 1 if isinstance(read[1], str) else read[1].repeat
-    repeats = 1 if isinstance(read[0], str) else read[0].repeat
-    if tiles != count * repeats or sizes[2] % key_heads or _first_repeat(attention.value) != count:
+    if _first_repeat(attention.value) != count or values.repeat != count * keys.repeat:
         return None
-    query_heads = sizes[2] // count
-    return _Blocks(key[0], value[0], value[2], value[1], kv_heads, count, query_heads)
+    if query_heads % key_heads:
+        return None
+    in_a_block = query_heads // count
+    return _Blocks(key[0], value[0], value[2], value[1], kv_heads, count, in_a_block)
 
 
 def _first_repeat(node: fx.Node) -> int | None:
@@ -426,7 +450,7 @@ def _first_repeat(node: fx.Node) -> int | None:
             return None
         node = source
     given: Any = argument(node, 1, "repeats")
-    repeats = tuple(given) if isinstance(given, (tuple, list)) else node.args[1:]
+    repeats: Any = tuple(given) if isinstance(given, (tuple, list)) else node.args[1:]
     return repeats[1] if len(repeats) == 4 and repeats[:1] + repeats[2:] == (1, 1, 1) else None
 
 
@@ -456,6 +480,24 @@ def _grows(node: fx.Node, join: Join) -> bool:
     shapes = [shape_of(part) for part in parts_of(node)]
     is_alike = all(s is not None and len(s) == len(shape) for s in shapes)
     return is_alike and dim_of(argument(node, 1, "dim", 0), shape) == join.token_dim
+
+
+def _is_buffer(node: fx.Node, join: Join) -> bool:
+    """Whether something is an input like it, changed other than by appending to it."""
+    if _grows(node, join):
+        return False
+    seen, stack = {node}, [node]
+    while stack:
+        for above in stack.pop().all_input_nodes:
+            shape = shape_of(above)
+            if above in seen or len(shape or ()) != len(join.sizes) or is_product(above):
+                continue
+            seen.add(above)
+            stack.append(above)
+            alike = (a == b for a, b in zip(shape or (), join.sizes, strict=True) if b is not None)
+            if above.op == "placeholder" and all(alike):
+                return True
+    return False
 
 
 def _read(node: fx.Node, returned: dict[fx.Node, Any]) -> tuple[fx.Node, Lens, fx.Node] | None:
@@ -491,8 +533,8 @@ def _built_as(x: fx.Node, lens: Lens) -> fx.Node | None:
     return None
 
 
-def _taken(x: fx.Node, lens: Lens, after: fx.Node) -> fx.Node:
-    """The part of ``x`` behind a lens, which may be new views of it."""
+def _taken(x: fx.Node, lens: Lens, after: fx.Node, made: list[fx.Node]) -> fx.Node:
+    """The part of ``x`` behind a lens, which may be new views of it; notes those."""
     built = _built_as(x, lens)
     if built is not None:
         return built
@@ -502,6 +544,7 @@ def _taken(x: fx.Node, lens: Lens, after: fx.Node) -> fx.Node:
         with x.graph.inserting_after(after):
             after = x = x.graph.call_method(name, (x, *arguments))
         x.meta["example_value"] = value
+        made.append(x)
     return x
 
 
@@ -741,6 +784,17 @@ def _views_below(node: Any, lens: Lens = ()) -> Iterator[tuple[fx.Node, Lens]]:
                 here = (*lens, *found[1])
                 yield view, here
                 yield from _views_below(view, here)
+
+
+def appended_dims(node: fx.Node) -> set[int]:
+    """The dims on which a node, or a view of it, is concatenated to."""
+    found: set[int] = set()
+    for view, lens in [(node, ()), *_views_below(node)]:
+        origin = origins(lens, len(sizes_of(node)))[0]
+        for user in view.users:
+            if kind(user) == "cat" and parts_of(user)[:1] == (view,) and len(parts_of(user)) == 2:
+                found.add(origin[dim_of(argument(user, 1, "dim", 0), origin)])
+    return found - {None}
 
 
 def _token_dim_below(past: fx.Node) -> int:
