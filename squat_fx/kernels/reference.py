@@ -442,7 +442,7 @@ def attention(
     kv_len, head_dim]``, mask broadcastable to ``[batch, num_heads, q_len, kv_len]``.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
-    mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    mask = with_causality(mask, causal, q_len, kv_len, query.device)
     key, value = key.to(query.dtype), value.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
@@ -458,7 +458,7 @@ def attention(
     return (probabilities(scores, mask, sinks, softcap) @ value.to(wide)).to(query.dtype)
 
 
-def _with_causality(
+def with_causality(
     mask: Tensor | None, causal: int, q_len: int, kv_len: int, device: torch.device
 ) -> Tensor | None:
     """``mask`` and what ``causal`` says, as one mask."""
@@ -557,7 +557,7 @@ def _attend_latent(
     wide = torch.promote_types(query.dtype, torch.float32)
     length = key[1].length
     kv_len = length + (0 if new_key is None else new_key.shape[2])
-    mask = _with_causality(mask, causal, q_len, kv_len - first, query.device)
+    mask = with_causality(mask, causal, q_len, kv_len - first, query.device)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(batch, *mask.shape[1:])

@@ -21,13 +21,13 @@ of more than two tensors, static caches, tensors written in place, layers the co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from squat_fx.codecs import Format, Role
+from squat_fx.layouts.kept import beneath
 from squat_fx.passes.axes import Followed, follow_views, token_dim_of
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.latent import latent_reason
@@ -89,27 +89,33 @@ class FindCacheEdges(GraphPass):
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
-        """Attentions that share a cache must agree on its format, the first one decides; it grows
-        if the queries of one of them come with its keys.
+        """Attentions that share a cache must agree on its format, and on the keys whose tokens
+        values keep; the first one decides. A cache grows if the queries of one of them come with
+        its keys.
         """
         edges: dict[fx.Node, CacheEdge] = {}
-        agreed: list[AttentionSite] = []
+        keys: dict[fx.Node, fx.Node] = {}
+        refused: dict[fx.Node, Skipped] = {}
         for site in rewriting.sites:
-            pair = site.key, site.value
-            if all(edges.get(e.stored, e) == replace(e, grows=_grows(edges, e)) for e in pair):
-                edges |= {e.stored: e for e in pair if e.grows or e.stored not in edges}
-                agreed.append(site)
-            else:
+            pair, output = (site.key, site.value), site.attention.output
+            chosen_by = keys.setdefault(site.value.stored, site.key.stored)
+            keeps_part = site.value.fmt.stored_layout.keeps_part
+            is_other = keeps_part and chosen_by is not site.key.stored
+            known = [edges.get(e.stored, e) for e in pair]
+            is_other |= any(
+                k != replace(e, grows=k.grows) for k, e in zip(known, pair, strict=True)
+            )
+            if is_other:
                 reason = "shares its cache with a layer that stores it differently"
-                rewriting.skipped.append(Skipped(site.attention.output.name, reason, site.layer))
+                refused[output] = Skipped(output.name, reason, site.layer)
+            elif output not in refused:
+                edges |= {e.stored: e for e in pair if e.grows or e.stored not in edges}
+        rewriting.skipped.extend(refused.values())
         rewriting.sites = [
             replace(site, key=edges[site.key.stored], value=edges[site.value.stored])
-            for site in agreed
+            for site in rewriting.sites
+            if site.attention.output not in refused
         ]
-
-
-def _grows(edges: Mapping[fx.Node, CacheEdge], edge: CacheEdge) -> bool:
-    return edges.get(edge.stored, edge).grows
 
 
 def layer_of(node: fx.Node, ordinal: int) -> int:
@@ -181,10 +187,9 @@ def _site(
         )
     ]
     key_edge, value_edge = (
-        replace(
+        _settled(
             edge,
-            grows=edge.kind != "prefill"
-            or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+            edge.kind != "prefill" or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
         )
         for edge in found_edges
     )
@@ -245,6 +250,10 @@ def _source_reason(
         return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
+    arriving = rewriting.carriers.get(parts[0])
+    is_window = source is not grown or part_returned(grown, returned) is not grown
+    if arriving is not None and arriving.stored_layout.keeps_part and is_window:
+        return "is a window of a cache of which only a part is kept"
     if part_returned(grown, returned) is None:
         sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in grown.users)
         what = "only a part of it is, and not its newest tokens"
@@ -352,6 +361,14 @@ def _edge(
         fmt = fmt if arriving is None else arriving
         return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
     return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
+
+
+def _settled(edge: CacheEdge, grows: bool) -> CacheEdge:
+    """``edge``, all of whose tokens are kept if it is a window, which forgets by itself, or comes
+    from elsewhere than the queries that could choose.
+    """
+    whole = edge.kind == "prefill" and (edge.is_window or not grows)
+    return replace(edge, grows=grows, fmt=beneath(edge.fmt) if whole else edge.fmt)
 
 
 def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:

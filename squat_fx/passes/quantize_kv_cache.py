@@ -31,6 +31,7 @@ from torch import Tensor, fx
 
 from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
+from squat_fx.layouts.kept import MOVED
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
 from squat_fx.passes.one_mask import one_mask, terms_of
@@ -56,6 +57,8 @@ from squat_fx.passes.spelling import (
     writers,
     written_by,
 )
+
+SAME_SCALE = 1e-6
 
 
 class QuantizeKVCache(GraphPass):
@@ -88,8 +91,8 @@ class QuantizeKVCache(GraphPass):
             if edge.kind == "decode":
                 self._append(edge, readers[edge.stored], rewriting)
             else:
-                query = self._query_of(edge, rewriting)
-                stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
+                guides = self._query_of(edge, rewriting), _keys_of(edge, stored, rewriting)
+                stored[edge.stored] = self._store(edge, guides, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored, self._errors(stored, rewriting))
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
@@ -181,11 +184,12 @@ class QuantizeKVCache(GraphPass):
     def _store(
         self,
         edge: CacheEdge,
-        query: fx.Node | None,
+        guides: tuple[fx.Node | None, fx.Node | None],
         readers: list[fx.Node],
         rewriting: Rewriting,
     ) -> list[fx.Node]:
-        graph = rewriting.graph
+        """``guides``: the queries of the prompt, and what says which tokens the keys keep."""
+        graph, (query, keys) = rewriting.graph, guides
         stored = self._usual(edge, edge.stored)
         valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
         given = edge.given
@@ -202,8 +206,9 @@ class QuantizeKVCache(GraphPass):
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
+            *([] if keys is None else [keys]),
         )
-        place = _latest(stored, valid, query, given)
+        place = _latest(stored, valid, query, given, keys)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
@@ -260,13 +265,18 @@ class QuantizeKVCache(GraphPass):
 
     def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
         """The queries of the prompt, if the codec of an edge wants to see them."""
-        if "query" not in codec_from_spec(edge.fmt.codec).taps(edge.role):
+        taps = codec_from_spec(edge.fmt.codec).taps(edge.role)
+        if "query" not in taps:
             return None
         for site in rewriting.sites:
             if edge.stored in (site.key.stored, site.value.stored):
                 graph = rewriting.graph
                 with graph.inserting_before(site.attention.output):
-                    return _newest_like(edge, four_dim_query(site, graph))
+                    query = four_dim_query(site, graph)
+                    scale = site.attention.scale * edge.fmt.head_dim**0.5
+                    if "scores" in taps and abs(scale - 1.0) > SAME_SCALE:
+                        query = graph.call_function(operator.mul, (query, scale))
+                    return _newest_like(edge, query)
         return None
 
     def _new(self, edge: CacheEdge) -> fx.Node | None:
@@ -311,6 +321,16 @@ class QuantizeKVCache(GraphPass):
                     torch.ops.squat_fx.valid_tokens.default, (mask, new)
                 )
         return self._valid[key]
+
+
+def _keys_of(
+    edge: CacheEdge, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
+) -> fx.Node | None:
+    """What says which tokens the keys of some values keep, if these keep the same part."""
+    if edge.role != "value" or not edge.fmt.stored_layout.keeps_part:
+        return None
+    key = next(site.key for site in rewriting.sites if site.value.stored is edge.stored)
+    return stored[key.stored][key.fmt.stored_names.index(MOVED)]
 
 
 def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:
