@@ -44,7 +44,9 @@ from squat_fx.passes.spelling import (
     argument,
     describe,
     dim_of,
+    is_product,
     kind,
+    memory_of,
     newest_of,
     parts_of,
     returned_nodes,
@@ -263,18 +265,53 @@ def _source_reason(
 
 
 def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
-    """Whether what is returned is an input of the same shape with something written into it."""
-    if kind(stored) == "cat" or _grows_with_the_query(attention, tokens):
+    """Why what is returned is made of an input like it in another way than by appending to that:
+    what was packed would be rounded again at every call.
+    """
+    if kind(stored) == "cat":
+        past, new = parts_of(stored)
+        source = memory_of(past)
+        if _is_input(source) or len(sizes_of(past)) != len(sizes_of(stored)):
+            return None
+        if _is_input(memory_of(new)):
+            return "is a concatenation of new tokens and of a past behind them"
+        if _comes_from_input_like(stored, [past], argument(stored, 1, "dim", 0)):
+            return (
+                f"is appended to what {describe(source)} makes of a graph input, not to a past as "
+                "it was returned"
+            )
         return None
-    seen, stack = {stored}, [stored]
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node.op == "placeholder" and shape_of(node) == shape_of(stored):
-                return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
-            if node not in seen and len(shape_of(node) or ()) == 4:
-                seen.add(node)
-                stack.append(node)
+    if _grows_with_the_query(attention, tokens):
+        return None
+    if _comes_from_input_like(stored, stored.all_input_nodes):
+        return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
     return None
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _comes_from_input_like(
+    stored: fx.Node, above: list[fx.Node], token_dim: int | None = None
+) -> bool:
+    """Whether nodes come, other than by a product of matrices, from an input shaped as ``stored``
+    is, but for the tokens if their dim is given.
+    """
+    shape = sizes_of(stored)
+    free = None if token_dim is None else dim_of(token_dim, shape)
+    seen, stack = {stored}, list(above)
+    while stack:
+        node = stack.pop()
+        own = shape_of(node) or ()
+        if node in seen or len(own) != len(shape) or is_product(node):
+            continue
+        seen.add(node)
+        pairs = enumerate(zip(own, shape, strict=True))
+        if _is_input(node) and all(d == free or same_size(x, y) for d, (x, y) in pairs):
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def _is_tiled(followed: Followed) -> bool:
