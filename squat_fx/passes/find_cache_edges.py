@@ -176,7 +176,7 @@ def _site(
     if isinstance(queries, str):
         return queries
     for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
-        if reason := _buffer_reason(found.source, tokens, attention):
+        if reason := _buffer_reason(found.source, tokens, attention, rewriting):
             return f"{role} {reason}"
     _, kv_heads, _, key_dim = sizes[0]
     formats = rewriting.config.formats(layer, count, kv_heads, key_dim, sizes[1][3])
@@ -264,7 +264,9 @@ def _source_reason(
     return None
 
 
-def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
+def _buffer_reason(
+    stored: fx.Node, tokens: Any, attention: Attention, rewriting: Rewriting
+) -> str | None:
     """Why what is returned is made of an input like it in another way than by appending to that:
     what was packed would be rounded again at every call.
     """
@@ -275,7 +277,7 @@ def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | 
             return None
         if _is_input(memory_of(new)):
             return "is a concatenation of new tokens and of a past behind them"
-        if _comes_from_input_like(stored, [past], argument(stored, 1, "dim", 0)):
+        if _comes_from_cache(stored, [past], rewriting, argument(stored, 1, "dim", 0)):
             return (
                 f"is appended to what {describe(source)} makes of a graph input, not to a past as "
                 "it was returned"
@@ -283,7 +285,7 @@ def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | 
         return None
     if _grows_with_the_query(attention, tokens):
         return None
-    if _comes_from_input_like(stored, stored.all_input_nodes):
+    if _comes_from_cache(stored, stored.all_input_nodes, rewriting):
         return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
     return None
 
@@ -292,25 +294,31 @@ def _is_input(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
-def _comes_from_input_like(
-    stored: fx.Node, above: list[fx.Node], token_dim: int | None = None
+def _comes_from_cache(
+    stored: fx.Node, above: list[fx.Node], rewriting: Rewriting, token_dim: int | None = None
 ) -> bool:
-    """Whether nodes come, other than by a product of matrices, from an input shaped as ``stored``
-    is, but for the tokens if their dim is given.
+    """Whether nodes come, other than by a product of matrices, from an input that is packed, or is
+    shaped as ``stored`` is, but for the batch, and for the tokens if their dim is given.
     """
     shape = sizes_of(stored)
-    free = None if token_dim is None else dim_of(token_dim, shape)
+    free = {0} if token_dim is None else {0, dim_of(token_dim, shape)}
     seen, stack = {stored}, list(above)
     while stack:
         node = stack.pop()
-        own = shape_of(node) or ()
-        if node in seen or len(own) != len(shape) or is_product(node):
+        own = shape_of(node)
+        if node in seen or own is None or is_product(node):
             continue
         seen.add(node)
-        pairs = enumerate(zip(own, shape, strict=True))
-        if _is_input(node) and all(d == free or same_size(x, y) for d, (x, y) in pairs):
-            return True
         stack.extend(node.all_input_nodes)
+        if not _is_input(node):
+            continue
+        packed = rewriting.carriers.get(node) or rewriting.joined.get(node)
+        is_like = len(own) == len(shape) and all(
+            dim in free or same_size(*sizes)
+            for dim, sizes in enumerate(zip(own, shape, strict=True))
+        )
+        if packed is not None or is_like:
+            return True
     return False
 
 
