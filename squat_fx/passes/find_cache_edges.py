@@ -250,6 +250,9 @@ def _source_reason(
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
     if rewriting.carriers.get(parts[0]) and value_of(parts[0]).token_dim != token_dim:
         return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
+    past = memory_of(parts[0])
+    if _is_input(past) and (found := writers(past)):
+        return f"is appended to a past that is changed in place by {describe(found[0])}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
     arriving = rewriting.carriers.get(parts[0])

@@ -76,6 +76,15 @@ class WrittenPast(Model):
         return attention(query, key, value), key, value
 
 
+class WrittenInput(Model):
+    """The same without a copy of it."""
+
+    def step(self, query: Any, key: Any, value: Any, past_key: Any, past_value: Any) -> Any:
+        past_key[:, :, :1].mul_(0.5)
+        key, value = grown(key, value, past_key, past_value)
+        return attention(query, key, value), key, value
+
+
 class WrittenNew(Model):
     """New keys are written in place after they were concatenated."""
 
@@ -154,6 +163,7 @@ LEFT: dict[type[Model], str] = {
     ReorderedInside: f"key is {BACK.format('index_select')}",
     Decayed: f"key is {BACK.format('mul')}",
     WrittenPast: f"key is {BACK.format('clone')}",
+    WrittenInput: "key is appended to a past that is changed in place by mul_",
     WrittenNew: "key is concatenated from tensors that are changed in place later",
     ThreePieces: "key is a concatenation of 3 tensors, not of past and new",
     ScaleOfATensor: "the scale is computed in the graph",
