@@ -10,7 +10,6 @@ the same numbers, however they are written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,8 +67,15 @@ def same_lens(a: Lens, b: Lens, sizes: Sequence[int | None]) -> bool:
     return is_alike and _place(a, small) == _place(b, small)
 
 
+def is_inside(a: Lens, b: Lens, sizes: Sequence[int | None]) -> bool:
+    """Whether all numbers that ``a`` leads to are among those of ``b``."""
+    marked = torch.zeros(_small((a, b), sizes), dtype=torch.bool)
+    view_through(b, marked).fill_(True)
+    return bool(view_through(a, marked).all())
+
+
 @lru_cache(maxsize=4096)
-def _place(lens: Lens, sizes: tuple[int, ...]) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _place(lens: Lens, sizes: tuple[int, ...]) -> Any:
     """Where the numbers behind a lens are in a contiguous tensor."""
     part = view_through(lens, torch.empty(sizes, device="meta"))
     steps = zip(part.shape, part.stride(), strict=True)

@@ -20,6 +20,7 @@ from squat_fx.config import Config
 from squat_fx.guard import Watch
 from squat_fx.passes import Rewriting
 from squat_fx.passes.find_cache_edges import part_returned
+from squat_fx.passes.read_lenses import appended_dims
 from squat_fx.passes.spelling import (
     argument,
     kind,
@@ -28,7 +29,6 @@ from squat_fx.passes.spelling import (
     shape_of,
     value_of,
 )
-from squat_fx.passes.take_apart import appended_dims
 from squat_fx.report import GraphReport, Report
 from squat_fx.state import QuantizedKV
 from squat_fx.token_major import handle_type
@@ -39,14 +39,15 @@ class RewrittenModule(nn.Module):
 
     def __init__(
         self,
-        module: fx.GraphModule,
+        rewriting: Rewriting,
         call: Callable[..., Any],
         placeholders: Sequence[fx.Node],
         codegen: Any,
         spec: Any,
     ) -> None:
         super().__init__()
-        self.module = module
+        self.module = rewriting.module
+        self._rewriting = rewriting
         self._call = call
         self._codegen = codegen
         self._spec = spec
@@ -134,7 +135,7 @@ def rewrite_module(
         numbers=numbers, watch=watch,
     )  # fmt: skip
     call = with_joined(_expecting(boundary, rewriting), joins_of(rewriting), rewriting.returned_as)
-    return RewrittenModule(rewriting.module, call, placeholders, codegen, spec), report
+    return RewrittenModule(rewriting, call, placeholders, codegen, spec), report
 
 
 def _expecting(call: Callable[..., Any], rewriting: Rewriting) -> Callable[..., Any]:

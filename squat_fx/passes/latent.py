@@ -12,19 +12,19 @@ project it first. In the absorbed form queries are projected instead, and the at
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import Any
 
 from torch import fx
 
+from squat_fx.lenses import is_inside, origins
+from squat_fx.passes.read_lenses import read_part
 from squat_fx.passes.records import Attention
 from squat_fx.passes.spelling import (
-    VIEWS,
     describe,
     is_product,
     kind,
-    may_alias,
-    operand,
     parts_of,
+    sizes_of,
     writers,
 )
 
@@ -35,7 +35,7 @@ ABSORBED = (
 _MOST_NODES = 400
 
 
-def latent_reason(attention: Attention, role: str, returned: Collection[fx.Node]) -> str | None:
+def latent_reason(attention: Attention, role: str, returned: dict[fx.Node, Any]) -> str | None:
     """Why keys or values that come from no cache themselves are not stored, if what is cached is
     what they are projected from.
     """
@@ -52,7 +52,7 @@ def latent_reason(attention: Attention, role: str, returned: Collection[fx.Node]
     return None
 
 
-def _cached_above(node: fx.Node, returned: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+def _cached_above(node: fx.Node, returned: dict[fx.Node, Any]) -> dict[fx.Node, fx.Node]:
     """What is returned and leads to ``node`` through one product of matrices, and that product."""
     found: dict[fx.Node, fx.Node] = {}
     seen: set[tuple[fx.Node, bool]] = set()
@@ -78,17 +78,12 @@ def _grows(node: fx.Node) -> bool:
     return kind(node) == "cat" and len(parts_of(node)) == 2
 
 
-def _is_absorbed(attention: Attention, returned: Collection[fx.Node]) -> bool:
-    key, value = (_viewed(n, returned) for n in (attention.key, attention.value))
-    return key is not None and key is value and attention.key is not attention.value
-
-
-def _viewed(node: fx.Node, returned: Collection[fx.Node]) -> fx.Node | None:
-    """What is returned and ``node`` is a view or a part of."""
-    while node not in returned:
-        source = operand(node)
-        is_view = kind(node) in VIEWS or may_alias(node)
-        if not is_view or not isinstance(source, fx.Node):
-            return None
-        node = source
-    return node
+def _is_absorbed(attention: Attention, returned: dict[fx.Node, Any]) -> bool:
+    """Whether the values are a part of the keys."""
+    key, value = (read_part(node, returned) for node in (attention.key, attention.value))
+    if key is None or value is None or key[0] is not value[0] or key[1] == value[1]:
+        return False
+    sizes = sizes_of(key[0])
+    dims = [origins(lens, len(sizes))[1] for lens in (key[1], value[1])]
+    is_known = all(isinstance(sizes[d], int) for d in frozenset().union(*dims))
+    return is_known and is_inside(value[1], key[1], sizes)

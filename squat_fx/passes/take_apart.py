@@ -22,30 +22,35 @@ read in windows there. :class:`PutBackTogether` undoes what came of no use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from squat_fx.joined import JoinedKV
 from squat_fx.lenses import Join, Lens, are_all_of_it, origins, same_lens, view_through
 from squat_fx.passes.axes import follow_views, token_dim_of
 from squat_fx.passes.base import GraphPass
-from squat_fx.passes.one_mask import terms_of
+from squat_fx.passes.head_blocks import HeadBlocks, head_blocks
+from squat_fx.passes.read_lenses import (
+    built_as,
+    built_from,
+    pieces_of,
+    read_part,
+    view_of,
+    views_above,
+    views_below,
+    views_up,
+)
 from squat_fx.passes.records import Attention, Block, CacheEdge, JoinedOutput, Rewriting
 from squat_fx.passes.spelling import (
-    VIEWS,
     argument,
-    describe,
     dim_of,
     flat_outputs,
     is_product,
     kind,
-    operand,
     parts_of,
     returned_nodes,
-    same_size,
     shape_of,
     sizes_of,
     value_of,
@@ -61,22 +66,6 @@ class _Part:
     lens: Lens
     node: fx.Node
     token_dim: int
-
-
-@dataclass
-class _Blocks:
-    """An attention of which the heads ``i`` and ``i + kv_heads`` read the same values: those of
-    ``value``, a part of ``values``; and all of ``keys``. There are ``count`` times ``kv_heads``
-    heads of keys, and for ``kv_heads`` of them ``query_heads`` of queries.
-    """
-
-    keys: fx.Node
-    values: fx.Node
-    value: fx.Node
-    lens: Lens
-    kv_heads: int
-    count: int
-    query_heads: int
 
 
 class TakeCachesApart(GraphPass):
@@ -116,15 +105,15 @@ class TakeCachesApart(GraphPass):
         """The parts that attentions read of what is returned; notes whatever they read."""
         found: dict[fx.Node, list[_Part]] = {}
         for attention in self._rewriting.attentions:
-            blocks = _blocks(attention, returned)
+            blocks = head_blocks(attention, returned)
             if blocks is not None:
                 self._read_in_blocks(attention, blocks, found)
                 continue
             for role in ("key", "value"):
                 node = getattr(attention, role)
-                for above in _views_above(node, returned):
+                for above in views_above(node, returned):
                     self._readers.setdefault(above, (node, role, attention.spelling))
-                read = _read(node, returned)
+                read = read_part(node, returned)
                 token_dim = None if read is None else self._token_dim(read[2])
                 if read is None or token_dim is None:
                     continue
@@ -135,7 +124,7 @@ class TakeCachesApart(GraphPass):
         return found
 
     def _read_in_blocks(
-        self, attention: Attention, blocks: _Blocks, found: dict[fx.Node, list[_Part]]
+        self, attention: Attention, blocks: HeadBlocks, found: dict[fx.Node, list[_Part]]
     ) -> None:
         """Note that an attention reads its keys head by head, and a part of its values."""
         values = found.setdefault(blocks.values, [])
@@ -165,12 +154,12 @@ class TakeCachesApart(GraphPass):
         """The caches that something is put together from; None if there is something else."""
         token_dim = self._token_dim(node)
         if token_dim is not None:
-            for built, where in _views_up(node, lens):
+            for built, where in views_up(node, lens):
                 if kind(built) == "cat" and (dim := self._token_dim(built)) is not None:
                     return [_Part(where, built, dim)]
             return [_Part(lens, node, token_dim)]
         parts: list[_Part] = []
-        for piece, where in _pieces(node) or ():
+        for piece, where in pieces_of(node) or ():
             found = self._leaves(piece, (*lens, *where))
             if found is None:
                 return None
@@ -211,7 +200,7 @@ class TakeCachesApart(GraphPass):
             return None
         past, new = parts_of(node)
         parts: list[_Part] = []
-        for built, lens in _built_from(new):
+        for built, lens in built_from(new):
             for user in list(built.users):
                 pair = parts_of(user) if kind(user) == "cat" else ()
                 token_dim = self._token_dim(user)
@@ -229,7 +218,7 @@ class TakeCachesApart(GraphPass):
         join, parts = self._inputs.get(whole, (None, []))
         if join is not None and node in parts:
             return same_lens(join.lenses[parts.index(node)], lens, sizes_of(whole))
-        found = (where for view, where in _views_below(whole) if view is node)
+        found = (where for view, where in views_below(whole) if view is node)
         return any(same_lens(where, lens, sizes_of(whole)) for where in found)
 
     def _parts_of_one(self, node: fx.Node, parts: list[_Part], join: Join) -> list[fx.Node]:
@@ -239,7 +228,7 @@ class TakeCachesApart(GraphPass):
             if _grows(node, join):
                 taken = self._grown(node, join, i)
             else:
-                taken = _built_as(node, part.lens) or part.node
+                taken = built_as(node, part.lens) or part.node
             if taken is not part.node:
                 self._replace(part.node, taken)
             made.append(taken)
@@ -277,7 +266,7 @@ class TakeCachesApart(GraphPass):
         """
         past = next(iter(parts_of(part.node)), None) if kind(part.node) == "cat" else None
         source = past
-        while isinstance(source, fx.Node) and (above := _view_of(source)) is not None:
+        while isinstance(source, fx.Node) and (above := view_of(source)) is not None:
             source = above[0]
         rewriting = self._rewriting
         if not isinstance(source, fx.Node) or source not in rewriting.joined:
@@ -286,7 +275,7 @@ class TakeCachesApart(GraphPass):
             return
         parts = [
             _Part(lens, node, _token_dim_below(node))
-            for node, lens in _views_below(source)
+            for node, lens in views_below(source)
             if any(kind(u) == "cat" and parts_of(u)[0] is node for u in node.users)
         ]
         join = _join(parts, sizes_of(source)) if parts else None
@@ -318,7 +307,7 @@ class TakeCachesApart(GraphPass):
         rewriting.joined[whole] = join
         rewriting.taken_apart[whole] = tuple(nodes)
         self._inputs[whole] = join, nodes
-        for node, lens in _views_below(whole):
+        for node, lens in views_below(whole):
             for part_lens, part in zip(join.lenses, nodes, strict=True):
                 if same_lens(lens, part_lens, sizes_of(whole)):
                     self._replace(node, part)
@@ -407,53 +396,6 @@ class PutBackTogether(GraphPass):
         return undone
 
 
-def _blocks(attention: Attention, returned: dict[fx.Node, Any]) -> _Blocks | None:
-    """How the heads of an attention read their values, if that is a part of them, again and again
-    (DiffLlama), while each has keys of its own.
-    """
-    key, value = (_read(node, returned) for node in (attention.key, attention.value))
-    query = shape_of(attention.query)
-    if key is None or value is None or key[1] or not value[1] or len(query or ()) != 4:
-        return None
-    by_head = (term for term in terms_of(attention) if sizes_of(term.node)[-3:-2] not in ((), (1,)))
-    if attention.sinks is not None or any(by_head):
-        return None
-    keys = follow_views(attention.key, lambda n: n is key[2])
-    values = follow_views(attention.value, lambda n: n is value[2])
-    if isinstance(keys, str) or isinstance(values, str):
-        return None
-    key_axes, value_axes = ([axis for axis in x.axes if axis] for x in (keys, values))
-    if attention.spelling == "eager":
-        key_axes[2:] = key_axes[:1:-1]
-    kv_heads, key_heads = sizes_of(value[2])[1], sizes_of(key[2])[1]
-    plain = [("batch",), ("heads",), ("tokens",), ("channels",)]
-    named = [tuple(n for n in a if n != "repeat") for a in (*key_axes, *value_axes)]
-    if named != plain * 2 or key_axes[1][0] != "heads" or value_axes[1][:2] != ("repeat", "heads"):
-        return None
-    query_heads = query[1] if query else None
-    if not isinstance(query_heads, int) or not isinstance(key_heads, int) or key_heads % kv_heads:
-        return None
-    count = key_heads // kv_heads
-    if _first_repeat(attention.value) != count or values.repeat != count * keys.repeat:
-        return None
-    if query_heads % key_heads:
-        return None
-    in_a_block = query_heads // count
-    return _Blocks(key[0], value[0], value[2], value[1], kv_heads, count, in_a_block)
-
-
-def _first_repeat(node: fx.Node) -> int | None:
-    """How many times ``x.repeat(1, n, 1, 1)`` above a node repeats the heads."""
-    while kind(node) != "repeat":
-        source = operand(node)
-        if not isinstance(source, fx.Node) or kind(node) not in VIEWS | {"cast"}:
-            return None
-        node = source
-    given: Any = argument(node, 1, "repeats")
-    repeats: Any = tuple(given) if isinstance(given, (tuple, list)) else node.args[1:]
-    return repeats[1] if len(repeats) == 4 and repeats[:1] + repeats[2:] == (1, 1, 1) else None
-
-
 def _join(parts: list[_Part], sizes: tuple[Any, ...]) -> Join | None:
     """How a tensor of such sizes is put together from ``parts``; None if that is not all of it, or
     not of caches that have their batch and their tokens in the same place.
@@ -484,7 +426,7 @@ def _grows(node: fx.Node, join: Join) -> bool:
 
 def _is_buffer(node: fx.Node, join: Join) -> bool:
     """Whether something is an input like it, changed other than by appending to it."""
-    if _grows(node, join):
+    if _grows(node, join) or is_product(node):
         return False
     seen, stack = {node}, [node]
     while stack:
@@ -500,42 +442,9 @@ def _is_buffer(node: fx.Node, join: Join) -> bool:
     return False
 
 
-def _read(node: fx.Node, returned: dict[fx.Node, Any]) -> tuple[fx.Node, Lens, fx.Node] | None:
-    """What is returned of which an attention reads a part, where that part is, and the
-    four-dimensional node that is it.
-    """
-    chain = list(_views_above(node, returned))
-    root = chain.pop()
-    if root not in returned:
-        return None
-    steps = [_view_of(view) for view in chain]
-    last = min((i for i, found in enumerate(steps) if _selects(found)), default=len(chain))
-    lens, part = (), root
-    for i in reversed(range(len(chain))):
-        found = steps[i]
-        if i < last and len(shape_of(part) or ()) == 4:
-            break
-        if found is None:
-            return None
-        lens, part = (*lens, *found[1]), chain[i]
-    return root, lens, part
-
-
-def _selects(found: tuple[fx.Node, Lens] | None) -> bool:
-    return any(name in ("select", "narrow") for name, _ in (found or ((), ()))[1])
-
-
-def _built_as(x: fx.Node, lens: Lens) -> fx.Node | None:
-    """What was stacked or concatenated to become the part of ``x`` behind a lens."""
-    for built, where in _built_from(x):
-        if built is not x and same_lens(where, lens, sizes_of(x)):
-            return built
-    return None
-
-
 def _taken(x: fx.Node, lens: Lens, after: fx.Node, made: list[fx.Node]) -> fx.Node:
     """The part of ``x`` behind a lens, which may be new views of it; notes those."""
-    built = _built_as(x, lens)
+    built = built_as(x, lens)
     if built is not None:
         return built
     value, after = value_of(x), max(x, after)
@@ -546,255 +455,6 @@ def _taken(x: fx.Node, lens: Lens, after: fx.Node, made: list[fx.Node]) -> fx.No
         x.meta["example_value"] = value
         made.append(x)
     return x
-
-
-def _built_from(node: fx.Node, lens: Lens = ()) -> Iterator[tuple[fx.Node, Lens]]:
-    """A tensor, and all that it is stacked and concatenated from, each with where it is in it."""
-    yield node, lens
-    for piece, where in _pieces(node) or ():
-        yield from _built_from(piece, (*lens, *where))
-
-
-def _pieces(node: fx.Node) -> list[tuple[fx.Node, Lens]] | None:
-    """What a node is stacked, concatenated or viewed from, and where that is in it."""
-    shape, step = shape_of(node), kind(node)
-    if shape is None or writers(node):
-        return None
-    if step == "stack":
-        dim = dim_of(argument(node, 1, "dim", 0), shape)
-        return [(part, (("select", (dim, i)),)) for i, part in enumerate(parts_of(node))]
-    if step == "cat":
-        dim, start = dim_of(argument(node, 1, "dim", 0), shape), 0
-        pieces: list[tuple[fx.Node, Lens]] = []
-        for part in parts_of(node):
-            sizes = shape_of(part) or ()
-            if len(sizes) != len(shape) or not isinstance(sizes[dim], int):
-                return None
-            size = sizes[dim]
-            pieces.append((part, (("narrow", (dim, start, size)),)))
-            start += size
-        return pieces
-    source = operand(node)
-    if step in ("view", "same", "transpose", "permute", "unsqueeze"):
-        undone = _undone(node, source) if isinstance(source, fx.Node) else None
-        return None if undone is None else [(source, undone)]
-    return None
-
-
-def _views_up(node: fx.Node, lens: Lens) -> Iterator[tuple[fx.Node, Lens]]:
-    """A node and what it is a view of, of as many dims, each with where it is."""
-    yield node, lens
-    if kind(node) in ("same", "transpose", "permute"):
-        for source, where in _pieces(node) or ():
-            yield from _views_up(source, (*lens, *where))
-
-
-def _views_above(node: fx.Node, returned: dict[fx.Node, Any]) -> Iterator[fx.Node]:
-    """A node and what it is a view of, up to what is returned."""
-    while True:
-        yield node
-        above = _view_of(node)
-        source = operand(node) if above is None else above[0]
-        is_view = above is not None or kind(node) in VIEWS or kind(node) == "cast"
-        if node in returned or not is_view or not isinstance(source, fx.Node):
-            return
-        node = source
-
-
-def _undone(node: fx.Node, source: fx.Node) -> Lens | None:
-    """The steps that lead from a view back to its source."""
-    before, after, step = shape_of(source), shape_of(node), kind(node)
-    if before is None or after is None:
-        return None
-    if step == "same":
-        return ()
-    if step == "unsqueeze":
-        return (("select", (argument(node, 1, "dim") % len(after), 0)),)
-    if step == "view":
-        return _split(after, before)
-    order = _order(node, len(before))
-    return (("permute", (tuple(order.index(d) for d in range(len(order))),)),)
-
-
-def _split(merged: tuple[Any, ...], apart: tuple[Any, ...]) -> Lens | None:
-    """How a shape becomes one in which some of its dims are several, of sizes that are numbers."""
-    steps: list[Any] = []
-    sizes = list(apart)
-    for dim, size in reversed(list(enumerate(merged))):
-        taken: list[Any] = []
-        while not taken or not same_size(_product(taken), size):
-            if not sizes or len(sizes) <= dim:
-                return None
-            taken.insert(0, sizes.pop())
-        if len(taken) > 1:
-            if not all(isinstance(s, int) for s in taken):
-                return None
-            steps.append(("unflatten", (dim, tuple(taken))))
-    return None if sizes else tuple(steps)
-
-
-def _product(sizes: list[Any]) -> Any:
-    total: Any = 1
-    for size in sizes:
-        total = total * size
-    return total
-
-
-def _order(node: fx.Node, dims: int) -> list[int]:
-    """The dims of its source in the order in which a transpose or permute has them."""
-    if kind(node) == "permute":
-        given: Any = argument(node, 1, "dims")
-        given = given if isinstance(given, (tuple, list)) else node.args[1:]
-        return [d % dims for d in given]
-    a, b = (argument(node, i, f"dim{i - 1}") % dims for i in (1, 2))
-    order = list(range(dims))
-    order[a], order[b] = b, a
-    return order
-
-
-def _view_of(node: fx.Node) -> tuple[fx.Node, Lens] | None:
-    """What a node is a view of, and where it is in it; None for all that is no such view."""
-    source = operand(node)
-    if not isinstance(source, fx.Node) or node.op not in ("call_function", "call_method"):
-        return None
-    if isinstance(value_of(source), (tuple, list)):
-        return _piece(node, source)
-    before, after, step, name = shape_of(source), shape_of(node), kind(node), describe(node)
-    if before is None or after is None:
-        return None
-    if step == "same" and name != "clone":
-        return source, ()
-    if step == "unsqueeze":
-        return source, (("unsqueeze", (argument(node, 1, "dim") % len(after),)),)
-    if step in ("transpose", "permute"):
-        return source, (("permute", (tuple(_order(node, len(before))),)),)
-    if step == "view":
-        steps = _split(before, after)
-        return None if steps is None else (source, steps)
-    if name == "select":
-        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
-        return _with_steps(source, _one(before, dim, index))
-    if step == "slice" or name in ("narrow", "slice"):
-        dim, start = argument(node, 1, "dim", 0), argument(node, 2, "start")
-        if name == "narrow":
-            end: Any = start + argument(node, 3, "length") if isinstance(start, int) else None
-            end = -1 if end is None else end
-        else:
-            end = argument(node, 3, "end")
-        return _with_steps(
-            source, _range(before, dim, slice(start, end, argument(node, 4, "step")))
-        )
-    if step == "getitem":
-        return _with_steps(source, _index(node.args[1], before))
-    return None
-
-
-def _with_steps(source: fx.Node, steps: Lens | None) -> tuple[fx.Node, Lens] | None:
-    return None if steps is None else (source, steps)
-
-
-def _piece(node: fx.Node, pieces: fx.Node) -> tuple[fx.Node, Lens] | None:
-    """``x.chunk(2, dim)[i]`` and the like."""
-    source, name, index = operand(pieces), describe(pieces), None
-    if kind(node) == "getitem" and isinstance(node.args[1], int):
-        index = node.args[1]
-    shape = shape_of(source)
-    if index is None or shape is None:
-        return None
-    if name == "unbind":
-        dim = argument(pieces, 1, "dim", 0)
-        return _with_steps(source, _one(shape, dim, index))
-    if name not in ("chunk", "split", "split_with_sizes", "tensor_split"):
-        return None
-    dim = dim_of(argument(pieces, 2, "dim", 0), shape)
-    index %= len(value_of(pieces))
-    lengths = [x.shape[dim] for x in value_of(pieces)]
-    if not all(isinstance(n, int) for n in lengths):
-        return None
-    return source, (("narrow", (dim, sum(lengths[:index]), lengths[index])),)
-
-
-def _one(shape: tuple[Any, ...], dim: Any, index: Any) -> Lens | None:
-    if not isinstance(dim, int) or not isinstance(index, int):
-        return None
-    dim %= len(shape)
-    if not isinstance(shape[dim], int):
-        return None
-    return (("select", (dim, index % shape[dim])),)
-
-
-def _range(shape: tuple[Any, ...], dim: int, which: slice) -> Lens | None:
-    dim %= len(shape)
-    size = shape[dim]
-    if which.start in (None, 0) and which.step in (None, 1) and _is_end(which.stop):
-        return ()
-    ends = (which.start, which.stop, which.step)
-    if not isinstance(size, int) or not all(e is None or isinstance(e, int) for e in ends):
-        return None
-    first, last, step = which.indices(size)
-    if step != 1 or last <= first:
-        return None
-    return () if (first, last) == (0, size) else (("narrow", (dim, first, last - first)),)
-
-
-def _is_end(stop: Any) -> bool:
-    return stop is None or (isinstance(stop, int) and stop >= 2**63 - 1)
-
-
-def _index(index: Any, shape: tuple[Any, ...]) -> Lens | None:
-    """``x[0, :, None, ..., :8]``."""
-    items = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        named = sum(i is not None and i is not Ellipsis for i in items)
-        items = (*items[:at], *[slice(None)] * (len(shape) - named), *items[at + 1 :])
-    steps: list[Any] = []
-    sizes, dim = list(shape), 0
-    for item in items:
-        if item is None:
-            steps.append(("unsqueeze", (dim,)))
-            sizes.insert(dim, 1)
-            dim += 1
-        elif isinstance(item, int) and not isinstance(item, bool):
-            found = _one(tuple(sizes), dim, item)
-            if found is None:
-                return None
-            steps.extend(found)
-            del sizes[dim]
-        elif isinstance(item, slice):
-            found = _range(tuple(sizes), dim, item)
-            if found is None:
-                return None
-            steps.extend(found)
-            if found:
-                sizes[dim] = found[0][1][2]
-            dim += 1
-        else:
-            return None
-    return tuple(steps)
-
-
-def _views_below(node: Any, lens: Lens = ()) -> Iterator[tuple[fx.Node, Lens]]:
-    """All views of a node, each with where it is."""
-    for user in list(node.users):
-        is_several = isinstance(value_of(user), (tuple, list))
-        for view in list(user.users) if is_several else [user]:
-            found = _view_of(view) if isinstance(value_of(view), Tensor) else None
-            if found is not None and found[0] is node:
-                here = (*lens, *found[1])
-                yield view, here
-                yield from _views_below(view, here)
-
-
-def appended_dims(node: fx.Node) -> set[int]:
-    """The dims on which a node, or a view of it, is concatenated to."""
-    found: set[int] = set()
-    for view, lens in [(node, ()), *_views_below(node)]:
-        origin = origins(lens, len(sizes_of(node)))[0]
-        for user in view.users:
-            if kind(user) == "cat" and parts_of(user)[:1] == (view,) and len(parts_of(user)) == 2:
-                found.add(origin[dim_of(argument(user, 1, "dim", 0), origin)])
-    return found - {None}
 
 
 def _token_dim_below(past: fx.Node) -> int:
