@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from squat_fx.lenses import Join, Step, view_through
 from squat_fx.packed import PackedTensor
-from squat_fx.state import QuantizedKV, dynamic_marks
+from squat_fx.state import QuantizedKV, mark_dynamic
 from squat_fx.storage import Storage
 from squat_fx.token_major import handle_type
 
@@ -46,7 +46,7 @@ class JoinedKV(PackedTensor):
         made = cls._of_shape(join.shape(parts), first.dense)
         made.join, made.parts, made.dense = join, tuple(parts), first.dense
         made._about = (join, *(_described(x) for x in parts))
-        vars(made).update(dynamic_marks(join.token_dim))
+        mark_dynamic(made, join.token_dim)
         return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -219,7 +219,9 @@ class Report:
 
     def track(self, handle: QuantizedKV) -> QuantizedKV:
         """Count a handle's storage among the live caches."""
-        self._storages.add(handle._storage)
+        if handle._storage.counted_by is not self:
+            handle._storage.counted_by = self
+            self._storages.add(handle._storage)
         return handle
 
     def note(self, text: str) -> None:
@@ -288,7 +290,7 @@ def is_static(
     that depend on the symbols ``besides`` alone.
     """
     for fed in inputs:
-        if fed.kind in ("arena", "positions", "constant"):
+        if fed.kind not in ("argument", "dense"):
             continue
         example = examples[fed.index]
         sizes = example.shape if isinstance(example, Tensor) else (example,)

@@ -2,8 +2,8 @@
 
 A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``,
 ``device``), and every operation on it is right: appending, cropping, batch selection and attention
-stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
-was never compiled can hold one without knowing it.
+stay packed, everything else dequantizes, or raises where tokens of a prompt were left out. So a
+cache object, a beam search or a piece of code that was never compiled can hold one without knowing.
 
 Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
 a window, and an append that would disturb another living handle copies first. Tokens appended
@@ -36,6 +36,9 @@ from squat_fx.storage import TOKENS, Lease, Storage
 aten = torch.ops.aten
 
 
+NOTHING_TO_ENTER = contextlib.nullcontext()
+
+
 class QuantizedKV(PackedTensor):
     """Packed keys or values that look like the dense ``[batch, num_kv_heads, seq_len, head_dim]``.
 
@@ -59,7 +62,7 @@ class QuantizedKV(PackedTensor):
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         is_set = is_fake or torch.is_inference_mode_enabled()
-        with contextlib.nullcontext() if is_set else torch.inference_mode():
+        with NOTHING_TO_ENTER if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
                 cls, tuple(shape), dtype=dense.dtype, device=dense.device
             )
@@ -68,7 +71,7 @@ class QuantizedKV(PackedTensor):
         if not is_fake:
             stored = length - (0 if pending is None else pending.shape[TOKENS])
             handle._lease = storage.lease(stored, first)
-            vars(handle).update(dynamic_marks(cls.token_dim))
+            mark_dynamic(handle, cls.token_dim)
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,13 +100,16 @@ class QuantizedKV(PackedTensor):
                 which each pair of channels turns from token to token, in radians.
             keys: for values of which a part is kept, their keys, which say which; without them, or
                 for keys without ``query``, all tokens are kept.
+
+        Raises:
+            ValueError: ``x`` does not fit ``fmt``, or ``keys`` have nothing to say.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            kept = () if keys is None else (keys._storage[MOVED],)
+            kept = () if keys is None else (_choice_of(keys, fmt),)
             arenas = ops.overload("store", fmt.layout)(
                 x, valid, query, given, role, fmt.codec, fmt.to_ints(), *kept
             )
@@ -176,6 +182,10 @@ class QuantizedKV(PackedTensor):
         Copies if another living handle reads tokens that this one does not have; truncates in place
         if none does.
         """
+        storage = self._storage
+        is_newest = self._pending is None and self._lease.length == storage.length
+        if is_newest and storage.fits(new_tokens):
+            return storage
         self._own(self._lease.length)
         if self._pending is not None:
             self._reserve(self._pending.shape[TOKENS])
@@ -352,20 +362,39 @@ def _common_size(size: Any) -> Any:
     return common if common is size or common == size else size
 
 
-def dynamic_marks(dim: int) -> dict[str, Any]:
-    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies.
+def mark_dynamic(handle: Tensor, dim: int) -> None:
+    """Let Dynamo know that the dim ``dim`` of a handle varies.
 
     ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
     grow.
     """
-    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor(dim).items()}
+    marks, (dims, others) = vars(handle), _marks_of_a_tensor(dim)
+    marks.update(others)
+    for name in dims:
+        marks[name] = {dim}
 
 
 @lru_cache(maxsize=8)
-def _marks_of_a_tensor(dim: int) -> dict[str, Any]:
+def _marks_of_a_tensor(dim: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What marks a dim of a tensor: attributes that are sets of dims, each tensor's own, and
+    others.
+    """
     marked = torch.empty((1,) * (dim + 1))
     torch._dynamo.maybe_mark_dynamic(marked, dim)
-    return dict(vars(marked))
+    found = vars(marked)
+    dims = tuple(name for name, value in found.items() if isinstance(value, set))
+    assert all(found[name] == {dim} for name in dims)
+    return dims, {name: value for name, value in found.items() if name not in dims}
+
+
+def _choice_of(keys: QuantizedKV, fmt: Format) -> Tensor:
+    """What says which tokens ``keys`` keep, for values of ``fmt``."""
+    if not (keys.format.stored_layout.keeps_part and fmt.stored_layout.keeps_part):
+        raise ValueError(
+            "keys say which tokens to keep where both layouts keep a part of a prompt, got "
+            f"{keys.format.layout!r} and {fmt.layout!r}; leave keys out"
+        )
+    return keys._storage[MOVED]
 
 
 def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:

@@ -10,6 +10,7 @@ from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
 from squat_fx.passes.record_rotations import RecordRotations
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
 from squat_fx.passes.serve_positions import ServePositions
+from squat_fx.passes.set_masks_apart import SetMasksApart
 from squat_fx.passes.spell_out_einsums import SpellOutEinsums
 from squat_fx.passes.take_apart import PutBackTogether, TakeCachesApart
 from squat_fx.passes.verify import Verify
@@ -24,6 +25,7 @@ PIPELINE: tuple[type[GraphPass], ...] = (
     ServePositions,
     QuantizeKVCache,
     FuseAppends,
+    SetMasksApart,
     Verify,
 )
 

@@ -94,7 +94,7 @@ class QuantizeKVCache(GraphPass):
                 guides = self._query_of(edge, rewriting), _keys_of(edge, stored, rewriting)
                 stored[edge.stored] = self._store(edge, guides, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored, self._errors(stored, rewriting))
-        _drop_dead(rewriting.graph)
+        drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
 
@@ -403,7 +403,7 @@ def _token_major(node: fx.Node, graph: fx.Graph) -> fx.Node:
     return graph.call_function(torch.transpose, (graph.call_method("contiguous", (swapped,)), 1, 2))
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def drop_dead(graph: fx.Graph) -> None:
     """Erase what nothing needs; an in-place write is needed where its memory is.
 
     ``Graph.eliminate_dead_code`` drops a ``mask.masked_fill_(...)`` whose result nobody names, and

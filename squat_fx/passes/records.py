@@ -232,6 +232,8 @@ class Rewriting:
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
         watched: the layers whose errors are the last output of the rewritten graph.
+        is_replayed: whether the graph is to be replayed as a CUDA graph, if that is possible.
+        beside: what is computed before the graph is called.
         joined: inputs that hold several caches, with how; None if they may do so in later calls.
         taken_apart: the placeholders for the caches in such an input; behind all others.
         returned_as: which output of the graph each flat output is, or is put together from; empty
@@ -256,6 +258,8 @@ class Rewriting:
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     watched: tuple[int, ...] = ()
+    is_replayed: bool = False
+    beside: Beside | None = None
     joined: dict[fx.Node, Join | None] = field(default_factory=dict)
     taken_apart: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
     returned_as: list[int | JoinedOutput] = field(default_factory=list)
@@ -329,14 +333,30 @@ class InnerInput:
     """What one placeholder of the inner graph is fed with.
 
     ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized),
-    ``"arena"`` (arena ``name`` of carrier ``index``), ``"positions"`` or ``"constant"``
-    (``tensor``).
+    ``"arena"`` (arena ``name`` of carrier ``index``), ``"positions"``, ``"constant"`` (``tensor``)
+    or ``"beside"`` (output ``index`` of the graph beside it).
     """
 
-    kind: Literal["argument", "dense", "arena", "positions", "constant"]
+    kind: Literal["argument", "dense", "arena", "positions", "constant", "beside"]
     index: int = -1
     name: str = ""
     tensor: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A graph that is called before another one, to which it gives its outputs.
+
+    Attributes:
+        module: takes what ``inputs`` say, and returns a tuple of tensors.
+        inputs: what feeds it.
+        grow: of each output, whether its last dim grows with the cache; then it may be given with
+            more columns, which nobody reads.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[InnerInput, ...]
+    grow: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
