@@ -45,7 +45,7 @@ from squat_fx.evaluate.numbers import standard_error
 from squat_fx.evaluate.settings import parse_bits, parse_codec
 from squat_fx.evaluate.tasks import Answers, Case, Needles
 from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
-from squat_fx.layouts import kept
+from squat_fx.layouts import kept as kept_layout
 
 BASE = "squat"
 FULL = "full"
@@ -448,7 +448,7 @@ def bits_of(
             bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
             count, lost = site.packed(seen, fmt.token_group), 0
             if fmt.stored_layout.keeps_part:
-                lost = max(site.packed(prompt, kept.group(fmt)) - kept.budget(fmt), 0)
+                lost = max(site.packed(prompt, kept_layout.group(fmt)) - kept_layout.budget(fmt), 0)
             learned = sum(
                 math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
                 * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
