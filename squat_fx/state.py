@@ -2,8 +2,8 @@
 
 A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``,
 ``device``), and every operation on it is right: appending, cropping, batch selection and attention
-stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
-was never compiled can hold one without knowing it.
+stay packed, everything else dequantizes, or raises where tokens of a prompt were left out. So a
+cache object, a beam search or a piece of code that was never compiled can hold one without knowing.
 
 Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
 a window, and an append that would disturb another living handle copies first. Tokens appended
@@ -109,13 +109,16 @@ class QuantizedKV(Tensor):
                 which each pair of channels turns from token to token, in radians.
             keys: for values of which a part is kept, their keys, which say which; without them, or
                 for keys without ``query``, all tokens are kept.
+
+        Raises:
+            ValueError: ``x`` does not fit ``fmt``, or ``keys`` have nothing to say.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            kept = () if keys is None else (keys._storage[MOVED],)
+            kept = () if keys is None else (_choice_of(keys, fmt),)
             arenas = ops.overload("store", fmt.layout)(
                 x, valid, query, given, role, fmt.codec, fmt.to_ints(), *kept
             )
@@ -409,6 +412,16 @@ def _marks_of_a_tensor(dim: int) -> tuple[tuple[str, ...], dict[str, Any]]:
     dims = tuple(name for name, value in found.items() if isinstance(value, set))
     assert all(found[name] == {dim} for name in dims)
     return dims, {name: value for name, value in found.items() if name not in dims}
+
+
+def _choice_of(keys: QuantizedKV, fmt: Format) -> Tensor:
+    """What says which tokens ``keys`` keep, for values of ``fmt``."""
+    if not (keys.format.stored_layout.keeps_part and fmt.stored_layout.keeps_part):
+        raise ValueError(
+            "keys say which tokens to keep where both layouts keep a part of a prompt, got "
+            f"{keys.format.layout!r} and {fmt.layout!r}; leave keys out"
+        )
+    return keys._storage[MOVED]
 
 
 def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:

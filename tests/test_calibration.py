@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import Calibration, Config, QuantizedKV
-from squat_fx.calibration import DISTORTION, Fingerprint, LayerCalibration, allocate
+from squat_fx.calibration import Fingerprint, LayerCalibration, allocate
 from squat_fx.codecs import Squat, codec_spec, make_format
+from squat_fx.layouts.symmetric import DISTORTION
 from tests.conftest import randn
 from tests.models import build, prompt
 
@@ -89,7 +90,7 @@ def test_all_heads_of_a_layer_get_the_same_widths_and_none_decides_alone() -> No
 def test_the_widths_average_what_was_asked(bits: float) -> None:
     widths = layer()[0].widths(bits)
     assert sum(widths) == 4 * bits
-    assert list(widths) == sorted(widths, reverse=True)
+    assert list(widths) == sorted(widths)
 
 
 def test_an_average_that_the_planes_do_not_have_is_refused() -> None:

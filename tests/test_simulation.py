@@ -13,6 +13,7 @@ from variants import Statistics, Variant
 
 import squat_fx
 from squat_fx.codecs import Kivi, Lossless, Pruned, Squat, TurboQuant
+from tests.choose import full
 from tests.models import VOCABULARY, build, prompt
 
 PROMPT, TOKENS = 72, 48
@@ -54,7 +55,7 @@ def decoded(model: Any) -> Tensor:
         ("llama", {}),
         ("llama", {"codec": Kivi(32)}),
         ("gemma3", {"residual_length": 8}),
-        ("llama", {"codec": Pruned(16), "guard": "off"}),
+        *full(("llama", {"codec": Pruned(16), "guard": "off"})),
         ("llama", {"codec": Pruned(16, Lossless(4)), "guard": "off"}),
         ("gemma3", {"residual_length": 8, "codec": Pruned(16, TurboQuant()), "guard": "off"}),
     ],

@@ -16,6 +16,8 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 * A reader may see a window only: the tokens from ``first`` on. What no reader sees any more is
   dropped from the front of a row (``drop_front``), which moves its ``start`` and no other position;
   its first ``sink_length`` tokens are then ones that nobody looks at.
+* A row of which a part is kept is, to all that is said here, a shorter row that begins later
+  (:mod:`squat_fx.layouts.kept`).
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned

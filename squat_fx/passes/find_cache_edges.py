@@ -156,10 +156,12 @@ def _site(
             ROLES, (key.source, value.source), token_dims, formats, strict=True
         )
     ]
+    is_window = any(found.source is not _grown(found.source) for found in followed)
     key_edge, value_edge = (
         _settled(
             edge,
             edge.kind != "prefill" or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+            is_window,
         )
         for edge in found_edges
     )
@@ -346,11 +348,11 @@ def _edge(
     return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
 
 
-def _settled(edge: CacheEdge, grows: bool) -> CacheEdge:
-    """``edge``, all of whose tokens are kept if it is a window, which forgets by itself, or comes
-    from elsewhere than the queries that could choose.
+def _settled(edge: CacheEdge, grows: bool, is_window: bool) -> CacheEdge:
+    """``edge``, all of whose tokens are kept if it is read as a window, which forgets by itself, or
+    comes from elsewhere than the queries that could choose.
     """
-    whole = edge.kind == "prefill" and (edge.is_window or not grows)
+    whole = is_window or edge.is_window or not grows
     return replace(edge, grows=grows, fmt=beneath(edge.fmt) if whole else edge.fmt)
 
 
