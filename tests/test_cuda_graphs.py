@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import squat_fx
 from squat_fx.codecs import Codec, Pruned
 from squat_fx.pool import POOL
-from tests.models import build, prompt
+from tests.models import build, left_padded_batch, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +52,25 @@ def test_growth_records_anew_and_answers_the_same(codec: str | Codec) -> None:
     assert report.recordings == second
     assert report.eager_calls == 0
     assert len(report.graphs) == 2
+
+
+def test_a_left_padded_batch_is_replayed() -> None:
+    expected = left_padded_batch(compiled(codec="squat"), device="cuda")
+    model = compiled(codec="squat", cuda_graphs=True)
+    assert torch.equal(left_padded_batch(model, device="cuda"), expected)
+    report = squat_fx.report(model)
+    assert report.recordings == 1
+    assert report.replays >= 45
+
+
+def test_steps_begin_when_the_call_comes_in_with_a_mask_of_ones_too() -> None:
+    ids = prompt(1, 20).cuda()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 40, "do_sample": False}
+    expected = compiled(codec="squat").generate(ids, **options)
+    model = compiled(codec="squat", cuda_graphs=True)
+    assert torch.equal(model.generate(ids, **options), expected)
+    report = squat_fx.report(model)
+    assert report.begun >= report.replays - 2
 
 
 def test_other_batches_and_caches_are_recorded_for_themselves() -> None:
