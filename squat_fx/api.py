@@ -18,7 +18,7 @@ from squat_fx.config import Config, Guard, Inner
 from squat_fx.fallback import pack_dense_caches
 from squat_fx.guard import with_raised
 from squat_fx.head_start import HeadStart
-from squat_fx.masks import may_be_left_out, when_made, without_idle_mask
+from squat_fx.masks import may_be_left_out, without_idle_mask
 from squat_fx.offloaded_caches import on_their_device
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
@@ -76,13 +76,12 @@ class Compiled:
         before = self.report.runs_here
         if self.report.raised != self._raised:
             self._compile()
+        if self._drops_masks:
+            kwargs = without_idle_mask(kwargs)
         if torch.compiler.is_compiling():
             result = self._call_compiled(args, kwargs)
         else:
-            made = when_made(kwargs) if self._drops_masks else None
             with self._head_start.of_call(args, kwargs):
-                if self._drops_masks:
-                    kwargs = without_idle_mask(kwargs, made)
                 kwargs = with_growing_caches(args, kwargs, self.report)
                 result = self._call_compiled(args, kwargs)
         if self.report.runs_here == before and not torch.compiler.is_compiling():

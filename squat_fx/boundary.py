@@ -250,16 +250,13 @@ class Boundary:
         args: tuple[Any, ...],
         staged: dict[int, tuple[Storage, int]],
     ) -> Step:
-        """The step behind this one, if that finds all as this one leaves it; what it reads of
-        positions is written behind the replay that runs.
-        """
+        """The step behind this one, if that finds all as this one leaves it."""
         given = {i: args[index] for i, index in moving.arguments.items()}
         recording = self._replayed.recording(key)
         if recording is None or not all(s.fits(new_tokens) for s, new_tokens in staged.values()):
             return Step(lambda _: None, given)
         positions = self._positions(args, staged)
         copied = dict.fromkeys(moving.positions, positions)
-        recording.prepare(copied)
         device, now = self._device(args), changes()
 
         def begin(given: Mapping[int, Tensor]) -> Begun | None:
@@ -268,8 +265,8 @@ class Boundary:
             with torch.cuda.device(device):
                 if torch.cuda.current_stream() != key[0]:
                     return None
-                outputs = self._replayed.begin(recording, given)
-                return Begun(self, key, {**given, **copied}, outputs)
+                inputs = {**given, **copied}
+                return Begun(self, key, inputs, self._replayed.begin(recording, inputs))
 
         return Step(begin, given)
 

@@ -122,22 +122,11 @@ class Recording:
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, copied: Mapping[int, Tensor]) -> list[Any]:
-        """Replay it on the current stream; the outputs are the caller's.
-
-        Inputs that are not given are as :meth:`prepare` left them.
-        """
-        self.prepare(copied)
+        """Replay it on the current stream; the outputs are the caller's."""
+        for i, x in copied.items():
+            self._inputs[i].copy_(x, non_blocking=True)
         self._graph.replay()
         return [x.clone() if isinstance(x, Tensor) else x for x in self._outputs]
-
-    def prepare(self, copied: Mapping[int, Tensor]) -> None:
-        """Copy inputs to where the next replay on the current stream reads them."""
-        on_gpu = [i for i, x in copied.items() if x.device.type == DEVICE]
-        if on_gpu:  # by one launch
-            targets, sources = [self._inputs[i] for i in on_gpu], [copied[i] for i in on_gpu]
-            torch._foreach_copy_(targets, sources, non_blocking=True)  # pyright: ignore
-        for i in copied.keys() - set(on_gpu):
-            self._inputs[i].copy_(copied[i], non_blocking=True)
 
 
 class Replayed:

@@ -24,15 +24,11 @@ class HostRecording:
 
     def __call__(self, copied: Mapping[int, Tensor]) -> list[Any]:
         """See :class:`squat_fx.replay.Recording`."""
-        self.prepare(copied)
+        for i, x in copied.items():
+            self._inputs[i].copy_(x)
         with torch.no_grad():
             outputs = self._call(self._inputs)
         return [x.clone() if isinstance(x, Tensor) else x for x in outputs]
-
-    def prepare(self, copied: Mapping[int, Tensor]) -> None:
-        """See :class:`squat_fx.replay.Recording`."""
-        for i, x in copied.items():
-            self._inputs[i].copy_(x)
 
 
 def record_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
