@@ -45,7 +45,7 @@ from squat_fx.evaluate.numbers import standard_error
 from squat_fx.evaluate.settings import parse_bits, parse_codec
 from squat_fx.evaluate.tasks import Answers, Case, Needles
 from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
-from squat_fx.layouts import kept
+from squat_fx.layouts import kept as kept_layout
 
 BASE = "squat"
 FULL = "full"
@@ -230,38 +230,38 @@ VARIANTS: dict[str, Build] = {
     "calibrated, mended, 4 bits, reach 0.75": _mended(key_bits=4, value_bits=4, reach=(0.75, 0.75)),
     "calibrated, mended, 4 bits, balanced": _mended(key_bits=4, value_bits=4, balanced=True),
     "calibrated, 3 bits": _calibrated(key_bits=3, value_bits=3),
+    "calibrated, before, 3 bits": _mended(mend_mixed="", key_bits=3, value_bits=3),
     "1.5 bits": Variant(key_bits=1.5, value_bits=1.5),
-    "1.5 bits, mended": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="all"),
+    "1.5 bits, scales not mended": Variant(key_bits=1.5, value_bits=1.5, mend_mixed=""),
     "1.5 bits, mended by worth": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="weighed"),
-    "1.5 bits, mended, stretched": Variant(
-        key_bits=1.5, value_bits=1.5, mend_mixed="all", gain=True
-    ),
-    "1.5 bits, mended, reach 0": Variant(
-        key_bits=1.5, value_bits=1.5, mend_mixed="all", reach=(0.0, 0.0)
-    ),
-    "1.5 bits, mended, stretched, reach 0": Variant(
+    "1.5 bits, stretched": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="all", gain=True),
+    "1.5 bits, reach 0": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="all", reach=(0.0, 0.0)),
+    "1.5 bits, stretched, reach 0": Variant(
         key_bits=1.5, value_bits=1.5, mend_mixed="all", gain=True, reach=(0.0, 0.0)
     ),
     "2.5 bits": Variant(key_bits=2.5, value_bits=2.5),
-    "2.5 bits, mended": Variant(key_bits=2.5, value_bits=2.5, mend_mixed="all"),
-    "2.5 bits, mended, stretched, reach 0": Variant(
+    "2.5 bits, scales not mended": Variant(key_bits=2.5, value_bits=2.5, mend_mixed=""),
+    "2.5 bits, stretched, reach 0": Variant(
         key_bits=2.5, value_bits=2.5, mend_mixed="all", gain=True, reach=(0.0, 0.0)
     ),
-    "2.5 bits, mended, reach 0": Variant(
-        key_bits=2.5, value_bits=2.5, mend_mixed="all", reach=(0.0, 0.0)
-    ),
+    "2.5 bits, reach 0": Variant(key_bits=2.5, value_bits=2.5, mend_mixed="all", reach=(0.0, 0.0)),
     "calibrated, 4 bits": _calibrated(key_bits=4, value_bits=4),
+    "calibrated, before, 4 bits": _mended(mend_mixed="", key_bits=4, value_bits=4),
     "calibrated, 4 bits, levels reach 0": _calibrated(key_bits=4, value_bits=4, reach=(0.0, 0.0)),
     "calibrated, K3 V2": _calibrated(key_bits=3),
+    "calibrated, before, K3 V2": _mended(mend_mixed="", key_bits=3),
     "calibrated, K3 V2, levels reach 0": _calibrated(key_bits=3, reach=(0.0, 0.0)),
     "calibrated, 1.5 bits, levels reach 0": _calibrated(
         key_bits=1.5, value_bits=1.5, reach=(0.0, 0.0)
     ),
     "calibrated, 1.5 bits": _calibrated(key_bits=1.5, value_bits=1.5),
+    "calibrated, before, 1.5 bits": _mended(mend_mixed="", key_bits=1.5, value_bits=1.5),
     "calibrated, K1.5 V2": _calibrated(key_bits=1.5),
+    "calibrated, before, K1.5 V2": _mended(mend_mixed="", key_bits=1.5),
     # widths
     "K3 V1": Variant(key_bits=3, value_bits=1),
     "K2.5 V1.5": Variant(key_bits=2.5, value_bits=1.5),
+    "K2.5 V1.5, scales not mended": Variant(key_bits=2.5, value_bits=1.5, mend_mixed=""),
     "K1.5 V2.5": Variant(key_bits=1.5, value_bits=2.5),
     "K1 V3": Variant(key_bits=1, value_bits=3),
     "K3 V2": Variant(key_bits=3),
@@ -448,7 +448,7 @@ def bits_of(
             bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
             count, lost = site.packed(seen, fmt.token_group), 0
             if fmt.stored_layout.keeps_part:
-                lost = max(site.packed(prompt, kept.group(fmt)) - kept.budget(fmt), 0)
+                lost = max(site.packed(prompt, kept_layout.group(fmt)) - kept_layout.budget(fmt), 0)
             learned = sum(
                 math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
                 * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize

@@ -22,12 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx import replay
-from squat_fx.boundary import Boundary
+from squat_fx.boundary import Boundary, joins_of, with_joined
 from squat_fx.config import Config
 from squat_fx.guard import Watch, repeated, with_raised
 from squat_fx.head_start import HeadStart
+from squat_fx.joined import JoinedKV, parts_of
 from squat_fx.kernels import ahead, reference
 from squat_fx.kernels.fallback import strictly
+from squat_fx.packed import PackedTensor
 from squat_fx.passes import Rewriting, run_pipeline
 from squat_fx.passes.records import Beside, InnerInput
 from squat_fx.passes.spelling import memory_of, value_of, written_by
@@ -127,13 +129,18 @@ def _compile_rewritten(
             "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
-        if any(isinstance(e, QuantizedKV) for e in examples):
+        if any(isinstance(e, PackedTensor) for e in examples):
             return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
             rewriting.carriers[node] = example._storage.fmt
+        elif isinstance(example, JoinedKV):
+            rewriting.joined[node] = example.join
     spec = rewrite_graph(rewriting)
+    taken = joins_of(rewriting)
+    examples = [*examples, *(x for i, join in taken for x in parts_of(examples[i], join))]
+    placeholders = rewriting.placeholders
     # Dynamo hands over real tensors; the fake ones, with their symbolic sizes, are in the metadata.
     fakes = [
         e if value_of(n) is None else value_of(n)
@@ -163,7 +170,8 @@ def _compile_rewritten(
         None if _changed_in_place(rewriting) else head_start,
         rewriting.beside,
     )  # fmt: skip
-    return boundary if spec is None else _with_spec(boundary, spec)
+    run = with_joined(boundary, taken, rewriting.returned_as)
+    return run if spec is None else _with_spec(run, spec)
 
 
 def _changes_no_input(rewriting: Rewriting) -> bool:
@@ -225,7 +233,7 @@ def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` with numbers for what is packed: autograd cannot save a handle."""
 
     def run(*args: Any) -> Any:
-        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+        return forward(*(a.dequantize() if isinstance(a, PackedTensor) else a for a in args))
 
     return run
 
@@ -245,8 +253,8 @@ def _compile_inner(
     return compile_by_region(rewriting.module, inner, row, compiler)
 
 
-def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
-    return lambda *args: pytree.tree_unflatten(list(boundary(*args)), spec)
+def _with_spec(run: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
+    return lambda *args: pytree.tree_unflatten(list(run(*args)), spec)
 
 
 def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
@@ -340,7 +348,7 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
             positions.append(i)
         elif fed.kind in ("argument", "dense"):
             node, example = rewriting.placeholders[fed.index], examples[fed.index]
-            is_packed = isinstance(example, QuantizedKV)
+            is_packed = isinstance(example, PackedTensor)
             if is_number(example):
                 others.append(fed.index)
             elif is_packed or example.device.type != replay.DEVICE:
@@ -465,11 +473,10 @@ def _inner_example(
             fake = _fake_arena(examples[fed.index]._storage, fed, fakes)
         elif fed.kind == "dense":
             fake = fakes[fed.index]
-            if not isinstance(fake, QuantizedKV):
+            if not isinstance(fake, PackedTensor):
                 return examples[fed.index], fake
-            dense: Any = fake._storage["dense"]
-            with dense.fake_mode:
-                fake = dense.new_empty(fake.shape)
+            with fake.dense.fake_mode:
+                fake = fake.outline()
         return fake, fake
 
     if fed.kind != "arena":

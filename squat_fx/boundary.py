@@ -18,13 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from squat_fx.head_start import Begun, HeadStart, Step
-from squat_fx.passes.records import Beside, CacheEdge, InnerInput, InnerOutput
+from squat_fx.joined import join_parts, parts_of
+from squat_fx.lenses import Join
+from squat_fx.packed import PackedTensor
+from squat_fx.passes.records import (
+    Beside,
+    CacheEdge,
+    InnerInput,
+    InnerOutput,
+    JoinedOutput,
+    Rewriting,
+)
 from squat_fx.passes.spelling import size_of
 from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import Storage, changes
+from squat_fx.storage import TOKENS, Storage, changes
 from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
@@ -346,7 +356,7 @@ class Boundary:
                 gathered.append(beside[fed.index])
             elif fed.kind == "dense":
                 x = args[fed.index]
-                gathered.append(x.dequantize() if isinstance(x, QuantizedKV) else x)
+                gathered.append(x.dequantize() if isinstance(x, PackedTensor) else x)
             else:
                 positions = self._positions(args, staged)
                 gathered.append(positions.to(self._device(args), non_blocking=True))
@@ -359,11 +369,11 @@ class Boundary:
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
-            rows.append(
-                (storage.length, storage.watermark)
-                if storage
-                else (args[carrier.index].shape[args[carrier.index].token_dim], 0)
-            )
+            if storage is not None:
+                rows.append((storage.length, storage.watermark))
+            else:
+                x = args[carrier.index]  # dense where no attention over it was understood
+                rows.append((x.shape[x.token_dim if isinstance(x, QuantizedKV) else TOKENS], 0))
         for row in self._rows:
             number = row.size(args)
             if row.carriers:
@@ -438,3 +448,35 @@ def _by_carrier(inputs: Sequence[InnerInput]) -> list[tuple[int, InnerInput]]:
         ):
             found.append((i, fed))
     return found
+
+
+def joins_of(rewriting: Rewriting) -> list[tuple[int, Join]]:
+    """Which inputs of a graph are taken apart, and how, in the order of their parts."""
+    indices = {node: i for i, node in enumerate(rewriting.placeholders)}
+    found = ((indices[node], rewriting.joined[node]) for node in rewriting.taken_apart)
+    return [(index, join) for index, join in found if join is not None]
+
+
+def with_joined(
+    call: Callable[..., Any],
+    taken: Sequence[tuple[int, Join]],
+    returned_as: Sequence[int | JoinedOutput],
+) -> Callable[..., Any]:
+    """``call``, given the parts of some arguments behind all of them; its results put together."""
+    if not taken and not returned_as:
+        return call
+    made = [m if isinstance(m, int) else (m.first, m.join) for m in returned_as]
+
+    def run(*args: Any) -> Any:
+        parts = [part for index, join in taken for part in parts_of(args[index], join)]
+        results = call(*args, *parts)
+        return tuple(_output(results, m) for m in made) if made else results
+
+    return run
+
+
+def _output(results: Sequence[Any], made: int | tuple[int, Join]) -> Any:
+    if isinstance(made, int):
+        return results[made]
+    first, join = made
+    return join_parts(results[first : first + len(join.lenses)], join)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.codecs import Format
+from squat_fx.joined import caches_in
 from squat_fx.passes.records import AttentionSite, Rewriting, Skipped
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import Storage
@@ -58,7 +59,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     if isinstance(cache, Tensor):
-        yield cache
+        yield from caches_in(cache)
     elif isinstance(cache, dict):
         for item in cache.values():
             yield from _tensors(item)

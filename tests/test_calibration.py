@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import Calibration, Config, QuantizedKV
-from squat_fx.calibration import Fingerprint, LayerCalibration, allocate
+from squat_fx.calibration import (
+    QUERY_WEIGHT,
+    RIDGE,
+    Fingerprint,
+    LayerCalibration,
+    allocate,
+)
 from squat_fx.codecs import Squat, codec_spec, make_format
 from squat_fx.layouts.symmetric import DISTORTION
 from tests.conftest import randn
@@ -128,7 +134,8 @@ def test_errors_in_the_basis_cost_what_the_importance_says() -> None:
     found, _, query = layer()
     gram = query @ query.mT
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    weighted = 0.51 * torch.eye(64, dtype=torch.float64) + 0.5 * gram
+    identity = torch.eye(64, dtype=torch.float64)
+    weighted = (1 - QUERY_WEIGHT + RIDGE) * identity + QUERY_WEIGHT * gram
     back = found.matrices[1].double()
     cost = back @ weighted @ back.mT
     expected = found.importance.double().repeat_interleave(16, -1)
@@ -153,12 +160,12 @@ def test_one_tensor_serves_a_device() -> None:
     assert not first.is_inference()
 
 
-def test_the_matrices_are_inverse_and_the_importance_falls() -> None:
+def test_the_matrices_are_inverse_and_the_importance_rises() -> None:
     found, _, _ = layer()
     product = found.matrices[0] @ found.matrices[1]
     torch.testing.assert_close(product, torch.eye(64).expand(2, 64, 64), rtol=0, atol=1e-4)
-    assert (found.importance.diff(dim=-1) < 0).all()
-    assert found.widths(2)[0] > found.widths(2)[-1]
+    assert (found.importance.diff(dim=-1) > 0).all()
+    assert found.widths(2)[0] < found.widths(2)[-1]
     assert sum(found.widths(2.5)) == 10
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import squat_fx
+from squat_fx.codecs import Codec, Pruned
 from tests.choose import full
 from tests.host_recordings import record_on_the_host
 from tests.models import build, left_padded_batch
@@ -48,8 +49,8 @@ def test_masks_of_windows_and_of_all_tokens_are_set_apart_side_by_side() -> None
     assert report.replays > 40
 
 
-@pytest.mark.parametrize("codec", ["squat", *full("kivi")])
-def test_pads_stay_out_of_what_is_stored(codec: str) -> None:
+@pytest.mark.parametrize("codec", ["squat", Pruned(4), *full("kivi")], ids=str)
+def test_pads_stay_out_of_what_is_stored(codec: str | Codec) -> None:
     plain = squat_fx.compile(build("llama"), inner="eager", residual_length=8, codec=codec)
     expected = left_padded_batch(plain, 60)
     model = replayed("llama", codec=codec)

@@ -74,6 +74,7 @@ class QuantizeKVCache(GraphPass):
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
         self._given: dict[fx.Node, fx.Node] = {}
         self._turned: dict[fx.Node, fx.Node] = {}
+        self._results: dict[fx.Node, list[tuple[tuple[int, int] | None, fx.Node]]] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
@@ -140,7 +141,10 @@ class QuantizeKVCache(GraphPass):
                 ),
             )
             attend.meta["squat_layer"] = site.layer
-            result = attend
+            self._results.setdefault(output, []).append((site.heads, attend))
+            result = self._all_heads(output)
+            if result is None:
+                return attend
             if value_of(site.key.new).dtype != value_of(output).dtype:
                 result = graph.call_method("to", (attend, value_of(output).dtype))
             if site.tiled:
@@ -154,6 +158,15 @@ class QuantizeKVCache(GraphPass):
         output.replace_all_uses_with(replacement)
         graph.erase_node(output)
         return attend
+
+    def _all_heads(self, output: fx.Node) -> fx.Node | None:
+        """What the sites of an attention make of its query heads, once all of them are there."""
+        made = self._results[output]
+        if made[0][0] is None:
+            return made[0][1]
+        if sum(heads[1] for heads, _ in made if heads) < sizes_of(output)[1]:
+            return None
+        return output.graph.call_function(torch.cat, ([node for _, node in made], 1))
 
     def _append(self, edge: CacheEdge, readers: list[fx.Node], rewriting: Rewriting) -> None:
         graph = rewriting.graph
@@ -231,6 +244,8 @@ class QuantizeKVCache(GraphPass):
                 output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
             if site.tiled:
                 output = _regrouped(output, site.num_queries_per_kv, graph)
+            if site.heads:
+                output = graph.call_method("narrow", (output, 1, *site.heads))
             return graph.call_function(
                 ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
                 (
@@ -336,6 +351,8 @@ def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
     query = _in_dtype_of(site.attention.query, site.key.new, graph)
     if len(sizes_of(site.attention.query)) == 3:
         query = graph.call_method("unflatten", (query, 0, (-1, _num_heads(site))))
+    if site.heads:
+        return graph.call_method("narrow", (query, 1, *site.heads))
     return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
 
 
@@ -521,9 +538,12 @@ def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -
         elif node not in indices:
             rewriting.inputs.append(InnerInput("positions"))
         elif not node.users and (
-            node in rewriting.carriers or isinstance(value_of(node), torch.SymInt)
+            node in rewriting.carriers
+            or rewriting.joined.get(node) is not None
+            or isinstance(value_of(node), torch.SymInt)
         ):
             rewriting.graph.erase_node(node)
         else:
-            is_dense = node in rewriting.carriers and not all(reads_size(u) for u in node.users)
+            is_packed = node in rewriting.carriers or rewriting.joined.get(node) is not None
+            is_dense = is_packed and not all(reads_size(u) for u in node.users)
             rewriting.inputs.append(InnerInput("dense" if is_dense else "argument", indices[node]))
