@@ -123,9 +123,9 @@ def greedy(model: PreTrainedModel, tokens: int = 64) -> Tensor:
     return model.generate(prompt(1, 20), max_new_tokens=tokens, do_sample=False)
 
 
-def left_padded_batch(model: PreTrainedModel, tokens: int = 48) -> Tensor:
+def left_padded_batch(model: PreTrainedModel, tokens: int = 48, device: str = "cpu") -> Tensor:
     """Three prompts of 20, 13 and 5 tokens, padded on the left."""
-    ids = prompt(3, 20)
+    ids = prompt(3, 20).to(device)
     mask = torch.ones_like(ids)
     for row, pads in enumerate((0, 7, 15)):
         mask[row, :pads] = 0

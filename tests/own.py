@@ -64,26 +64,27 @@ class Own(nn.Module):
         return tuple(made)
 
 
+def appended(
+    cache: Any, index: int, new: tuple[Tensor, Tensor], token_dim: int
+) -> tuple[int, tuple[Tensor, Tensor]]:
+    """How many tokens a cache of tuples has, and its keys and values with the new ones."""
+    if cache is None:
+        return 0, new
+    key, value = (torch.cat(both, token_dim) for both in zip(cache[index], new, strict=True))
+    return cache[index][0].shape[token_dim], (key, value)
+
+
 def head_major(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples of keys and values, ``[B, H, T, D]``; no cache at first."""
     query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past = 0 if cache is None else cache[index][0].shape[2]
-    if cache is not None:
-        key, value = (
-            torch.cat([old, new], 2) for old, new in zip(cache[index], (key, value), strict=True)
-        )
+    past, (key, value) = appended(cache, index, (key, value), 2)
     return attend(query, key, value, past).transpose(1, 2).flatten(2), (key, value)
 
 
 def token_major(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples of keys and values, ``[B, T, H, D]``."""
     query, key, value = layer.project(x)
-    past = 0 if cache is None else cache[index][0].shape[1]
-    if cache is not None:
-        key, value = (
-            torch.cat([old, new], dim=1)
-            for old, new in zip(cache[index], (key, value), strict=True)
-        )
+    past, (key, value) = appended(cache, index, (key, value), 1)
     turned = (t.transpose(1, 2) for t in (query, key, value))
     return attend(*turned, past).transpose(1, 2).flatten(2), (key, value)
 
@@ -91,12 +92,7 @@ def token_major(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor
 def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with repeated heads, permutes and a softmax."""
     query, key, value = layer.project(x)
-    past = 0 if cache is None else cache[index][0].shape[1]
-    if cache is not None:
-        key, value = (
-            torch.cat([old, new], dim=1)
-            for old, new in zip(cache[index], (key, value), strict=True)
-        )
+    past, (key, value) = appended(cache, index, (key, value), 1)
     repeated = key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2)
     scores = query.transpose(1, 2) @ repeated[0].permute(0, 2, 3, 1) / HEAD_DIM**0.5
     ahead = torch.arange(scores.shape[-1]) > torch.arange(scores.shape[-2])[:, None] + past
@@ -107,11 +103,7 @@ def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> 
 def mask_by_vmap(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples, and a mask that is made entry by entry."""
     query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past = 0 if cache is None else cache[index][0].shape[2]
-    if cache is not None:
-        key, value = (
-            torch.cat([old, new], 2) for old, new in zip(cache[index], (key, value), strict=True)
-        )
+    past, (key, value) = appended(cache, index, (key, value), 2)
     rows, columns = torch.arange(query.shape[2]) + past, torch.arange(key.shape[2])
     mask = torch.vmap(torch.vmap(torch.ge, (None, 0)), (0, None))(rows, columns)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
@@ -121,12 +113,7 @@ def mask_by_vmap(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tenso
 def einsums(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with einsums, ``[B, T, H, D]`` in and out."""
     query, key, value = layer.project(x)
-    past = 0 if cache is None else cache[index][0].shape[1]
-    if cache is not None:
-        key, value = (
-            torch.cat([old, new], dim=1)
-            for old, new in zip(cache[index], (key, value), strict=True)
-        )
+    past, (key, value) = appended(cache, index, (key, value), 1)
     repeated = key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", query, repeated[0]) * HEAD_DIM**-0.5
     ahead = torch.arange(scores.shape[-1]) > torch.arange(scores.shape[-2])[:, None] + past

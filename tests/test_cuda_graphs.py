@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import squat_fx
 from squat_fx.codecs import Codec, Pruned
 from squat_fx.pool import POOL
-from tests.models import build, prompt
+from tests.models import build, left_padded_batch, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +52,15 @@ def test_growth_records_anew_and_answers_the_same(codec: str | Codec) -> None:
     assert report.recordings == second
     assert report.eager_calls == 0
     assert len(report.graphs) == 2
+
+
+def test_a_left_padded_batch_is_replayed() -> None:
+    expected = left_padded_batch(compiled(codec="squat"), device="cuda")
+    model = compiled(codec="squat", cuda_graphs=True)
+    assert torch.equal(left_padded_batch(model, device="cuda"), expected)
+    report = squat_fx.report(model)
+    assert report.recordings == 1
+    assert report.replays >= 45
 
 
 def test_other_batches_and_caches_are_recorded_for_themselves() -> None:

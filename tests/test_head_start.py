@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import squat_fx
 from squat_fx.head_start import MOST_FAILURES, Begun, HeadStart, Step
+from tests.choose import full
 from tests.host_recordings import record_on_the_host
 from tests.models import SCENARIOS, build, greedy, prompt
 
@@ -43,7 +44,7 @@ def test_every_replay_of_a_generation_but_the_first_is_begun_early() -> None:
     assert f", {report.begun} of them begun" in str(report)
 
 
-@pytest.mark.parametrize("scenario", ["beam", "prompt_lookup", "interleaved", "chat"])
+@pytest.mark.parametrize("scenario", ["chat", "beam", *full("prompt_lookup", "interleaved")])
 def test_whatever_the_loop_does_the_tokens_are_the_same(scenario: str) -> None:
     expected = SCENARIOS[scenario](build("llama"))
     assert torch.equal(SCENARIOS[scenario](replayed()), expected)
