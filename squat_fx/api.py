@@ -131,7 +131,7 @@ def compile(
     exact_layers: Sequence[int] = (),
     layer_bits: Mapping[int, float | tuple[float, float]] | None = None,
     guard: Guard = "warn",
-    guard_threshold: float = 0.6,
+    guard_threshold: float = 0.65,
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,

@@ -1,10 +1,9 @@
 """The quality guard: what the packed cache of a prompt does to attention, and more bits for layers
 that lose too much.
 
-The graph of a prompt returns one number a layer. The prompt's newest queries attend to what was
-stored, as those of the next token will: the newest and the first keys exact, the others packed.
-``|found - true| / |true|`` over all of them is the layer's error, ``true`` being the output of the
-model's own attention. That costs 16 queries a layer where the prompt has thousands.
+The graph of a prompt returns one number a layer, the error of what the prompt's newest queries
+find in packed tokens: :mod:`squat_fx.kernels.judge` says how it is measured, ``docs/guard.md`` what
+it is for models and codecs that work and for some that do not.
 
 With ``guard="warn"`` the numbers come to the host by themselves, after the prompt. With
 ``guard="raise_bits"`` the call waits for them, and where one is above the threshold it raises
@@ -119,7 +118,7 @@ class Watch:
     def _say(self, layers: Sequence[int], found: Mapping[int, float], what: str) -> None:
         worst = max((found[n] for n in layers), key=lambda e: e if e == e else float("inf"))
         text = (
-            f"the packed cache changes attention's output by up to {worst:.0%} in layers "
+            f"what attention finds in packed tokens changes by up to {worst:.0%} in layers "
             f"{ranges(layers)} ({self.config.resolved_codec.name}; guard_threshold is "
             f"{self.config.guard_threshold:.0%}); {what}"
         )

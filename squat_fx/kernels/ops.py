@@ -18,7 +18,8 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
 | ``append_both_`` | the same for the keys and values of a layer at once |
 | ``attend`` | attention over the packed past and exact new tokens |
-| ``attend_error`` | how far attention over a stored prompt is from its exact output |
+| ``judged_tokens`` | which tokens of a prompt its store is judged by |
+| ``attend_errors`` | how far attention over a stored prompt is from exact, in alike layers |
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
@@ -42,7 +43,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Fit, Role
-from squat_fx.kernels import fallback, reference
+from squat_fx.kernels import fallback, judge, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
 
@@ -118,11 +119,6 @@ def _declare(layout: str, prefix: str = "", mutable: bool = False, first: str = 
     written = [n for n in names if mutable and n not in fixed]
     alias = {n: f"({chr(ord(first) + i)}!)" for i, n in enumerate(written)}
     return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
-
-
-def _declare_stored(layout: str, prefix: str) -> str:
-    """What ``store`` makes of a role as arguments of a schema."""
-    return ", ".join(f"Tensor {prefix}{name}" for name in stored_names(layout))
 
 
 def _completed(tensors: Sequence[Tensor], given: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
@@ -292,8 +288,6 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
     name, (key_layout, value_layout) = _overload_name(*layouts), layouts
     keys = len(arena_names(key_layout))
     arenas = keys + len(arena_names(value_layout))
-    made_keys = len(stored_names(key_layout))
-    made = made_keys + len(stored_names(value_layout))
 
     def append_both_(*args: Any) -> None:
         new_key, new_value, valid, positions, key_row, value_row, codec, *formats = args[
@@ -346,37 +340,6 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             softcap=softcap,
         ).contiguous()
 
-    def attend_error(query: Tensor, output: Tensor, *args: Any) -> Tensor:
-        given, mask, sinks, scale, causal, softcap, *formats = args[made:]
-        implementation = _implementation(query.device)
-        sides = []
-        for layout, tensors, shared, ints in zip(
-            layouts, (args[:made_keys], args[made_keys:made]), (given, None), formats, strict=True
-        ):
-            fmt = Format.from_ints(layout, "", ints)
-            arenas = Arenas.of(fmt, _completed(tensors, shared, fmt))
-            sides.append((arenas, Extent(0, 0).after(query.shape[2], fmt), fmt))
-        if not any(extent.packed(0, fmt) for _, extent, fmt in sides):
-            return query.new_zeros((), dtype=torch.float32)  # every token is exact
-        positions = torch.tensor([(e.length, e.watermark) for _, e, _ in sides])
-        positions = positions.to(query.device, non_blocking=True)
-        newest = slice(-reference.NEWEST_QUERIES, None)
-        found = implementation.attend(
-            query[:, :, newest],
-            None,
-            None,
-            *((a, _extent(implementation, positions, i), f) for i, (a, _, f) in enumerate(sides)),
-            mask=mask[:, :, newest] if mask is not None and mask.shape[2] > 1 else mask,
-            sinks=sinks,
-            scale=scale,
-            causal=reference.BOTTOM_RIGHT if causal else reference.NO_CAUSALITY,
-            softcap=softcap,
-        )
-        return reference.relative_error(found, output[:, :, newest])
-
-    def fake_attend_error(query: Tensor, *args: Any) -> Tensor:
-        return query.new_empty((), dtype=torch.float32)
-
     def fake_attend(
         query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args: Any
     ) -> Tensor:
@@ -405,15 +368,6 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             attend,
             fake_attend,
         ),
-        (
-            f"attend_error.{name}",
-            "(Tensor query, Tensor output, "
-            f"{_declare_stored(key_layout, 'key_')}, {_declare_stored(value_layout, 'value_')}, "
-            "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
-            f"int causal, float softcap, {formats}) -> Tensor",
-            attend_error,
-            fake_attend_error,
-        ),
     ]
 
 
@@ -441,10 +395,83 @@ def _fake_valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
     return mask.new_empty((new.shape[0], new.shape[2]), dtype=torch.bool)
 
 
+def _judged_tokens(
+    stored: Tensor, valid: Tensor | None, layouts: list[str], *formats: list[int]
+) -> tuple[Tensor, ...]:
+    key, value = _formats(layouts, formats)
+    return judge.judged_tokens(stored, valid, key, value)
+
+
+def _fake_judged_tokens(
+    stored: Tensor, valid: Tensor | None, layouts: list[str], *formats: list[int]
+) -> tuple[Tensor, ...]:
+    plan = judge.Plan.of(*_formats(layouts, formats))
+    keys = plan.sampled + plan.sinks + plan.newest
+    row, queries, positions = (
+        stored.new_empty((1, count), dtype=torch.int64) for count in (1, judge.QUERIES, keys)
+    )
+    return row, queries, positions, stored.new_empty((1, keys), dtype=torch.bool)
+
+
+def _attend_errors(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    values: list[Tensor],
+    arenas: list[Tensor],
+    given: Tensor | None,
+    sinks: list[Tensor],
+    mask: Tensor | None,
+    judged: list[Tensor],
+    *args: Any,
+) -> Tensor:
+    tokens, padded, scale, causal, softcap, layouts, *formats = args
+    row, query_at, key_at, there = judged
+    key, value = _formats(layouts, formats)
+    sides, per_layer = [], len(arenas) // len(queries)
+    first = 0
+    for fmt, exact, shared in ((key, keys, given), (value, values, None)):
+        count = len(fmt.stored_names)
+        stored = (arenas[at : at + count] for at in range(first, len(arenas), per_layer))
+        made = [Arenas.of(fmt, _completed(tensors, shared, fmt)) for tensors in stored]
+        sides.append(judge.Side(fmt, exact, made))
+        first += count
+    key_side, value_side = sides
+    return judge.attend_errors(
+        queries, key_side, value_side, (row, query_at, key_at, there), tokens, padded=padded,
+        mask=mask, sinks=sinks, scale=scale, causal=bool(causal), softcap=softcap,
+    )  # fmt: skip
+
+
+def _fake_attend_errors(queries: list[Tensor], *args: Any) -> Tensor:
+    return queries[0].new_empty((len(queries),), dtype=torch.float32)
+
+
+def _formats(layouts: list[str], formats: Sequence[list[int]]) -> tuple[Format, Format]:
+    """Those of keys and values; which codecs they are of does not matter."""
+    key, value = (Format.from_ints(*each) for each in zip(layouts, ("", ""), formats, strict=True))
+    return key, value
+
+
 _register(
     [
         *(op for layout in LAYOUTS for op in _ops_of(layout)),
         *(op for pair in PAIRS for op in _ops_of_pair(*pair)),
         ("valid_tokens", "(Tensor mask, Tensor new) -> Tensor", _valid_tokens, _fake_valid_tokens),
+        (
+            "judged_tokens",
+            "(Tensor stored, Tensor? valid, str[] layouts, int[] key_format, int[] value_format) "
+            f"-> {_returns(4)}",
+            _judged_tokens,
+            _fake_judged_tokens,
+        ),
+        (
+            "attend_errors",
+            "(Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] arenas, Tensor? given, "
+            "Tensor[] sinks, Tensor? mask, Tensor[] judged, SymInt tokens, bool padded, "
+            "float scale, int causal, float softcap, str[] layouts, int[] key_format, "
+            "int[] value_format) -> Tensor",
+            _attend_errors,
+            _fake_attend_errors,
+        ),
     ]
 )

@@ -52,8 +52,6 @@ from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 NO_FIT = Fit()
 NOTHING: Mapping[str, Tensor] = {}
 FEW_QUERIES = 16
-NEWEST_QUERIES = 16
-"""Of a prompt, by which its store is judged: so many that no single one decides."""
 
 
 @dataclass(frozen=True)
@@ -656,13 +654,6 @@ def _weighted_sum(probs: Tensor, row: _Row) -> Tensor:
     if row.affine is not None:
         out = out * row.affine[:, :, 1:] + packed.sum(-1, keepdim=True) * row.affine[:, :, :1]
     return out + torch.cat([before, after], -1) @ row.exact
-
-
-def relative_error(found: Tensor, true: Tensor) -> Tensor:
-    """Root of the squared error of some outputs over that of the outputs, fp32, of no dims."""
-    wide = torch.promote_types(true.dtype, torch.float32)
-    found, true = found.to(wide), true.to(wide)
-    return ((found - true).norm() / true.norm().clamp_min(1e-30)).float()
 
 
 def _past_and_new(

@@ -4,7 +4,10 @@ Before (prefill):
     key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
     arenas = squat_fx.store(key, valid, query);  out = attention(query, key, value)
-    errors = stack([squat_fx.attend_error(query, out, *key_arenas, *value_arenas), ...])
+    row, queries_at, keys_at, there = squat_fx.judged_tokens(key, valid)
+    judged = query[row, :, queries_at], key[row, :, keys_at], value[row, :, keys_at]
+    ...
+    errors = squat_fx.attend_errors(*judged of all layers, *arenas of all layers, ...)
     return out, *arenas, ..., errors
 
 Before (decode):
@@ -13,8 +16,8 @@ After:
     out = squat_fx.attend(query, new_key, new_value, *key_arenas, *value_arenas, positions, ...)
     squat_fx.append_(*key_arenas, new_key, valid, positions, ..., after=[out]);  return out
 
-Attention always sees the new tokens exactly, beside the packed past; then they are appended. What a
-prompt's store does to the attention of its newest queries is measured unless ``guard="off"``.
+Attention always sees the new tokens exactly, beside the packed past; then they are appended. What
+the store of a prompt does to attention is measured unless ``guard="off"``.
 
 Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor, and
 the carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the
@@ -33,6 +36,7 @@ from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
+from squat_fx.passes.judge_prompts import Chosen, Judged, errors_of, which
 from squat_fx.passes.one_mask import one_mask, terms_of
 from squat_fx.passes.records import (
     AttentionSite,
@@ -89,7 +93,7 @@ class QuantizeKVCache(GraphPass):
             else:
                 query = self._query_of(edge, rewriting)
                 stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
-        _replace_outputs(rewriting, edges, stored, self._errors(stored, rewriting))
+        _replace_outputs(rewriting, edges, stored, self._errors(stored, readers, rewriting))
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
@@ -200,48 +204,63 @@ class QuantizeKVCache(GraphPass):
         self._placed[place] = out[-1]
         return out
 
-    def _errors(self, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting) -> fx.Node | None:
+    def _errors(
+        self,
+        stored: dict[fx.Node, list[fx.Node]],
+        readers: dict[fx.Node, list[fx.Node]],
+        rewriting: Rewriting,
+    ) -> fx.Node | None:
         """One tensor of the errors of all layers that lose something; notes which they are."""
         if rewriting.config.guard == "off":
             return None
-        found = {s.layer: self._error(s, stored, rewriting) for s in rewriting.sites if _loses(s)}
-        if not found:
+        chosen: dict[Any, Chosen] = {}
+        alike: dict[Any, list[Judged]] = {}
+        for site in filter(_loses, rewriting.sites):
+            judged = self._judged(site, stored, readers[site.key.stored], chosen, rewriting.graph)
+            alike.setdefault(judged.alike, []).append(judged)
+        if not alike:
             return None
-        rewriting.watched = tuple(found)
-        with rewriting.graph.inserting_before(rewriting.graph.output_node()):
-            return rewriting.graph.call_function(torch.stack, (list(found.values()),))
+        groups, graph = list(alike.values()), rewriting.graph
+        rewriting.watched = tuple(each.site.layer for group in groups for each in group)
+        with graph.inserting_before(graph.output_node()):
+            errors = [errors_of(group, graph) for group in groups]
+            devices = [value_of(group[0].site.key.stored).device for group in groups]
+            there = devices[0]
+            errors = [
+                x if device == there else graph.call_method("to", (x, there))
+                for x, device in zip(errors, devices, strict=True)
+            ]
+            return errors[0] if len(errors) == 1 else graph.call_function(torch.cat, (errors,))
 
-    def _error(
-        self, site: AttentionSite, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
-    ) -> fx.Node:
-        attention, graph = site.attention, rewriting.graph
+    def _judged(
+        self,
+        site: AttentionSite,
+        stored: dict[fx.Node, list[fx.Node]],
+        readers: list[fx.Node],
+        chosen: dict[Any, Chosen],
+        graph: fx.Graph,
+    ) -> Judged:
+        """Keep what a layer is judged by, as soon as it has been stored."""
         arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
-        with graph.inserting_before(attention.output):
+        key, value = (self._usual(edge, edge.stored) for edge in (site.key, site.value))
+        valid = self._valid_tokens(site, key, readers)
+        with graph.inserting_before(site.attention.output):
             query = four_dim_query(site, graph)
             mask = self._mask(site, graph)
-        place = _latest(attention.output, *arenas)
-        with graph.inserting_before(self._placed.get(place, place).next):
-            output = attention.output
-            if len(sizes_of(output)) == 3:
-                output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
-            if site.tiled:
-                output = _regrouped(output, site.num_queries_per_kv, graph)
-            return graph.call_function(
-                ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
-                (
-                    query,
-                    output,
-                    *arenas,
-                    self._given.get(site.key.stored),
-                    mask,
-                    attention.sinks,
-                    attention.scale,
-                    attention.causal,
-                    attention.softcap,
-                    site.key.fmt.to_ints(),
-                    site.value.fmt.to_ints(),
-                ),
-            )
+        same = which(key, valid, site)
+        if same not in chosen:
+            with graph.inserting_before(_latest(key, valid).next):
+                chosen[same] = Chosen.of(key, valid, site, graph)
+        tokens = chosen[same]
+        kept = []
+        for x, at in zip((query, key, value), tokens.places, strict=True):
+            # At once, so that nothing else of a layer is alive when the next one begins.
+            with graph.inserting_before(_latest(x, at, tokens.all[0]).next):
+                kept.append(tokens.kept(x, at, graph))
+        with graph.inserting_before(site.attention.output):
+            mask = tokens.mask(mask, graph)
+        given = self._given.get(site.key.stored)
+        return Judged(site, tokens, tuple(kept), tuple(arenas), given, mask)
 
     def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
         """The queries of the prompt, if the codec of an edge wants to see them."""
@@ -328,7 +347,8 @@ def _loses(site: AttentionSite) -> bool:
     tokens = {edge.sizes(edge.stored)[2] for edge in (site.key, site.value)}
     tokens.add(sizes_of(site.attention.query)[-2])
     is_exact = site.key.fmt.layout == site.value.fmt.layout == "dense"
-    return site.kind == "prefill" and len(tokens) == 1 and not is_exact
+    is_empty = 0 in (*sizes_of(site.attention.query), *site.key.sizes(site.key.stored))
+    return site.kind == "prefill" and len(tokens) == 1 and not is_exact and not is_empty
 
 
 def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
