@@ -165,17 +165,18 @@ def attend_errors(
         mask = mask[:, :, missing:].permute(0, 3, 1, 2)
         is_bool = mask.dtype == torch.bool
         visible = mask & visible if is_bool else mask.float().masked_fill(~visible, -torch.inf)
-    query = _stacked(queries)
-    keys, values = _stacked(key.exact)[:, :, missing:], _stacked(value.exact)[:, :, missing:]
+    all_see_it = not padded and mask is None and (not causal or plan.newest >= QUERIES)
+    query, keys = _stacked(queries) * scale, _stacked(key.exact)[:, :, missing:]
     column = torch.stack(list(sinks)) if sinks else None
-    scores = _per_head(query, keys.mT) * scale
-    probs = probabilities(scores, visible, column, softcap)[..., :kept]
-    found_scores = _per_head(query, _found(key, place).mT) * scale
-    found_probs = probabilities(found_scores, visible[..., :kept], None, softcap)
-    found_probs = found_probs * probs.sum(-1, keepdim=True)
-    hidden = ~there[:, None, :kept, None]  # 0 times what is no number is none
-    true = _per_head(probs, values[:, :, :kept].masked_fill(hidden, 0.0))
-    found = _per_head(found_probs, _found(value, place).masked_fill(hidden, 0.0))
+    probs = probabilities(_per_head(query, keys.mT), visible, column, softcap)[..., :kept]
+    found_scores = _per_head(query, _found(key, place).mT)
+    seen = None if all_see_it else visible[..., :kept]
+    found_probs = probabilities(found_scores, seen, None, softcap) * probs.sum(-1, keepdim=True)
+    values, found_values = _stacked(value.exact)[:, :, missing:], _found(value, place)
+    if padded:  # 0 times what is no number is none
+        hidden = ~there[:, None, :kept, None]
+        values, found_values = (x.masked_fill(hidden, 0.0) for x in (values, found_values))
+    true, found = _per_head(probs, values), _per_head(found_probs, found_values)
     error, size = (found - true).flatten(1).norm(dim=1), true.flatten(1).norm(dim=1)
     return error / size.clamp_min(1e-30)
 

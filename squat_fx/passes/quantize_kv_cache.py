@@ -344,11 +344,21 @@ def _num_heads(site: AttentionSite) -> int:
 
 def _loses(site: AttentionSite) -> bool:
     """Whether a prompt's attention is over all tokens that are stored, and not all stay exact."""
-    tokens = {edge.sizes(edge.stored)[2] for edge in (site.key, site.value)}
-    tokens.add(sizes_of(site.attention.query)[-2])
+    edges = site.key, site.value
+    shapes = [shape_of(edge.stored) for edge in edges]
     is_exact = site.key.fmt.layout == site.value.fmt.layout == "dense"
-    is_empty = 0 in (*sizes_of(site.attention.query), *site.key.sizes(site.key.stored))
-    return site.kind == "prefill" and len(tokens) == 1 and not is_exact and not is_empty
+    if site.kind != "prefill" or is_exact or any(0 in (shape or ()) for shape in shapes):
+        return False
+    tokens = {edge.sizes(edge.stored)[2] for edge in edges}
+    tokens.add(sizes_of(site.attention.query)[-2])
+    if len(tokens) == 1:
+        return True
+    # Where hooks break a model into pieces, one length has several symbols.
+    examples = [value_of(edge.stored).shape[edge.token_dim] for edge in edges]
+    examples.append(value_of(site.attention.query).shape[-2])
+    lengths = {n if isinstance(n, int) else n.node.hint for n in examples}
+    is_whole = not any(edge.is_window for edge in edges)
+    return bool(site.attention.causal) and is_whole and len(lengths) == 1
 
 
 def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:
