@@ -8,13 +8,14 @@ that is packed by then as it is after rounding, and the others exactly:
 because ``t`` tokens are stored when token ``t`` attends, and tokens leave the residual a group at a
 time. A rounded number never changes again, so one pass over all tokens sees what each step would
 see, some twenty times as fast as token by token: enough to try a hundred variants of a codec.
+Tokens that ``pruned`` drops when it stores the prompt are hidden from all later queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import squat_fx
-from squat_fx.codecs import Role
-from squat_fx.kernels import reference
+from squat_fx.codecs import Fit, Role
+from squat_fx.kernels import kept, reference
+from squat_fx.kernels.reference import Arenas
 from squat_fx.layouts import Format
+from squat_fx.layouts.kept import MOVED, beneath
 
 NAME = "squat_fx_simulation"
 
@@ -74,6 +77,10 @@ class Rounding(Protocol):
             key, value: ``[batch, kv_heads, tokens, head_dim]``.
         """
         ...
+
+    def lost(self, site: Site, query: Tensor, key: Tensor) -> Tensor | None:
+        """Which tokens are not stored, bool ``[batch, kv_heads, tokens]``; None: they all are."""
+        return None
 
 
 class Simulation:
@@ -128,6 +135,8 @@ class Simulation:
         seen = visible(tokens, prompt, window, device)
         scale = scaling or key.shape[-1] ** -0.5
         rounded = rounding(site, query, key, value)
+        if (lost := rounding.lost(site, query, key)) is not None:
+            seen = seen & ~lost[:, :, None, None]
         query = query[:, :, prompt:]
         of_steps = _steps(query, key, value, *rounded, *packed, seen, scale)
         if self._measure:
@@ -179,7 +188,7 @@ def _steps(
 
 
 @dataclass(frozen=True)
-class OfConfig:
+class OfConfig(Rounding):
     """What ``squat_fx.compile(model, config)`` does, by the reference's arithmetic."""
 
     config: squat_fx.Config
@@ -203,28 +212,81 @@ class OfConfig:
         """See :class:`Rounding`."""
         formats = self._formats(site, key)
         basis = self.config.basis(site.layer, formats[0], key.device)
+        query = self._scored(site, query)
+        stored = stored_tokens(site, query, key, formats[0])
         return (
-            round_as("key", key, query, formats[0], site, basis),
-            round_as("value", value, query, formats[1], site),
+            round_as("key", key, query, formats[0], site, basis, stored),
+            round_as("value", value, query, formats[1], site, None, stored),
         )
+
+    def lost(self, site: Site, query: Tensor, key: Tensor) -> Tensor | None:
+        """See :class:`Rounding`."""
+        query = self._scored(site, query)
+        stored = stored_tokens(site, query, key, self._formats(site, key)[0])
+        if stored is None:
+            return None
+        return torch.ones(key.shape[:3], dtype=torch.bool, device=key.device).scatter_(
+            2, stored, False
+        )
+
+    def _scored(self, site: Site, query: Tensor) -> Tensor:
+        """The queries as the codec wants to see them."""
+        if "scores" not in self.config.resolved_codec.taps("key"):
+            return query
+        return query * (site.module.scaling * query.shape[3] ** 0.5)
 
     def _formats(self, site: Site, key: Tensor) -> tuple[Format, Format]:
         layers, heads, head_dim = site.module.config.num_hidden_layers, *key.shape[1::2]
-        found = self.config.formats(site.layer, layers, heads, head_dim, head_dim)
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        return formats_of(self.config, site.module, layers, heads, head_dim)
+
+
+def formats_of(
+    config: squat_fx.Config, module: Any, layers: int, heads: int, head_dim: int
+) -> tuple[Format, Format]:
+    """The stored formats of an attention module's keys and values; a sliding window, which forgets
+    by itself, keeps all its tokens.
+    """
+    found = config.formats(module.layer_idx, layers, heads, head_dim, head_dim)
+    if isinstance(found, str):
+        raise ValueError(found)
+    is_window = getattr(module, "sliding_window", None)
+    return (beneath(found[0]), beneath(found[1])) if is_window else found
+
+
+def stored_tokens(site: Site, query: Tensor, key: Tensor, fmt: Format) -> Tensor | None:
+    """The tokens that are stored, int64 ``[batch, kv_heads, stored]``, if some of the prompt are
+    not.
+    """
+    if not fmt.stored_layout.keeps_part:
+        return None
+    arenas = reference.empty_arenas(key, 0, fmt)
+    of_prompt = slice(0, site.prompt)
+    kept.prompt_of(arenas, key[:, :, of_prompt], None, query[:, :, of_prompt], None, fmt)
+    start = int(arenas.start[0])
+    position = torch.arange(start, key.shape[2], device=key.device)
+    moved = arenas.fixed[MOVED]
+    return kept.source_of(position, arenas.start, moved, fmt.sink_length) if start else None
 
 
 def round_as(
-    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, basis: Tensor | None = None
-) -> Tensor:
+    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, basis: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """``x`` after it was stored: fitted on the prompt, its tokens packed with feedback, those that
-    came later without.
+    came later without; of the ``tokens`` if not all are stored.
     """
     of_prompt = slice(0, site.prompt)
     arenas = reference.empty_arenas(x, 0, fmt, basis)
     fit = reference.learn(arenas, x[:, :, of_prompt], None, query[:, :, of_prompt], fmt, role)
+    if tokens is None:
+        return _packed_and_back(x, fmt, site, arenas, fit)
+    place = tokens[..., None].expand(-1, -1, -1, x.shape[3])
+    site = replace(site, prompt=site.prompt - x.shape[2] + tokens.shape[2])
+    return x.scatter(2, place, _packed_and_back(x.gather(2, place), fmt, site, arenas, fit))
+
+
+def _packed_and_back(x: Tensor, fmt: Format, site: Site, arenas: Arenas, fit: Fit) -> Tensor:
+    """``x``, of which all that is packed by the end went through its codes."""
     out = x.clone()
     stored = site.packed(site.prompt, fmt.token_group)
     end = site.packed(x.shape[2], fmt.token_group)
@@ -237,7 +299,7 @@ def round_as(
 
 
 @dataclass(frozen=True)
-class PlainKivi:
+class PlainKivi(Rounding):
     """KIVI, written without anything of squat_fx: where both agree, both say the same thing.
 
     Attributes:

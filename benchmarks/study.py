@@ -30,7 +30,7 @@ import typer
 from common import command, load_model, model_folder, text_record, write_result
 from rich.console import Console
 from rich.table import Table
-from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site
+from simulation import OfConfig, PlainKivi, Rounding, Simulation, Site, formats_of
 from torch import Tensor
 from variants import Statistics, Variant
 
@@ -44,6 +44,7 @@ from squat_fx.evaluate.numbers import standard_error
 from squat_fx.evaluate.settings import parse_bits, parse_codec
 from squat_fx.evaluate.tasks import Needles
 from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
+from squat_fx.layouts import kept
 
 BASE = "squat"
 FULL = "full"
@@ -285,7 +286,9 @@ class Study:
             texts = records_by_text(scores, self.sets)
             errors = self._errors(model, rounding)
             tokens = self.sets[0].prompt + self.sets[0].tokens
-            return {"name": name, **bits_of(model, rounding, tokens), "attention_error": errors,
+            prompt = self.sets[0].prompt
+            bits = bits_of(model, rounding, prompt, tokens)
+            return {"name": name, **bits, "attention_error": errors,
                     "texts": texts}  # fmt: skip
 
         return measure
@@ -325,9 +328,10 @@ class Study:
         return Scores(*torch.stack(found, 1)[:, :, -last:])
 
 
-def bits_of(model: Any, rounding: Rounding, tokens: int) -> dict[str, float | None]:
-    """Bits of a packed number, and with everything counted after so many tokens, in half precision;
-    the mean over layers, keys and values; None of what has no stored layout.
+def bits_of(model: Any, rounding: Rounding, prompt: int, tokens: int) -> dict[str, float | None]:
+    """Bits of a packed number, and with everything counted after so many tokens, those of the
+    prompt among them, in half precision; the mean over layers, keys and values; None of what has no
+    stored layout.
     """
     if not isinstance(rounding, OfConfig):
         return {"packed_bits": None, "effective_bits": None}
@@ -335,14 +339,14 @@ def bits_of(model: Any, rounding: Rounding, tokens: int) -> dict[str, float | No
     for module in attentions(model):
         layers, layer = module.config.num_hidden_layers, module.layer_idx
         heads = module.config.num_key_value_heads
-        formats = rounding.config.formats(layer, layers, heads, module.head_dim, module.head_dim)
-        if isinstance(formats, str):
-            raise ValueError(formats)
+        formats = formats_of(rounding.config, module, layers, heads, module.head_dim)
         seen = min(tokens, (getattr(module, "sliding_window", None) or tokens + 1) - 1)
         site = Site(layer, module, seen, rounding.residual, rounding.sinks)
         for fmt in formats:
             bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
-            count = site.packed(seen, fmt.token_group)
+            count, lost = site.packed(seen, fmt.token_group), 0
+            if fmt.stored_layout.keeps_part:
+                lost = max(site.packed(prompt, kept.group(fmt)) - kept.budget(fmt), 0)
             learned = sum(
                 math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
                 * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
@@ -350,7 +354,8 @@ def bits_of(model: Any, rounding: Rounding, tokens: int) -> dict[str, float | No
             )  # fmt: skip
             learned += 2 * 32 * fmt.head_dim**2 * fmt.latent  # a basis and its inverse
             packed.append(bits)
-            effective.append((bits * count + 16 * (seen - count) + learned / fmt.head_dim) / seen)
+            stored = bits * (count - lost) + 16 * (seen - count)
+            effective.append((stored + learned / fmt.head_dim) / seen)
     return {"packed_bits": mean(packed), "effective_bits": mean(effective)}
 
 

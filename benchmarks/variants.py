@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from simulation import Site
+from simulation import Rounding, Site
 from torch import Tensor
 
 from squat_fx.calibration import RIDGE, LayerCalibration
@@ -25,7 +25,7 @@ from squat_fx.layouts.symmetric import LARGEST_HALF, SMALLEST_SCALE, STEP
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Rounding):
     """How keys and values are rounded.
 
     Attributes:
@@ -299,7 +299,7 @@ def _mended(y: Tensor, rounded: Tensor, norm: str, scale: Tensor) -> Tensor:
     return rounded / scale * mended
 
 
-class Statistics:
+class Statistics(Rounding):
     """Sums of keys and queries by layer, as a rounding that changes nothing; for calibrations."""
 
     residual = sinks = 0

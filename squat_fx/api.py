@@ -17,7 +17,9 @@ from squat_fx.codecs import Codec
 from squat_fx.config import Config, Guard, Inner
 from squat_fx.fallback import pack_dense_caches
 from squat_fx.guard import with_raised
+from squat_fx.head_start import HeadStart
 from squat_fx.masks import may_be_left_out, without_idle_mask
+from squat_fx.offloaded_caches import on_their_device
 from squat_fx.report import Report
 from squat_fx.standalone import rewrite_module
 from squat_fx.static_caches import with_growing_caches
@@ -41,6 +43,7 @@ class Compiled:
         self._drops_masks = drops_masks
         self._compiles = True  # whether the next call may be expected to
         self.report = Report()
+        self._head_start = HeadStart()
         self._target = target
         # What is compiled around this calls it; its own graphs would take no packed cache. Not a
         # decorator, which would import Dynamo, and Triton with it, when this file is imported.
@@ -52,7 +55,7 @@ class Compiled:
         config, self._raised = self.config, dict(self.report.raised)
 
         def backend(graph_module: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-            return compile_graph(graph_module, examples, config, self.report)
+            return compile_graph(graph_module, examples, config, self.report, self._head_start)
 
         # Graphs are kept by code, so that models of one class would count against one limit.
         own: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "isolate_recompiles": True}
@@ -66,13 +69,28 @@ class Compiled:
         return self._call(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with on_their_device(args, kwargs, self.report):
+            return self._run_on_device(*args, **kwargs)
+
+    def _run_on_device(self, *args: Any, **kwargs: Any) -> Any:
         before = self.report.runs_here
         if self.report.raised != self._raised:
             self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
-        if not torch.compiler.is_compiling():
-            kwargs = with_growing_caches(args, kwargs, self.report)
+        if torch.compiler.is_compiling():
+            result = self._call_compiled(args, kwargs)
+        else:
+            with self._head_start.of_call(args, kwargs):
+                kwargs = with_growing_caches(args, kwargs, self.report)
+                result = self._call_compiled(args, kwargs)
+        if self.report.runs_here == before and not torch.compiler.is_compiling():
+            config = with_raised(self.config, self.report.raised)
+            packed = pack_dense_caches(args, kwargs, result, config, self.report)
+            self.report.eager_calls += packed
+        return result
+
+    def _call_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graphs = len(self.report.graphs)
         with without_collecting() if self._compiles else nullcontext():
             if self._takes_limit:
@@ -82,10 +100,6 @@ class Compiled:
                     result = self._compiled(*args, **kwargs)
         # A prompt that was compiled is followed by a step that will be.
         self._compiles = len(self.report.graphs) > graphs
-        if self.report.runs_here == before and not torch.compiler.is_compiling():
-            config = with_raised(self.config, self.report.raised)
-            packed = pack_dense_caches(args, kwargs, result, config, self.report)
-            self.report.eager_calls += packed
         return result
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from squat_fx import replay
 from squat_fx.boundary import Boundary
 from squat_fx.config import Config
 from squat_fx.guard import Watch, repeated, with_raised
+from squat_fx.head_start import HeadStart
 from squat_fx.kernels import ahead
 from squat_fx.kernels.fallback import strictly
 from squat_fx.passes import Rewriting, run_pipeline
@@ -61,12 +63,16 @@ def squat(
 
 
 def compile_graph(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, report: Report
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    report: Report,
+    head_start: HeadStart | None = None,
 ) -> Callable[..., Any]:
     """Rewrite and compile one Dynamo graph; what cannot be rewritten or compiled runs as it was."""
     raised = with_raised(config, report.raised)
     try:
-        run = _compile_rewritten(graph_module, list(example_inputs), raised, report)
+        run = _compile_rewritten(graph_module, list(example_inputs), raised, report, head_start)
         if config.guard == "raise_bits" and report.graphs[-1].kind == "prefill":
             run = repeated(run, _rewritten_again(graph_module, config, report))
     except Exception as error:
@@ -106,7 +112,11 @@ def _rewritten_again(
 
 
 def _compile_rewritten(
-    graph_module: fx.GraphModule, examples: list[Any], config: Config, report: Report
+    graph_module: fx.GraphModule,
+    examples: list[Any],
+    config: Config,
+    report: Report,
+    head_start: HeadStart | None = None,
 ) -> Callable[..., Any]:
     rewriting = Rewriting(copy_graph(graph_module), config, {})
     placeholders = tuple(rewriting.graph.find_nodes(op="placeholder"))
@@ -149,6 +159,7 @@ def _compile_rewritten(
         Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
         if rewriting.watched
         else None,
+        None if _changed_in_place(rewriting) else head_start,
     )  # fmt: skip
     return boundary if spec is None else _with_spec(boundary, spec)
 
@@ -157,8 +168,19 @@ def _changes_no_input(rewriting: Rewriting) -> bool:
     """Whether a call may be repeated: it has no cache to append to and writes to none of its own
     inputs.
     """
-    written = (memory_of(x) for node in rewriting.graph.nodes for x in written_by(node))
-    return not rewriting.handles and all(x.op not in ("placeholder", "get_attr") for x in written)
+    return not rewriting.handles and not _changed_in_place(rewriting)
+
+
+def _changed_in_place(rewriting: Rewriting) -> set[fx.Node]:
+    """Inputs, weights and buffers that a graph writes to; not what our own ops append to."""
+    placeholders = rewriting.graph.find_nodes(op="placeholder")
+    arenas = {
+        node
+        for node, fed in zip(placeholders, rewriting.inputs, strict=True)
+        if fed.kind == "arena"
+    }
+    written = {memory_of(x) for node in rewriting.graph.nodes for x in written_by(node)}
+    return {x for x in written - arenas if x.op in ("placeholder", "get_attr")}
 
 
 def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
@@ -303,6 +325,7 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
     arguments: dict[int, int] = {}
     positions: list[int] = []
     others: list[int] = []
+    changed = _changed_in_place(rewriting)
     for i, fed in enumerate(rewriting.inputs):
         if fed.kind == "positions":
             positions.append(i)
@@ -311,12 +334,18 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
             is_packed = isinstance(example, QuantizedKV)
             if is_number(example):
                 others.append(fed.index)
-            elif is_packed or example.device.type != "cuda":
+            elif is_packed or example.device.type != replay.DEVICE:
                 where = "packed" if is_packed else f"on {example.device}"
                 report.note(f"a graph is not replayed, because its input {node.name} is {where}")
                 return None
             elif _stays_in_place(node, example):
                 others.append(fed.index)
+            elif node in changed:
+                report.note(
+                    f"a graph is not replayed, because it writes to its input {node.name}, which "
+                    "may be elsewhere at every call"
+                )
+                return None
             else:
                 arguments[i] = fed.index
     return Moving(arguments, positions, others) if rewriting.handles else None

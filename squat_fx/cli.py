@@ -136,6 +136,9 @@ def bench_kernel(
     out: Out = None,
     plot: Plot = None,
     quick: Annotated[bool, typer.Option(help="Small shapes, to see that it runs.")] = False,
+    together: Annotated[
+        int, typer.Option(min=1, help="Processes that compile kernels before all is measured.")
+    ] = 1,
 ) -> None:
     """Attention, append and store on a GPU, beside the fastest fp16 attention of torch."""
     with one_sentence_errors():
@@ -144,11 +147,15 @@ def bench_kernel(
         from squat_fx.bench import kernel
         from squat_fx.bench.plot import plot_kernel
 
-        result = kernel.measure(quick, say)
+        command = "squat-fx bench kernel" + " --quick" * quick
+        command += f" --together {together}" * (together > 1)
+
+        def keep(result: dict[str, Any]) -> None:
+            keep_measurement(command, result, out, plot, plot_kernel)
+
+        result = kernel.measure(quick, say, together, keep)
         for table in kernel.tables(result):
             Console(width=140).print(table)
-        command = "squat-fx bench kernel" + " --quick" * quick
-        keep_measurement(command, result, out, plot, plot_kernel)
 
 
 @bench.command("tune")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.config import Config
+from squat_fx.layouts.kept import beneath
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 
@@ -82,6 +83,7 @@ def _pack(layer: Any, index: int, layers: int, mask: Any, config: Config, report
     formats = config.formats(index, layers, keys.shape[1], keys.shape[3], values.shape[3])
     if isinstance(formats, str):
         return False
+    formats = tuple(map(beneath, formats))  # nobody says which tokens to keep
     valid, (batch, _, tokens, _) = None, keys.shape
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch:
         newest = mask[:, -tokens:].bool()  # all of them, unless the layer is a sliding window

@@ -96,7 +96,8 @@ class Watch:
         if self.config.guard == "raise_bits":
             self._raise(far, found)
         elif new:
-            self._say(new, found, f"more bits help: {_advice(self.config, new)}")
+            helps = self.config.resolved_codec.remedy
+            self._say(new, found, f"{helps}: {_advice(self.config, new)}")
 
     def _raise(self, far: Sequence[int], found: Mapping[int, float]) -> None:
         if not far:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from threading import RLock
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Copied = dict[int, Tensor]
 MOST_RECORDINGS = 8
+DEVICE = "cuda"  # where there are such graphs
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Whereabouts:
         self._tensors: list[int] = []
         self._numbers: list[int] = []
         self._addresses: list[int] = []
+        self._weights: list[ref[Tensor]] = []
+        self._places: list[int] = []
         self._version = 0
 
     def key(self, args: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -70,16 +74,32 @@ class Whereabouts:
             self._addresses = [0] * len(args)
             for i in self._tensors:
                 self._addresses[i] = args[i].data_ptr()
+            self._weights = [ref(args[i]) for i in self._tensors]
+            self._places = [self._addresses[i] for i in self._tensors]
             self._version += 1
         numbers = (args[i] for i in self._numbers)
         return self._version, *(x.item() if isinstance(x, Tensor) else x for x in numbers)
 
+    def are_where_they_were(self) -> bool:
+        """Whether the weights of the last call still exist, where they were."""
+        weights = [weight() for weight in self._weights]
+        if any(weight is None for weight in weights):
+            return False
+        return _same_addresses(weights, self._places, list(range(len(weights))))
+
     def _same_addresses(self, args: Sequence[Any]) -> bool:
-        # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.
-        equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-        if equal is not None:
-            return equal(list(args), self._addresses, self._tensors)
-        return all(args[i].data_ptr() == self._addresses[i] for i in self._tensors)
+        return _same_addresses(args, self._addresses, self._tensors)
+
+
+def _same_addresses(
+    tensors: Sequence[Any], addresses: Sequence[int], indices: Sequence[int]
+) -> bool:
+    """Whether the tensors at such places are at those of the addresses."""
+    # Hundreds of weights; CUDA builds of torch look at them in C++ for their own recordings.
+    equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if equal is not None:
+        return equal(list(tensors), addresses, indices)
+    return all(tensors[i].data_ptr() == addresses[i] for i in indices)
 
 
 class Recording:
@@ -134,27 +154,50 @@ class Replayed:
         """``call`` on its copied inputs.
 
         Args:
-            key: of what is taken where it is; equal if and only if all of it is at the same
-                addresses, with the same sizes.
+            key: see :meth:`key`.
             copied: inputs that may be anywhere, by a number.
             call: takes such inputs on the GPU, and returns outputs.
         """
         with self._lock:
-            key = (torch.cuda.current_stream(), key)
             if not self._works or key not in self._found:
                 outputs = call(_on_gpu(copied))
                 self._remember(key, None)
                 return outputs
             recording = self._found[key]
-            self._found.move_to_end(key)
             if recording is None:
                 recording = self._record(copied, call)
                 if recording is None:
                     return call(_on_gpu(copied))
                 self._remember(key, recording)
                 self._report.recordings += 1
-            self._report.replays += 1
+            self.count(key)
             return recording(copied)
+
+    def key(self, where: Hashable) -> tuple[Any, Hashable]:
+        """Of a call on the current stream, which comes first.
+
+        Args:
+            where: equal if and only if all that is taken where it is has the same addresses and
+                sizes.
+        """
+        return torch.cuda.current_stream(), where
+
+    def recording(self, key: Hashable) -> Recording | None:
+        """What was recorded for calls with such a key."""
+        return self._found.get(key)
+
+    def begin(self, recording: Recording, copied: Mapping[int, Tensor]) -> list[Any]:
+        """Replay what was recorded; it is not counted before it is asked for."""
+        with self._lock:
+            return recording(copied)
+
+    def count(self, key: Hashable, begun: bool = False) -> None:
+        """Count a replay, which may have ``begun`` early, and keep its recording longest."""
+        with self._lock:
+            self._report.replays += 1
+            self._report.begun += begun
+            if key in self._found:
+                self._found.move_to_end(key)
 
     def _record(
         self, copied: Mapping[int, Tensor], call: Callable[[Copied], list[Any]]

@@ -142,6 +142,7 @@ class Report:
         eager_calls: calls in which no compiled graph ran.
         runs: calls of compiled graphs, replayed ones among them.
         recordings, replays: of CUDA graphs.
+        begun: replays that were launched when a call came in; see :mod:`squat_fx.head_start`.
         raised: layers that got more bits because they lost too much, and how many, 16 for all.
         arriving: errors that are still on their way from a GPU: when they are there, and what takes
             them.
@@ -153,6 +154,7 @@ class Report:
     runs: int = 0
     recordings: int = 0
     replays: int = 0
+    begun: int = 0
     raised: dict[int, float] = field(default_factory=dict)
     arriving: tuple[Any, Callable[[], None]] | None = field(default=None, repr=False)
     _errors: dict[int, float] = field(default_factory=dict, repr=False)
@@ -241,6 +243,8 @@ class Report:
             lines.append(
                 f"CUDA graphs: {self.replays} of {self.runs} calls were replays of "
                 f"{self.recordings} recordings"
+                + f", {self.begun} of them begun when the call came in"
+                * bool(self.begun)
             )
         lines += [f"note: {note}" for note in self.notes]
         live = self.live_bytes

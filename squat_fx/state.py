@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,8 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from squat_fx.codecs import Format, Role, codec_from_spec
 from squat_fx.kernels import ops, reference
+from squat_fx.kernels.kept import begins_at
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import PAIRS
+from squat_fx.layouts.kept import MOVED, beneath
 from squat_fx.pool import grown_capacity
 from squat_fx.storage import TOKENS, Lease, Storage
 
@@ -86,6 +89,7 @@ class QuantizedKV(Tensor):
         valid: Tensor | None = None,
         query: Tensor | None = None,
         given: Tensor | None = None,
+        keys: QuantizedKV | None = None,
     ) -> QuantizedKV:
         """Pack ``x`` ``[batch, heads, tokens, head_dim]``.
 
@@ -97,14 +101,17 @@ class QuantizedKV(Tensor):
             given: what the layout is given. If ``fmt.latent``: the calibrated basis and its
                 inverse, fp32 ``[2, heads, head_dim, head_dim]``. In ``latent/rope``: the angle by
                 which each pair of channels turns from token to token, in radians.
+            keys: for values of which a part is kept, their keys, which say which; without them, or
+                for keys without ``query``, all tokens are kept.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
             )
         with torch.inference_mode(False), torch.no_grad():
+            kept = () if keys is None else (keys._storage[MOVED],)
             arenas = ops.overload("store", fmt.layout)(
-                x, valid, query, given, role, fmt.codec, fmt.to_ints()
+                x, valid, query, given, role, fmt.codec, fmt.to_ints(), *kept
             )
             return cls.from_arenas(arenas, x.shape[TOKENS], fmt, role, given)
 
@@ -126,9 +133,12 @@ class QuantizedKV(Tensor):
         for name in layout.shared:
             made[name] = layout.empty_fixed(fmt, name, made["dense"]) if given is None else given
         extent = Extent(0, 0).after(length, fmt)
-        capacity = grown_capacity(length, 0) if grows else grown_capacity(0, length)
         stored = Arenas.of(fmt, tuple(made[name] for name in fmt.arena_names))
-        return cls(Storage.pooled(stored, extent, fmt, role, capacity), length)
+        first = fmt.packed_names[0]
+        dropped = begins_at(made[first].shape[TOKENS] * fmt.tokens_per_slot(first), extent, fmt)
+        room = length - dropped
+        capacity = grown_capacity(room, 0) if grows else grown_capacity(0, room)
+        return cls(Storage.pooled(stored, extent, fmt, role, capacity, dropped), length)
 
     # what the handle is ---------------------------------------------------------------------------
 
@@ -355,8 +365,24 @@ def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     if not all(type(a) is type(b) is int and a == b for a, b in sizes):
         return None
     shape = list(first.shape)
-    shape[TOKENS] = first.shape[TOKENS] + new.shape[TOKENS]
+    shape[TOKENS] = _common_size(first.shape[TOKENS]) + new.shape[TOKENS]
     return dense.new_empty(shape)
+
+
+_SIZES: WeakKeyDictionary[Any, dict[int, Any]] = WeakKeyDictionary()
+
+
+def _common_size(size: Any) -> Any:
+    """A size that is a symbol, or another in the same trace that is as large, which is guarded.
+
+    All layers of a cache are equally long. If each had a symbol of its own, torch would work out
+    the shapes of every layer anew (of 32 layers, 3 of 7 seconds of tracing a step with torch 2.11),
+    and hand over each at every step.
+    """
+    if not isinstance(size, torch.SymInt) or size.node.hint is None:
+        return size
+    common = _SIZES.setdefault(size.node.shape_env, {}).setdefault(size.node.hint, size)
+    return common if common is size or common == size else size
 
 
 def _dynamic_marks(dim: int) -> dict[str, Any]:
@@ -458,9 +484,13 @@ def _slice(
         return x._copied(lambda arena: func(arena, 0, start, end, step).clone())
     if dim % 4 != TOKENS or stride != 1 or not first < last:
         return NotImplemented
+    if first and x.format.stored_layout.keeps_part:
+        return NotImplemented  # what lost tokens has no window
     if last == size:
         return _window(x, first)
-    return QuantizedKV(x.writable_storage(), x.first + last, first=x.first + first)
+    storage = x.writable_storage()
+    storage.check_crop(x.first + last)
+    return QuantizedKV(storage, x.first + last, first=x.first + first)
 
 
 def _window(x: QuantizedKV, hidden: int) -> QuantizedKV:
@@ -516,7 +546,7 @@ def _to_copy(
     old = x.dtype
 
     def convert(arena: Tensor) -> Tensor:
-        is_dense = arena is source["dense"] or source.fmt.layout == "dense"
+        is_dense = arena is source["dense"] or beneath(source.fmt).layout == "dense"
         target = dtype if is_dense and arena.dtype == old else None
         return arena.to(device=device, dtype=target, copy=True)
 
@@ -550,8 +580,11 @@ def _sdpa(
         isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV)
     ):
         return NotImplemented
-    if any(h._lease.length != h._storage.length for h in (key, value)):
-        return NotImplemented  # an older reader: its prefix is dequantized
+    for handle in (key, value):
+        if handle._storage.lost_tokens:
+            handle.writable_storage()
+        if handle._lease.length != handle._storage.length:
+            return NotImplemented  # an older reader: its prefix is dequantized
     pair = key.format.layout, value.format.layout
     if pair not in PAIRS:
         return NotImplemented

@@ -11,11 +11,12 @@ Layers that hold a linear-attention state as well are left alone, with a note.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from squat_fx.caches import caches_among
 from squat_fx.report import Report
 from squat_fx.storage import TOKENS
 
@@ -33,7 +34,7 @@ def with_growing_caches(
     as long as those caches are now.
     """
     held: dict[str, int] = {}
-    for layers in _layers_of_caches(args, kwargs):
+    for layers in (cache.layers for cache in caches_among(args, kwargs)):
         for index, layer in enumerate(layers):
             if not getattr(layer, "is_compileable", False) or not hasattr(layer, "max_cache_len"):
                 continue
@@ -81,15 +82,3 @@ def growing_layer(layer: Any) -> Any:
     if slides:
         grown.cumulative_length = tokens
     return grown
-
-
-def _layers_of_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Any]]:
-    for candidate in (*args, *kwargs.values()):
-        for cache in (
-            candidate,
-            getattr(candidate, "self_attention_cache", None),
-            getattr(candidate, "cross_attention_cache", None),
-        ):
-            layers = getattr(cache, "layers", None)
-            if isinstance(layers, list) and type(cache).__module__.startswith("transformers."):
-                yield layers

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Format, Role
-from squat_fx.kernels import ops, reference
+from squat_fx.kernels import kept, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.pool import GROWTH_SHARE, POOL, TOKENS, grown_capacity
 
+_CHANGES = [0]
 MANY_LEASES = 32  # dead ones are dropped when there are so many
+
+
+def changes() -> int:
+    """How often any storage has changed: what is written of it, where it is, or that it is gone.
+    As long as that is the same, all are what they were.
+    """
+    return _CHANGES[0]
 
 
 class Lease:
@@ -115,6 +123,11 @@ class Storage:
         """Bytes of all arenas, spare capacity included."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
+    @property
+    def lost_tokens(self) -> bool:
+        """Whether tokens of a prompt were left out, so that there is no dense form."""
+        return self.fmt.stored_layout.keeps_part and self.dropped > 0
+
     def __getitem__(self, name: str) -> Tensor:
         return self._arenas[name]
 
@@ -188,6 +201,7 @@ class Storage:
         with torch.inference_mode(False), torch.no_grad():
             reference.drop_front(self.arenas, first, self.fmt)
         self.dropped = self._start_for(first)
+        _CHANGES[0] += 1
 
     def capacity_of(self, name: str) -> int:
         """Tokens that fit into the packed arena ``name``."""
@@ -198,6 +212,7 @@ class Storage:
         self.length, self.watermark = reference.advanced(
             self.length, self.watermark, new_tokens, self.fmt
         )
+        _CHANGES[0] += 1
 
     def append(self, new: Tensor, valid: Tensor | None = None) -> None:
         """Write new tokens, ``[batch, heads, tokens, head_dim]``, and commit them; a write that
@@ -223,11 +238,22 @@ class Storage:
                 dense.copy_(written)
         self.advance(new_tokens)
 
+    def check_crop(self, length: int) -> None:
+        """Refuse to forget the tokens from ``length`` on.
+
+        Raises:
+            ValueError: tokens before it are lost, and not the same ones in all heads.
+        """
+        if self.lost_tokens:
+            kept.check_crop(self.arenas, self.fmt, length)
+
     def truncate(self, length: int) -> None:
-        """Forget all tokens from ``length`` on, in place."""
+        """Forget all tokens from ``length`` on, in place; see :meth:`check_crop`."""
+        self.check_crop(length)
         after = Extent(length, min(self.watermark, length))
         reference.truncate(self.arenas, self.extent, after, self.fmt)
         self.length, self.watermark = after.length, after.watermark
+        _CHANGES[0] += 1
 
     def copy(self, batch: Callable[[Tensor], Tensor] = Tensor.clone) -> Storage:
         """A storage of its own with the same tokens; ``batch`` selects or repeats rows."""
@@ -263,6 +289,7 @@ class Storage:
         capacities = {self.capacity_of(name) for name in self.fmt.packed_names}
         self._room = capacities.pop() if len(capacities) == 1 else 0
         self._addresses: tuple[int, ...] | None = None
+        _CHANGES[0] += 1
 
     def _move_to_pool(self, capacity: int) -> None:
         first, *others = self.fmt.packed_names
@@ -294,6 +321,7 @@ class Storage:
 
 
 def _give_back(arenas: dict[str, Tensor], shared: tuple[str, ...]) -> None:
+    _CHANGES[0] += 1
     for name, arena in arenas.items():
         if name not in shared:
             POOL.give(arena)

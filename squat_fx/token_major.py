@@ -35,9 +35,10 @@ class TokenMajorKV(QuantizedKV):
         valid: Tensor | None = None,
         query: Tensor | None = None,
         given: Tensor | None = None,
+        keys: QuantizedKV | None = None,
     ) -> QuantizedKV:
         """Pack ``x`` ``[batch, tokens, heads, head_dim]``; see :meth:`QuantizedKV.from_dense`."""
-        return super().from_dense(x.transpose(1, 2), fmt, role, valid, query, given)
+        return super().from_dense(x.transpose(1, 2), fmt, role, valid, query, given, keys)
 
     def dequantize(self) -> Tensor:
         """The dense tensor, ``[batch, seq_len, heads, head_dim]``; zeros where padding was not

@@ -57,6 +57,24 @@ def test_what_cannot_be_measured_is_refused_before_it_is(
     assert words in refused(squat(*arguments))
 
 
+def test_kernels_are_written_down_shape_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = {"backend": "FLASH_ATTENTION", "microseconds": 8.0, "TB/s": 1.0}
+    times = {"microseconds": 4.0, "TB/s": 0.5, "error": 4e-4, "bits": 2.1}
+    monkeypatch.setattr(kernel, "baseline", lambda *_: dict(dense))
+    monkeypatch.setattr(kernel, "attend", lambda *_: dict(times))
+    monkeypatch.setattr(kernel, "writes", lambda *_: {"append": {"microseconds": 3.0}})
+    kept: list[int] = []
+    found = kernel.measure(
+        True, lambda _: None, keep=lambda result: kept.append(len(result["rows"]))
+    )
+    each = 1 + len(kernel.CODECS)
+    assert kept == [each, 2 * each, 3 * each]
+    assert {row.get("speedup") for row in found["rows"]} == {None, 2.0}
+    attention, writing = kernel.tables(found)
+    assert attention.row_count == 3 * each
+    assert writing.row_count == len(kernel.WRITTEN)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["kernel", "tune"])
 def test_kernels_are_measured_on_a_gpu_only(command: str) -> None:

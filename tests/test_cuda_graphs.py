@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import squat_fx
+from squat_fx.codecs import Codec, Pruned
 from squat_fx.pool import POOL
 from tests.models import build, prompt
 
@@ -34,8 +35,8 @@ def generate(model: Any, tokens: int, batch: int = 1) -> Tensor:
     return model.generate(prompt(batch, 20).cuda(), max_new_tokens=tokens, do_sample=False)
 
 
-@pytest.mark.parametrize("codec", ["squat", "kivi"])
-def test_growth_records_anew_and_answers_the_same(codec: str) -> None:
+@pytest.mark.parametrize("codec", ["squat", "kivi", Pruned(4)], ids=str)
+def test_growth_records_anew_and_answers_the_same(codec: str | Codec) -> None:
     expected = generate(compiled(codec=codec), 256 * GROWTHS)
     model = compiled(codec=codec, cuda_graphs=True)
     report = squat_fx.report(model)

@@ -54,7 +54,7 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(replayed: Replayed, key: str, steps: Steps, number: float = 1.0) -> float:
-    first, second = replayed(key, {0: torch.tensor(number)}, steps)
+    first, second = replayed(replayed.key(key), {0: torch.tensor(number)}, steps)
     assert second is None
     return first.item()
 
@@ -123,7 +123,7 @@ def test_a_call_that_raises_is_not_recorded_next_time() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match=r"^no$"):
-        replayed("a", {0: torch.tensor(1.0)}, failing)
+        replayed(replayed.key("a"), {0: torch.tensor(1.0)}, failing)
     steps = Steps()
     run(replayed, "a", steps)
     assert steps.ran == ["direct"]

@@ -12,7 +12,7 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from variants import Statistics, Variant
 
 import squat_fx
-from squat_fx.codecs import Kivi, Squat
+from squat_fx.codecs import Kivi, Lossless, Pruned, Squat, TurboQuant
 from tests.models import VOCABULARY, build, prompt
 
 PROMPT, TOKENS = 72, 48
@@ -50,7 +50,14 @@ def decoded(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {}), ("llama", {"codec": Kivi(32)}), ("gemma3", {"residual_length": 8})],
+    [
+        ("llama", {}),
+        ("llama", {"codec": Kivi(32)}),
+        ("gemma3", {"residual_length": 8}),
+        ("llama", {"codec": Pruned(16), "guard": "off"}),
+        ("llama", {"codec": Pruned(16, Lossless(4)), "guard": "off"}),
+        ("gemma3", {"residual_length": 8, "codec": Pruned(16, TurboQuant()), "guard": "off"}),
+    ],
 )
 def test_a_pass_sees_what_decoding_sees(family: str, options: dict[str, Any]) -> None:
     rounding = OfConfig(squat_fx.Config(**options))
@@ -99,7 +106,7 @@ def test_every_calibrated_variant_runs_and_the_plain_one_is_squat() -> None:
         assert (simulated(model, other) - expected).abs().max() > 1e-3
 
 
-class NothingIsLeft:
+class NothingIsLeft(Rounding):
     """Packed keys are their mean, packed values zero: what a collapsed cache would say."""
 
     residual, sinks = 32, 4

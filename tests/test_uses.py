@@ -184,6 +184,10 @@ def test_offloaded_cache_on_a_gpu(options: dict[str, Any]) -> None:
         output_logits=True,
     )  # fmt: skip
     assert bool(torch.stack(out.logits).isfinite().all())
+    assert squat_fx.report(model).rewritten > 0
+    for layer in out.past_key_values.layers:
+        assert isinstance(layer.keys, QuantizedKV)
+        assert layer.keys.device.type == "cpu"
     if "codec" in options:
         assert torch.equal(out.sequences, expected), str(squat_fx.report(model))
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
@@ -277,19 +279,67 @@ def store(tokens: int, heads: int, num_heads: int, codec: Codec, bits: float) ->
     }
 
 
-def measure(quick: bool, log: Log) -> dict[str, Any]:
+Case = tuple[Shape, tuple[tuple[str, Codec, float | tuple[int, ...]], ...]]
+WRITTEN: tuple[tuple[str, Codec], ...] = (
+    ("squat", Squat()),
+    ("kivi G=32", Kivi(32)),
+    ("kivi G=128", Kivi(128)),
+    ("squat_paper G=32", SquatPaper(32)),
+)
+"""Codecs whose append and store are measured, at 2 bits."""
+
+
+def cases(quick: bool) -> list[Case]:
+    """Each shape with the codecs that are measured on it."""
+    work: list[Case] = [(shape, CODECS) for shape in SHAPES]
+    work += [(shape, tuple(c for c in CODECS if c[0] in IN_CONTEXTS)) for shape in CONTEXTS]
+    if quick:
+        work = [(Shape(32, 8, 2, 2048, s.head_dim), codecs) for s, codecs in work[3:6]]
+    return work
+
+
+def writes(codec: Codec, quick: bool) -> dict[str, Any]:
+    """Append and store of a codec."""
+    return {
+        "append, batch 64, 8 kv heads": append(64, 8, codec, 2),
+        "store, 8192 tokens, 8 kv heads": store(8192 if not quick else 1024, 8, 32, codec, 2),
+    }
+
+
+def compile_together(quick: bool, together: int) -> None:
+    """Leave every kernel in Triton's cache on disk, from so many processes."""
+    with ProcessPoolExecutor(together, mp_context=get_context("spawn")) as pool:
+        running: list[Future[Any]] = [
+            pool.submit(attend, shape, codec, bits)
+            for shape, codecs in cases(quick)
+            for _, codec, bits in codecs
+        ]
+        running.extend(pool.submit(writes, codec, quick) for _, codec in WRITTEN)
+        for future in running:
+            future.result()
+
+
+def measure(
+    quick: bool, log: Log, together: int = 1, keep: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Everything, as json takes it.
 
     Args:
         quick: small shapes only, to see that it runs.
         log: is told what is done: most of the time kernels are compiled.
+        together: how many processes compile them, before anything is measured.
+        keep: is given what there is after each shape.
     """
-    work = [(shape, CODECS) for shape in SHAPES]
-    work += [(shape, tuple(c for c in CODECS if c[0] in IN_CONTEXTS)) for shape in CONTEXTS]
-    if quick:
-        work = [(Shape(32, 8, 2, 2048, s.head_dim), codecs) for s, codecs in work[3:6]]
-    rows: list[dict[str, Any]] = []
-    for shape, codecs in work:
+    result: dict[str, Any] = {"residual_length": RESIDUAL_LENGTH, "sink_length": SINK_LENGTH}
+    rows, written = result["rows"], result["write"] = [], {}
+    if together > 1:
+        began = time.perf_counter()
+        compile_together(quick, together)
+        log(f"compiled in {together} processes, {time.perf_counter() - began:.1f} s")
+    for name, codec in WRITTEN:
+        written[name] = writes(codec, quick)
+        log(f"{name}: {written[name]}")
+    for shape, codecs in cases(quick):
         dense = baseline(shape, log)
         log(f"{shape} fp16: {dense}")
         torch.cuda.empty_cache()
@@ -301,20 +351,9 @@ def measure(quick: bool, log: Log) -> dict[str, Any]:
             torch.cuda.empty_cache()
             speedup = dense["microseconds"] / found["microseconds"]
             rows.append(asdict(shape) | {"cache": name, "speedup": round(speedup, 3)} | found)
-    written: dict[str, Any] = {}
-    for name, codec in (("squat", Squat()), ("kivi G=32", Kivi(32)), ("kivi G=128", Kivi(128)),
-                        ("squat_paper G=32", SquatPaper(32))):  # fmt: skip
-        written[name] = {
-            "append, batch 64, 8 kv heads": append(64, 8, codec, 2),
-            "store, 8192 tokens, 8 kv heads": store(8192 if not quick else 1024, 8, 32, codec, 2),
-        }
-        log(f"{name}: {written[name]}")
-    return {
-        "residual_length": RESIDUAL_LENGTH,
-        "sink_length": SINK_LENGTH,
-        "rows": rows,
-        "write": written,
-    }
+        if keep is not None:
+            keep(result)
+    return result
 
 
 def tables(result: dict[str, Any]) -> tuple[Table, Table]:

@@ -20,6 +20,7 @@ from squat_fx.codecs.kvarn import Kvarn
 from squat_fx.codecs.none import Lossless
 from squat_fx.codecs.polar import Polar
 from squat_fx.codecs.polar_rope import PolarRope
+from squat_fx.codecs.pruned import Pruned
 from squat_fx.codecs.qjl import Qjl
 from squat_fx.codecs.squat import Squat
 from squat_fx.codecs.squat_paper import SquatPaper
@@ -39,6 +40,7 @@ CODECS: dict[str, type[Codec]] = {
     TurboQuant.name: TurboQuant,
     Qjl.name: Qjl,
     Svdq.name: Svdq,
+    Pruned.name: Pruned,
     Lossless.name: Lossless,
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "PerToken",
     "Polar",
     "PolarRope",
+    "Pruned",
     "Qjl",
     "Role",
     "Squat",
@@ -103,9 +106,10 @@ def codec_class(name: str) -> type[Codec]:
 
 def codec_spec(codec: Codec) -> str:
     """``codec`` as one string, the form in which ops carry it: its name and its hyper-parameters as
-    json.
+    json; one that is a codec is a string itself.
     """
-    return f"{codec.name} {json.dumps(dataclasses.asdict(codec), sort_keys=True)}"  # pyright: ignore[reportArgumentType]
+    own = {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec)}  # pyright: ignore[reportArgumentType]
+    return f"{codec.name} {json.dumps(own, sort_keys=True, default=codec_spec)}"
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from squat_fx.layouts import LAYOUTS, Format
+from squat_fx.layouts.kept import PREFIX
 
 Role = Literal["key", "value"]
-Tap = Literal["query", "rotary"]
+Tap = Literal["query", "rotary", "scores"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Codec:
     """A quantization method: a frozen dataclass whose fields are its hyper-parameters.
 
     ``name`` is its row in the table, ``layout`` the stored layout of its keys, ``summary`` and
-    ``paper`` what lists say of it. It is torch only and knows neither graphs nor kernels.
+    ``paper`` what lists say of it, ``remedy`` what helps where it loses too much. It is torch only
+    and knows neither graphs nor kernels.
     """
 
     name: ClassVar[str]
     layout: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    remedy: ClassVar[str] = "more bits help"
     takes_calibration: ClassVar[bool] = False
 
     def layout_of(self, role: Role) -> str:
@@ -100,7 +103,8 @@ class Codec:
 
     def taps(self, role: Role) -> frozenset[Tap]:
         """What the codec wants to see of the prompt besides the tensor that it stores: its queries,
-        or the angles by which its keys were turned, without which a layer is left alone.
+        so that ``head_dim**-0.5`` scales their products with keys if these are to be scores, or the
+        angles by which its keys were turned, without which a layer is left alone.
         """
         return frozenset()
 
@@ -200,6 +204,7 @@ def make_format(
     """
     granularity, layout = codec.granularity(role), codec.layout_of(role)
     per_channel = isinstance(granularity, PerChannel)
+    is_symmetric = layout.removeprefix(PREFIX) == "planes/token"
     return Format(
         layout=layout,
         codec=spec,
@@ -209,8 +214,8 @@ def make_format(
         channel_group=1 if per_channel else min(granularity.group_size, head_dim),
         residual_length=residual_length,
         sink_length=sink_length,
-        affine=layout == "planes/token" and codec.affine(role),
+        affine=is_symmetric and codec.affine(role),
         latent=latent,
-        unbiased=layout == "planes/token" and role == "value",
+        unbiased=is_symmetric and role == "value",
         details=codec.details(role),
     )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from squat_fx.kernels import reference
+from squat_fx import QuantizedKV
+from squat_fx.kernels import ops, reference
 
 NEWEST = 8  # queries
 
@@ -93,10 +94,14 @@ def errors_by_layer(seen: dict[int, Seen], cache: Any) -> dict[int, float]:
     """
     errors = {}
     for layer, of in seen.items():
-        key, value = _first_row(cache, layer)
-        if key is None or value is None or key.shape[-1] != of.query.shape[-1]:
+        packed = _part_of_row(cache, layer)
+        key, value = (None, None) if packed else _first_row(cache, layer)
+        if packed is not None:
+            output = attend_packed(of, *packed)
+        elif key is None or value is None or key.shape[-1] != of.query.shape[-1]:
             continue
-        output = attend(of.query, key, value, of.scale, of.softcap, of.sinks)
+        else:
+            output = attend(of.query, key, value, of.scale, of.softcap, of.sinks)
         errors[layer] = float((output - of.output).norm() / of.output.norm())
     return errors
 
@@ -115,6 +120,31 @@ def attend(
     options: Any = {"sinks": sinks, "scale": scale, "softcap": softcap}
     one_row = (x[None] for x in (query, key, value))
     return reference.attention(*one_row, mask=None, causal=reference.BOTTOM_RIGHT, **options)[0]
+
+
+def attend_packed(of: Seen, key: QuantizedKV, value: QuantizedKV) -> Tensor:
+    """The same over packed keys and values, ``[1, kv_heads, tokens, head_dim]``."""
+    storages = [handle.writable_storage() for handle in (key, value)]
+    positions = torch.tensor([[s.length, s.watermark] for s in storages], device=key.device)
+    count, tokens = of.query.shape[1], key.shape[2]
+    seen = torch.ones(count, tokens, dtype=torch.bool, device=key.device).tril(tokens - count)
+    sinks = None if of.sinks is None else of.sinks.to(key.device)
+    out = ops.overload("attend", key.format.layout, value.format.layout)(
+        of.query[None].to(key.device, key.dtype), None, None,
+        *storages[0].tensors, *storages[1].tensors, positions, 0, 1, -1, seen, sinks, of.scale,
+        reference.NO_CAUSALITY, of.softcap, key.format.to_ints(), value.format.to_ints(),
+    )  # fmt: skip
+    return out[0].float().cpu()
+
+
+def _part_of_row(cache: Any, layer: int) -> tuple[QuantizedKV, QuantizedKV] | None:
+    """Keys and values of the first row, if they lost tokens and so have no dense form."""
+    layers = getattr(cache, "layers", ())
+    found = layers[layer] if layer < len(layers) else None
+    key, value = getattr(found, "keys", None), getattr(found, "values", None)
+    if not isinstance(key, QuantizedKV) or not isinstance(value, QuantizedKV):
+        return None
+    return (key[:1], value[:1]) if key._storage.lost_tokens else None  # pyright: ignore
 
 
 def _first_row(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:

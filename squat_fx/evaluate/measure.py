@@ -35,8 +35,9 @@ class Held:
     Attributes:
         stored, dense: bytes of the layers that are packed, and what the same tokens take densely;
             of all layers if none is.
-        effective_bits: bits per element of all tokens, exact ones among them, and of what was
-            learned from the prompt or in advance, in half precision and without spare capacity.
+        effective_bits: bits per element of all tokens, exact ones among them and lost ones, which
+            take none, and of what was learned from the prompt or in advance, in half precision and
+            without spare capacity.
         packed_bits: bits per element of packed tokens: codes, padding, scales and zero points.
         left: layers that are not packed, if others are.
     """
@@ -316,9 +317,12 @@ def effective_bits(handles: Sequence[squat_fx.QuantizedKV]) -> float:
         tokens = handle.shape[2]  # a sliding window has forgotten the first ones
         numbers = handle.numel() // tokens  # of a token
         start = int(storage["start"].min())
-        end = start + fmt.sink_length + storage.extent.packed(start, fmt)
-        exact = storage.length - end + max(start + fmt.sink_length - (storage.length - tokens), 0)
-        bits += numbers * (tokens - exact) * fmt.packed_bits_per_element()
+        sinks = start + fmt.sink_length
+        end = sinks + storage.extent.packed(start, fmt)
+        # Where tokens are lost, they come before the start; the sinks are there.
+        first = start if storage.lost_tokens else storage.length - tokens
+        exact = storage.length - end + max(sinks - first, 0)
+        bits += numbers * (storage.length - first - exact) * fmt.packed_bits_per_element()
         bits += numbers * 16 * exact
         bits += sum(8 * storage[name].nbytes for name in fmt.stored_layout.fixed)
         elements += handle.numel()

@@ -537,7 +537,8 @@ def _pack_in_torch(
 
     before = packed(watermark)
     after = packed(torch.maximum(watermark, length + new_len - fmt.residual_length))
-    span = triton.cdiv(new_len, fmt.token_group) * fmt.token_group
+    room = arenas.packed[0].shape[2] * fmt.tokens_per_slot(fmt.packed_names[0])
+    span = min(triton.cdiv(new_len, fmt.token_group) * fmt.token_group, room)
     slot = before + torch.arange(span, device=device)  # [batch, span]
     position = slot + fmt.sink_length + start
     column = (position - length).clamp(0, new_len - 1)

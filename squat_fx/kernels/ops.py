@@ -18,6 +18,7 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
 | ``append_both_`` | the same for the keys and values of a layer at once |
 | ``attend`` | attention over the packed past and exact new tokens |
+| ``attend_error`` | how far attention over a prompt that is stored in part is from its output |
 | ``judged_tokens`` | which tokens of a prompt its store is judged by |
 | ``attend_errors`` | how far attention over a stored prompt is from exact, in alike layers |
 | ``dequantize`` | the stored tokens as numbers |
@@ -43,9 +44,10 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Fit, Role
-from squat_fx.kernels import fallback, judge, reference
+from squat_fx.kernels import fallback, judge, kept, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
+from squat_fx.layouts.kept import MOVED, beneath_fixed
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,11 @@ def _declare(layout: str, prefix: str = "", mutable: bool = False, first: str = 
     return ", ".join(f"Tensor{alias.get(n, '')} {prefix}{n}" for n in names)
 
 
+def _declare_stored(layout: str, prefix: str) -> str:
+    """What ``store`` makes of a role as arguments of a schema."""
+    return ", ".join(f"Tensor {prefix}{name}" for name in stored_names(layout))
+
+
 def _completed(tensors: Sequence[Tensor], given: Tensor | None, fmt: Format) -> tuple[Tensor, ...]:
     """All arenas of a role: those that ``store`` made and the one that all sequences share."""
     made = dict(zip(fmt.stored_names, tensors, strict=True))
@@ -128,6 +135,14 @@ def _completed(tensors: Sequence[Tensor], given: Tensor | None, fmt: Format) -> 
         empty = fmt.stored_layout.empty_fixed(fmt, name, made["dense"])
         made[name] = empty if given is None else given
     return tuple(made[name] for name in fmt.arena_names)
+
+
+def _stored(
+    layout: str, codec: str, ints: list[int], tensors: Sequence[Tensor]
+) -> tuple[Arenas, Format]:
+    """The arenas of a role and their format as implementations take them."""
+    fmt = Format.from_ints(layout, codec, ints)
+    return kept.beneath(Arenas.of(fmt, tensors), fmt)
 
 
 def _returns(n: int) -> str:
@@ -192,8 +207,8 @@ def _ops_of(layout: str) -> list[Op]:
 
     def quantize(x: Tensor, valid: Tensor | None, *args: Any) -> Any:
         *learned, codec, format = args
-        fmt = Format.from_ints(layout, codec, format)
-        arenas = dict(zip(fixed, learned, strict=True))
+        fmt = kept.beneath_format(Format.from_ints(layout, codec, format))
+        arenas = beneath_fixed(dict(zip(fixed, learned, strict=True)))
         found = _implementation(x.device).quantize(x, valid, fmt, arenas)
         out = tuple(t.clone() if t is x else t for t in found)
         return out if len(packed) > 1 else out[0]
@@ -206,27 +221,35 @@ def _ops_of(layout: str) -> list[Op]:
         role: Role,
         codec: str,
         format: list[int],
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
-        arenas = reference.empty_arenas(x, _rounded_up(x.shape[2], fmt), fmt, given)
-        fit = _learn(x.device)(arenas, x, valid, query, fmt, role)
-        _implementation(x.device).write(arenas, x, valid, Extent(0, 0), fmt, fit.feedback)
-        by_name = dict(zip(names, arenas.tensors(fmt), strict=True))
+        capacity = _room(x.shape[2], query, keys, fmt)
+        whole = reference.empty_arenas(x, capacity, fmt, given)
+        arenas, stored_as = kept.beneath(whole, fmt)
+        fit = _learn(x.device)(arenas, x, valid, query, stored_as, role)
+        prompt = kept.prompt_of(whole, x, valid, query, keys, fmt)
+        extent = Extent(prompt.first, prompt.first)
+        write = _implementation(x.device).write
+        write(arenas, prompt.x, prompt.valid, extent, stored_as, fit.feedback)
+        by_name = dict(zip(names, whole.tensors(fmt), strict=True))
         return tuple(by_name[n] for n in made)
 
     def append_(*args: Any) -> None:
         tensors, (new, valid, positions, row, codec, format) = args[:count], args[count : count + 6]
-        fmt = Format.from_ints(layout, codec, format)
+        arenas, fmt = _stored(layout, codec, format, tensors)
         implementation = _implementation(new.device)
         extent = _extent(implementation, positions, row)
-        implementation.write(Arenas.of(fmt, tensors), new, valid, extent, fmt)
+        implementation.write(arenas, new, valid, extent, fmt)
 
     def dequantize(*args: Any) -> Tensor:
         tensors, (positions, row, first, length, format) = args[:count], args[count:]
         fmt = Format.from_ints(layout, "", format)
+        kept.check_whole(Arenas.of(fmt, tensors), fmt)
+        arenas, fmt = kept.beneath(Arenas.of(fmt, tensors), fmt)
         extent = Extent.at(positions, row)
         implementation = _implementation(tensors[0].device)
-        dense = implementation.dense_past(Arenas.of(fmt, tensors), extent, fmt, first=first)
+        dense = implementation.dense_past(arenas, extent, fmt, first=first)
         return dense[:, :, : length - first].contiguous()
 
     def fake_quantize(x: Tensor, valid: Tensor | None, *args: Any) -> Any:
@@ -234,8 +257,16 @@ def _ops_of(layout: str) -> list[Op]:
         out = _fake_packed(x, x.shape[2], Format.from_ints(layout, codec, format))
         return out if len(packed) > 1 else out[0]
 
-    def fake_store(x: Tensor, valid: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-        *_, codec, format = args
+    def fake_store(
+        x: Tensor,
+        valid: Tensor | None,
+        query: Tensor | None,
+        given: Tensor | None,
+        role: Role,
+        codec: str,
+        format: list[int],
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
         batch, heads = x.shape[:2]
         shapes = {"dense": (batch, heads, fmt.dense_length, fmt.head_dim), "start": (batch,)}
@@ -244,13 +275,14 @@ def _ops_of(layout: str) -> list[Op]:
         rest = (
             x.new_empty(shapes[n], dtype=fmt.arena_dtype(n, x.dtype)) for n in made[len(packed) :]
         )
-        return (*_fake_packed(x, _rounded_up(x.shape[2], fmt), fmt), *rest)
+        return (*_fake_packed(x, _room(x.shape[2], query, keys, fmt), fmt), *rest)
 
     def fake_dequantize(*args: Any) -> Tensor:
         dense, first, length = args[count - 2], *args[count + 2 : count + 4]
         return dense.new_empty((*dense.shape[:2], length - first, dense.shape[3]))
 
     learned = "".join(f"Tensor {n}, " for n in fixed)
+    keys = f", Tensor? key_{MOVED}=None" if stored.keeps_part else ""
     return [
         (
             f"quantize.{name}",
@@ -262,7 +294,7 @@ def _ops_of(layout: str) -> list[Op]:
         (
             f"store.{name}",
             "(Tensor x, Tensor? valid, Tensor? query, Tensor? given, str role, str codec, "
-            f"int[] {name}_format) -> {_returns(len(made))}",
+            f"int[] {name}_format{keys}) -> {_returns(len(made))}",
             store,
             fake_store,
         ),
@@ -288,6 +320,8 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
     name, (key_layout, value_layout) = _overload_name(*layouts), layouts
     keys = len(arena_names(key_layout))
     arenas = keys + len(arena_names(value_layout))
+    made_keys = len(stored_names(key_layout))
+    made = made_keys + len(stored_names(value_layout))
 
     def append_both_(*args: Any) -> None:
         new_key, new_value, valid, positions, key_row, value_row, codec, *formats = args[
@@ -299,9 +333,8 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             layouts, (args[:keys], args[keys:arenas]), (new_key, new_value),
             (key_row, value_row), formats, strict=True,
         ):  # fmt: skip
-            fmt = Format.from_ints(layout, codec, ints)
-            extent = _extent(implementation, positions, row)
-            writes.append((Arenas.of(fmt, tensors), new, extent, fmt))
+            arenas_of, fmt = _stored(layout, codec, ints, tensors)
+            writes.append((arenas_of, new, _extent(implementation, positions, row), fmt))
         implementation.write_both(*writes, valid)
 
     def attend(
@@ -320,13 +353,15 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             *formats,
         ) = args[arenas:]
         implementation = _implementation(query.device)
+        if first_row < 0:  # a window has lost nothing
+            key = Format.from_ints(key_layout, "", formats[0])
+            mask, causal = kept.moved_mask(mask, causal, Arenas.of(key, args[:keys]), key, query)
         sides = []
         for layout, tensors, row, ints in zip(
             layouts, (args[:keys], args[keys:arenas]), (key_row, value_row), formats, strict=True
         ):
-            extent = _extent(implementation, positions, row)
-            fmt = Format.from_ints(layout, "", ints)
-            sides.append((Arenas.of(fmt, tensors), extent, fmt))
+            arenas_of, fmt = _stored(layout, "", ints, tensors)
+            sides.append((arenas_of, _extent(implementation, positions, row), fmt))
         return implementation.attend(
             query,
             new_key,
@@ -340,6 +375,43 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             softcap=softcap,
         ).contiguous()
 
+    def attend_error(query: Tensor, output: Tensor, *args: Any) -> Tensor:
+        given, mask, sinks, scale, causal, softcap, *formats = args[made:]
+        implementation = _implementation(query.device)
+        sides = []
+        for layout, tensors, shared, ints in zip(
+            layouts, (args[:made_keys], args[made_keys:made]), (given, None), formats, strict=True
+        ):
+            fmt = Format.from_ints(layout, "", ints)
+            arenas = Arenas.of(fmt, _completed(tensors, shared, fmt))
+            sides.append((arenas, Extent(0, 0).after(query.shape[2], fmt), fmt))
+        if not any(extent.packed(0, fmt) for _, extent, fmt in sides):
+            return query.new_zeros((), dtype=torch.float32)  # every token is exact
+        positions = torch.tensor([(e.length, e.watermark) for _, e, _ in sides])
+        positions = positions.to(query.device, non_blocking=True)
+        tokens, newest = query.shape[2], slice(-reference.NEWEST_QUERIES, None)
+        query = query[:, :, newest]
+        mask = mask[:, :, newest] if mask is not None and mask.shape[2] > 1 else mask
+        causal = reference.BOTTOM_RIGHT if causal else reference.NO_CAUSALITY
+        arenas, _, fmt = sides[0]
+        mask, causal = kept.moved_mask(mask, causal, arenas, fmt, query, tokens)
+        stored = [kept.beneath(arenas, fmt) for arenas, _, fmt in sides]
+        found = implementation.attend(
+            query,
+            None,
+            None,
+            *((a, _extent(implementation, positions, i), f) for i, (a, f) in enumerate(stored)),
+            mask=mask,
+            sinks=sinks,
+            scale=scale,
+            causal=causal,
+            softcap=softcap,
+        )
+        return reference.relative_error(found, output[:, :, newest])
+
+    def fake_attend_error(query: Tensor, *args: Any) -> Tensor:
+        return query.new_empty((), dtype=torch.float32)
+
     def fake_attend(
         query: Tensor, new_key: Tensor | None, new_value: Tensor | None, *args: Any
     ) -> Tensor:
@@ -348,7 +420,7 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
 
     key_name, value_name = map(_overload_name, layouts)
     formats = f"int[] key_{key_name}_format, int[] value_{value_name}_format"
-    return [
+    ops: list[Op] = [
         (
             f"append_both_.{name}",
             f"({_declare(key_layout, 'key_', mutable=True)}, "
@@ -369,10 +441,27 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             fake_attend,
         ),
     ]
+    if LAYOUTS[key_layout].keeps_part:
+        ops.append(
+            (
+                f"attend_error.{name}",
+                "(Tensor query, Tensor output, "
+                f"{_declare_stored(key_layout, 'key_')}, "
+                f"{_declare_stored(value_layout, 'value_')}, "
+                "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
+                f"int causal, float softcap, {formats}) -> Tensor",
+                attend_error,
+                fake_attend_error,
+            )
+        )
+    return ops
 
 
-def _rounded_up(tokens: int, fmt: Format) -> int:
-    """``tokens`` up to whole groups; free of branches, since ``tokens`` may be symbolic."""
+def _room(tokens: int, query: Tensor | None, keys: Tensor | None, fmt: Format) -> int:
+    """For how many packed tokens of a prompt there must be room, in whole groups; free of branches,
+    since ``tokens`` may be symbolic.
+    """
+    tokens = kept.most_packed(tokens, query, keys, fmt)
     return (tokens + fmt.token_group - 1) // fmt.token_group * fmt.token_group
 
 

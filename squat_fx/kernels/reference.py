@@ -52,6 +52,8 @@ from squat_fx.layouts.symmetric import LARGEST_HALF, step_and_zero
 NO_FIT = Fit()
 NOTHING: Mapping[str, Tensor] = {}
 FEW_QUERIES = 16
+NEWEST_QUERIES = 16
+"""Of a prompt, by which its store is judged: so many that no single one decides."""
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,7 @@ def attention(
     kv_len, head_dim]``, mask broadcastable to ``[batch, num_heads, q_len, kv_len]``.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
-    mask = _with_causality(mask, causal, q_len, kv_len, query.device)
+    mask = with_causality(mask, causal, q_len, kv_len, query.device)
     key, value = key.to(query.dtype), value.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     if sinks is None and not softcap:
@@ -456,7 +458,7 @@ def attention(
     return (probabilities(scores, mask, sinks, softcap) @ value.to(wide)).to(query.dtype)
 
 
-def _with_causality(
+def with_causality(
     mask: Tensor | None, causal: int, q_len: int, kv_len: int, device: torch.device
 ) -> Tensor | None:
     """``mask`` and what ``causal`` says, as one mask."""
@@ -555,7 +557,7 @@ def _attend_latent(
     wide = torch.promote_types(query.dtype, torch.float32)
     length = key[1].length
     kv_len = length + (0 if new_key is None else new_key.shape[2])
-    mask = _with_causality(mask, causal, q_len, kv_len - first, query.device)
+    mask = with_causality(mask, causal, q_len, kv_len - first, query.device)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(batch, *mask.shape[1:])
@@ -654,6 +656,13 @@ def _weighted_sum(probs: Tensor, row: _Row) -> Tensor:
     if row.affine is not None:
         out = out * row.affine[:, :, 1:] + packed.sum(-1, keepdim=True) * row.affine[:, :, :1]
     return out + torch.cat([before, after], -1) @ row.exact
+
+
+def relative_error(found: Tensor, true: Tensor) -> Tensor:
+    """Root of the squared error of some outputs over that of the outputs, fp32, of no dims."""
+    wide = torch.promote_types(true.dtype, torch.float32)
+    found, true = found.to(wide), true.to(wide)
+    return ((found - true).norm() / true.norm().clamp_min(1e-30)).float()
 
 
 def _past_and_new(

@@ -43,12 +43,6 @@ def padded_blocks(fmt):
 
 
 @triton.constexpr_function
-def block_stages(fmt):
-    """How often a tile can be cut in half before one block is left."""
-    return (fmt.num_planes - 1).bit_length()
-
-
-@triton.constexpr_function
 def block_bits(fmt, level):
     """Bits of a block's codes."""
     return (16 >> level) * fmt.widths[level - 1]
@@ -114,24 +108,15 @@ def split_radii(
 
 
 @triton.jit
-def halves(x):
-    """``[N, 16, 2 n]`` in two."""
-    x = tl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2])
-    return tl.split(tl.permute(x, (0, 1, 3, 2)))
+def plane_groups(x, block, lane, fmt: tl.constexpr):
+    """``[N, blocks, 16]`` as a tuple of ``[N, 16]``, one per plane group.
 
-
-@triton.jit
-def plane_groups(x, lane, fmt: tl.constexpr):
-    """``[N, blocks, 16]`` as a tuple of ``[N, 16]``, one per plane group."""
-    parts = (tl.permute(x, (0, 2, 1)),)
-    for stage in tl.static_range(block_stages(fmt)):
-        cut = ()
-        for j in tl.static_range(1 << stage):
-            cut += halves(parts[j])
-        parts = cut
+    A block is what is left of a sum when all others are zero: Triton 3.6 gives a tensor core the
+    wrong numbers of what was permuted and split.
+    """
     planes = ()
     for j in tl.static_range(num_planes(fmt)):
-        plane = tl.reshape(parts[j], [x.shape[0], 16])
+        plane = tl.sum(tl.where(block[:, :, None] == j, x, 0.0), 1)
         planes += (tl.where(16 * j + lane < fmt.head_dim, plane, 0.0),)
     return planes
 
@@ -149,4 +134,4 @@ def polar_planes(stored, head, slot, keep, lane, fmt: tl.constexpr):
     radii = radii.to(tl.float32)[:, :, None]
     for i in tl.static_range(LEVELS):
         radii = split_radii(stored, head, rows, radii, keep, block, LEVELS - i, fmt)
-    return rotate_back(plane_groups(radii, lane, fmt), lane, fmt)
+    return rotate_back(plane_groups(radii, block, lane, fmt), lane, fmt)

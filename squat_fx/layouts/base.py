@@ -45,6 +45,8 @@ class StoredLayout:
         whole_bits: whether all channels have the same width.
         chooses: whether a single query attends to packed keys that :mod:`squat_fx.kernels.chosen`
             chooses, and not to all.
+        positional: whether a token is rounded by its position.
+        keeps_part: whether tokens of a prompt may be lost, see :mod:`squat_fx.layouts.kept`.
     """
 
     name: ClassVar[str]
@@ -55,6 +57,8 @@ class StoredLayout:
     values: ClassVar[str]
     whole_bits: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
+    keeps_part: ClassVar[bool] = False
 
     def widths(self, head_dim: int, bits: float) -> tuple[int, ...]:
         """``Format.widths`` for ``bits`` on average; here the width of each plane group.

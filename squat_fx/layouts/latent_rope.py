@@ -55,6 +55,7 @@ class LatentRope(StoredLayout):
     fixed: ClassVar[tuple[str, ...]] = ("basis", "scale", "zero_point", "center", "frequency")
     given: ClassVar[str | None] = "frequency"
     values: ClassVar[str] = "planes/channel"
+    positional: ClassVar[bool] = True
 
     def planes(self, fmt: Format) -> PlaneLayout:
         """Those of the latent channels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from squat_fx.layouts.base import StoredLayout
 from squat_fx.layouts.dense import Dense
+from squat_fx.layouts.kept import kept_over
 from squat_fx.layouts.latent_rope import LatentRope
 from squat_fx.layouts.latent_sparse import LatentSparse
 from squat_fx.layouts.levels_token import LevelsPerToken
@@ -30,6 +31,10 @@ LAYOUTS: dict[str, StoredLayout] = {
         LatentSparse(),
         Dense(),
     )
+}
+LAYOUTS |= {
+    kept.name: kept
+    for kept in (kept_over(layout) for layout in LAYOUTS.values() if not layout.positional)
 }
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(

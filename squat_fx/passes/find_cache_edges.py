@@ -24,10 +24,11 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
+from torch._guards import TracingContext
 
 from squat_fx.codecs import Format, Role
+from squat_fx.layouts.kept import beneath
 from squat_fx.passes.axes import Followed, follow_views
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.one_mask import terms_of
@@ -88,11 +89,17 @@ class FindCacheEdges(GraphPass):
         return len(rewriting.sites)
 
     def _agree(self, rewriting: Rewriting) -> None:
-        """Attentions that share a cache must agree on its format; the first one decides."""
+        """Attentions that share a cache must agree on its format, and on the keys whose tokens
+        values keep; the first one decides.
+        """
         edges: dict[fx.Node, CacheEdge] = {}
+        keys: dict[fx.Node, fx.Node] = {}
         for site in list(rewriting.sites):
+            chosen_by = keys.setdefault(site.value.stored, site.key.stored)
+            keeps_part = site.value.fmt.stored_layout.keeps_part
+            other_keys = keeps_part and chosen_by is not site.key.stored
             for edge in (site.key, site.value):
-                if edges.setdefault(edge.stored, edge) != edge:
+                if edges.setdefault(edge.stored, edge) != edge or other_keys:
                     rewriting.sites.remove(site)
                     reason = "shares its cache with a layer that stores it differently"
                     rewriting.skipped.append(
@@ -116,10 +123,10 @@ def layer_of(node: fx.Node, ordinal: int, count: int) -> int:
 
 def _layers_of_caches() -> set[int]:
     """The layers of caches that Dynamo looked into while it traced the graph at hand."""
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     guards = [] if context is None else context.guards_context.dynamo_guards
-    names = (n() if callable(n) else n for n in (guard.name for guard in guards))
-    found = (re.search(r"\.layers\[(\d+)\]", name) for name in names)
+    names: Any = (guard.name for guard in guards)
+    found = (re.search(r"\.layers\[(\d+)\]", str(n() if callable(n) else n)) for n in names)
     return {int(match.group(1)) for match in found if match}
 
 
@@ -164,10 +171,9 @@ def _site(
         )
     ]
     key_edge, value_edge = (
-        replace(
+        _settled(
             edge,
-            grows=edge.kind != "prefill"
-            or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+            edge.kind != "prefill" or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
         )
         for edge in found_edges
     )
@@ -228,6 +234,10 @@ def _source_reason(
         return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
+    arriving = rewriting.carriers.get(parts[0])
+    is_window = source is not grown or part_returned(grown, returned) is not grown
+    if arriving is not None and arriving.stored_layout.keeps_part and is_window:
+        return "is a window of a cache of which only a part is kept"
     if part_returned(grown, returned) is None:
         sliced = any(kind(u) in ("getitem", "slice") and u in returned for u in grown.users)
         what = "only a part of it is, and not its newest tokens"
@@ -348,6 +358,14 @@ def _edge(
         fmt = fmt if arriving is None else arriving
         return CacheEdge(role, "decode", stored, new, past, fmt, **tail)
     return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
+
+
+def _settled(edge: CacheEdge, grows: bool) -> CacheEdge:
+    """``edge``, all of whose tokens are kept if it is a window, which forgets by itself, or comes
+    from elsewhere than the queries that could choose.
+    """
+    whole = edge.kind == "prefill" and (edge.is_window or not grows)
+    return replace(edge, grows=grows, fmt=beneath(edge.fmt) if whole else edge.fmt)
 
 
 def _unread(rewriting: Rewriting, returned: Returned) -> list[Skipped]:

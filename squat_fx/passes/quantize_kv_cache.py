@@ -34,6 +34,7 @@ from torch import Tensor, fx
 
 from squat_fx.codecs import codec_from_spec
 from squat_fx.kernels import ops
+from squat_fx.layouts.kept import MOVED
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
 from squat_fx.passes.judge_prompts import Chosen, Judged, errors_of, which
@@ -60,6 +61,8 @@ from squat_fx.passes.spelling import (
     writers,
     written_by,
 )
+
+SAME_SCALE = 1e-6
 
 
 class QuantizeKVCache(GraphPass):
@@ -91,8 +94,8 @@ class QuantizeKVCache(GraphPass):
             if edge.kind == "decode":
                 self._append(edge, readers[edge.stored], rewriting)
             else:
-                query = self._query_of(edge, rewriting)
-                stored[edge.stored] = self._store(edge, query, readers[edge.stored], rewriting)
+                guides = self._query_of(edge, rewriting), _keys_of(edge, stored, rewriting)
+                stored[edge.stored] = self._store(edge, guides, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored, self._errors(stored, readers, rewriting))
         _drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
@@ -172,11 +175,12 @@ class QuantizeKVCache(GraphPass):
     def _store(
         self,
         edge: CacheEdge,
-        query: fx.Node | None,
+        guides: tuple[fx.Node | None, fx.Node | None],
         readers: list[fx.Node],
         rewriting: Rewriting,
     ) -> list[fx.Node]:
-        graph = rewriting.graph
+        """``guides``: the queries of the prompt, and what says which tokens the keys keep."""
+        graph, (query, keys) = rewriting.graph, guides
         stored = self._usual(edge, edge.stored)
         valid = self._valid_tokens(_site_of(edge, rewriting), stored, readers)
         given = edge.given
@@ -193,8 +197,9 @@ class QuantizeKVCache(GraphPass):
             edge.role,
             edge.fmt.codec,
             edge.fmt.to_ints(),
+            *([] if keys is None else [keys]),
         )
-        place = _latest(stored, valid, query, given)
+        place = _latest(stored, valid, query, given, keys)
         with graph.inserting_after(self._placed.get(place, place)):
             store = graph.call_function(ops.overload("store", edge.fmt.layout), arguments)
         out: list[fx.Node] = []
@@ -213,24 +218,60 @@ class QuantizeKVCache(GraphPass):
         """One tensor of the errors of all layers that lose something; notes which they are."""
         if rewriting.config.guard == "off":
             return None
-        chosen: dict[Any, Chosen] = {}
+        graph, chosen = rewriting.graph, {}
         alike: dict[Any, list[Judged]] = {}
+        parts: dict[int, fx.Node] = {}
         for site in filter(_loses, rewriting.sites):
-            judged = self._judged(site, stored, readers[site.key.stored], chosen, rewriting.graph)
+            if site.key.fmt.stored_layout.keeps_part:
+                parts[site.layer] = self._error_of_a_part(site, stored, rewriting)
+                continue
+            judged = self._judged(site, stored, readers[site.key.stored], chosen, graph)
             alike.setdefault(judged.alike, []).append(judged)
-        if not alike:
+        layers = [each.site.layer for group in alike.values() for each in group]
+        rewriting.watched = (*layers, *parts)
+        if not rewriting.watched:
             return None
-        groups, graph = list(alike.values()), rewriting.graph
-        rewriting.watched = tuple(each.site.layer for group in groups for each in group)
         with graph.inserting_before(graph.output_node()):
-            errors = [errors_of(group, graph) for group in groups]
-            devices = [value_of(group[0].site.key.stored).device for group in groups]
-            there = devices[0]
-            errors = [
-                x if device == there else graph.call_method("to", (x, there))
-                for x, device in zip(errors, devices, strict=True)
-            ]
+            errors = [errors_of(group, graph) for group in alike.values()]
+            if parts:
+                errors.append(graph.call_function(torch.stack, (list(parts.values()),)))
+            devices = {value_of(site.key.stored).device for site in rewriting.sites}
+            if len(devices) > 1:
+                errors = [graph.call_method("cpu", (x,)) for x in errors]
             return errors[0] if len(errors) == 1 else graph.call_function(torch.cat, (errors,))
+
+    def _error_of_a_part(
+        self, site: AttentionSite, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
+    ) -> fx.Node:
+        """The error of a layer that does not store all tokens, of no dims: of the output itself."""
+        attention, graph = site.attention, rewriting.graph
+        arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
+        with graph.inserting_before(attention.output):
+            query = four_dim_query(site, graph)
+            mask = self._mask(site, graph)
+        place = _latest(attention.output, *arenas)
+        with graph.inserting_before(self._placed.get(place, place).next):
+            output = attention.output
+            if len(sizes_of(output)) == 3:
+                output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
+            if site.tiled:
+                output = _regrouped(output, site.num_queries_per_kv, graph)
+            return graph.call_function(
+                ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
+                (
+                    query,
+                    output,
+                    *arenas,
+                    self._given.get(site.key.stored),
+                    mask,
+                    attention.sinks,
+                    attention.scale,
+                    attention.causal,
+                    attention.softcap,
+                    site.key.fmt.to_ints(),
+                    site.value.fmt.to_ints(),
+                ),
+            )
 
     def _judged(
         self,
@@ -264,13 +305,18 @@ class QuantizeKVCache(GraphPass):
 
     def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
         """The queries of the prompt, if the codec of an edge wants to see them."""
-        if "query" not in codec_from_spec(edge.fmt.codec).taps(edge.role):
+        taps = codec_from_spec(edge.fmt.codec).taps(edge.role)
+        if "query" not in taps:
             return None
         for site in rewriting.sites:
             if edge.stored in (site.key.stored, site.value.stored):
                 graph = rewriting.graph
                 with graph.inserting_before(site.attention.output):
-                    return _newest_like(edge, four_dim_query(site, graph))
+                    query = four_dim_query(site, graph)
+                    scale = site.attention.scale * edge.fmt.head_dim**0.5
+                    if "scores" in taps and abs(scale - 1.0) > SAME_SCALE:
+                        query = graph.call_function(operator.mul, (query, scale))
+                    return _newest_like(edge, query)
         return None
 
     def _new(self, edge: CacheEdge) -> fx.Node | None:
@@ -315,6 +361,16 @@ class QuantizeKVCache(GraphPass):
                     torch.ops.squat_fx.valid_tokens.default, (mask, new)
                 )
         return self._valid[key]
+
+
+def _keys_of(
+    edge: CacheEdge, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
+) -> fx.Node | None:
+    """What says which tokens the keys of some values keep, if these keep the same part."""
+    if edge.role != "value" or not edge.fmt.stored_layout.keeps_part:
+        return None
+    key = next(site.key for site in rewriting.sites if site.value.stored is edge.stored)
+    return stored[key.stored][key.fmt.stored_names.index(MOVED)]
 
 
 def _newest_like(edge: CacheEdge, x: fx.Node) -> fx.Node:

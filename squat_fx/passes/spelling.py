@@ -310,6 +310,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node writes to in place."""
     if node.op not in ("call_function", "call_method"):
         return []
+    if describe(node) == "triton_kernel_wrapper_mutation":  # a kernel of the model's own
+        return node.all_input_nodes
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = enumerate(node.target._schema.arguments)
         written = [

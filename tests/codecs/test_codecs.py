@@ -37,7 +37,7 @@ from tests.conftest import stored_format
 def test_the_rows() -> None:
     assert list_codecs() == (
         *("squat", "squat_paper", "kivi", "kvarn", "think", "polar", "polar_rope"),
-        *("turboquant", "qjl", "svdq", "none"),
+        *("turboquant", "qjl", "svdq", "pruned", "none"),
     )
 
 

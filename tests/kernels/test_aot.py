@@ -190,7 +190,7 @@ def test_exact_storage_compiles() -> None:
 @pytest.mark.parametrize(
     ("codec", "bits", "head_dim", "most"),
     [
-        *[(Polar(), 3.875, 64, 60), (PolarRope(), 4, 64, 26)],
+        *[(Polar(), 3.875, 64, 68), (PolarRope(), 4, 64, 26)],
         *full((PolarRope(radius_bits=2), 3, 80, 60)),
     ],
     ids=str,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,6 +16,7 @@ from squat_fx.codecs import (
     Kivi,
     Kvarn,
     Lossless,
+    Pruned,
     Qjl,
     Role,
     Squat,
@@ -41,6 +42,7 @@ pytest.importorskip("triton")
 
 from squat_fx.kernels import gluon_attend_channel, gluon_attend_token, launch  # noqa: E402
 from tests.kernels import laws  # noqa: E402
+from tests.kernels.part import keeping_a_part_agrees_with_the_reference  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 40, 64, 80, 96, 112, 128, 192, 256)
@@ -381,6 +383,66 @@ def test_dequantizing_agrees_with_the_reference(seed: int, role: Role) -> None:
     laws.dequantizing_agrees_with_the_reference(case_of(seed), role, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    "codec", [Squat(), Kivi(32), Lossless(), TurboQuant(), Kvarn(32), Think(32)], ids=codec_spec
+)
+def test_keeping_a_part_agrees_with_the_reference(codec: Codec, dtype: torch.dtype) -> None:
+    part = Pruned(128, codec)
+    keeping_a_part_agrees_with_the_reference(part, dtype, 128, 500, "cuda", nullcontext)
+
+
+def test_a_graph_replays_right_over_a_part_of_a_prompt() -> None:
+    """Eight steps recorded once answer as eight calls do, with a mask that hides kept tokens."""
+    codec, query = Pruned(128), on_gpu(2, 32, 600, 128, seed=2)
+    key, value = on_gpu(2, 8, 600, 128, seed=0), on_gpu(2, 8, 600, 128, seed=1)
+    formats = [stored_format(codec, role, 128, 2) for role in ROLES]
+    keys = QuantizedKV.from_dense(key, formats[0], "key", query=query)
+    values = QuantizedKV.from_dense(value, formats[1], "value", keys=keys)
+    storages = [handle.writable_storage(64) for handle in (keys, values)]
+    positions = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+    new, mask = on_gpu(2, 8, 1, 128, seed=3), on_gpu(1, 1, 1, 1024, seed=4) > 0
+    names, ints = [f.layout for f in formats], [f.to_ints() for f in formats]
+
+    def step() -> torch.Tensor:
+        both = (*storages[0].tensors, *storages[1].tensors)
+        output = ops.overload("attend", *names)(
+            query[:, :, :1], new, new, *both, positions, 0, 1, -1, mask, None, 0.1, 0, 0.0, *ints
+        )
+        ops.overload("append_both_", *names)(
+            *both, new, new, None, positions, 0, 1, formats[0].codec, *ints, [output]
+        )
+        return output
+
+    def run(call: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        found, extent = [], storages[0].extent
+        for _ in range(8):
+            positions.copy_(torch.tensor([[extent.length, extent.watermark]] * 2))
+            found.append(call().clone())
+            extent = extent.after(1, formats[0])
+        return found
+
+    before = [[t.clone() for t in s.tensors] for s in storages]
+
+    def restore() -> None:
+        for storage, tensors in zip(storages, before, strict=True):
+            for target, source in zip(storage.tensors, tensors, strict=True):
+                target.copy_(source)
+
+    expected = run(step)
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    for found, wanted in zip(run(replay), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 @contextmanager
 def no_waiting() -> Iterator[None]:
     """Waiting for the GPU is an error."""
@@ -454,7 +516,7 @@ class Decoding:
         output = self._op("attend", key)(
             self.query, self.new["key"], self.new["value"],
             *laws.tensors_of(self.arenas["key"]), *laws.tensors_of(self.arenas["value"]),
-            self.positions, 0, 1, None, None, 0.3, 0, 0.0, key.to_ints(), value.to_ints(),
+            self.positions, 0, 1, -1, None, None, 0.3, 0, 0.0, key.to_ints(), value.to_ints(),
         )  # fmt: skip
         for row, (role, fmt) in enumerate(self.formats.items()):
             self._op("append_", fmt)(

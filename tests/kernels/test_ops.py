@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import squat_fx.layouts
 from squat_fx.codecs import (
     Codec,
     Format,
@@ -21,6 +22,7 @@ from squat_fx.codecs import (
     Lossless,
     Polar,
     PolarRope,
+    Pruned,
     Qjl,
     Role,
     Squat,
@@ -30,7 +32,7 @@ from squat_fx.codecs import (
 )
 from squat_fx.kernels import judge, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
-from tests.choose import every
+from tests.choose import every, full
 from tests.conftest import left_padding, randn, stored_format
 
 BATCH, HEADS, TOKENS = 2, 2, 80
@@ -46,9 +48,15 @@ CODECS: dict[str, Codec] = {
     "latent/rope": Svdq(),
     "latent/sparse": Svdq(budget=1024, outlier_chunks=2),
     "dense": Lossless(),
+    "kept/planes/token": Pruned(16),
 }
 LAYOUTS = tuple(CODECS)
 """Of keys, and with the layout of values that goes with each."""
+CODECS |= {
+    f"kept/{name}": Pruned(32, codec)
+    for name, codec in CODECS.items()
+    if f"kept/{name}" in squat_fx.layouts.LAYOUTS and f"kept/{name}" not in CODECS
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,8 @@ class Stored:
 
 def format_of(layout: str, role: Role, head_dim: int = 40, bits: int = 2) -> Format:
     codec = CODECS[layout]
-    bits_on_average = 3.875 if isinstance(codec, Polar) else bits
+    rounding = codec.codec if isinstance(codec, Pruned) else codec
+    bits_on_average = 3.875 if isinstance(rounding, Polar) else bits
     return stored_format(codec, role, head_dim, bits_on_average, residual_length=8, sink_length=2)
 
 
@@ -161,6 +170,12 @@ def calls(layout: str) -> list[Call]:
         Call(f"dequantize.{name}", (*key.tensors, *where, 0, TOKENS, ints)),
         Call(f"dequantize.{name}", (*key.tensors, *where, 2, 7, ints)),
     ]
+    if fmt.stored_layout.keeps_part:
+        values = value.fmt.layout, value.fmt.codec, value.fmt.to_ints()
+        made = ops.overload("store", layout)(x, valid, queries, None, "key", fmt.codec, ints)
+        moved = made[fmt.stored_names.index("moved")]
+        store_values = f"store.{values[0].replace('/', '_')}"
+        numbers.append(Call(store_values, (x, valid, None, None, "value", *values[1:], moved)))
     tail = (key.fmt.to_ints(), value.fmt.to_ints())
     query = randn(BATCH, 2 * HEADS, 3, 40, seed=3)
     new_key, new_value = (randn(BATCH, HEADS, 3, 40, seed=s) for s in (4, 5))
@@ -176,7 +191,21 @@ def calls(layout: str) -> list[Call]:
         Call(f"attend.{pair}", (*news, *sides, -1, *options, *tail)),
         Call(f"attend.{pair}", (query, None, None, *sides, -1, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
-    return numbers + attention
+    if not key.fmt.stored_layout.keeps_part:
+        return numbers + attention
+    made = tuple(
+        tensor for role in ("key", "value") for tensor in store(format_of(layout, role), x, role)
+    )
+    prompts, outputs = randn(2, BATCH, 2 * HEADS, 64, fmt.head_dim, seed=8)
+    causal = left_padding([0, 3], 64)[:, None, None].expand(-1, -1, 64, -1).tril()
+    errors = [
+        Call(
+            f"attend_error.{pair}",
+            (prompts, outputs, *made, None, mask, sinks, 0.2, causality, 0.0, *tail),
+        )
+        for mask, sinks, causality in ((None, sinks, 1), (causal, None, 0))
+    ]
+    return numbers + attention + errors
 
 
 VALID_TOKENS = Call(
@@ -230,7 +259,9 @@ def judging() -> list[Call]:
 
 
 CALLS = [VALID_TOKENS, *judging(), *(call for layout in LAYOUTS for call in calls(layout))]
-IDS = [f"{call.name}-{i}" for i, call in enumerate(CALLS)]
+OTHER_CALLS = [call for layout in CODECS if layout not in LAYOUTS for call in calls(layout)]
+"""Of layouts that only say what others say already."""
+IDS = [f"{call.name}-{i}" for i, call in enumerate(CALLS + OTHER_CALLS)]
 
 
 def test_every_overload_is_called_here() -> None:
@@ -239,21 +270,21 @@ def test_every_overload_is_called_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("squat_fx::")
     }
-    assert registered == {call.name for call in CALLS}
+    assert registered == {call.name for call in CALLS + OTHER_CALLS}
 
 
-@pytest.mark.parametrize("call", CALLS, ids=IDS)
+@pytest.mark.parametrize("call", CALLS + full(*OTHER_CALLS), ids=IDS)
 def test_opcheck(call: Call) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(call.op, call.args, test_utils=checks)
 
 
-@pytest.mark.parametrize("call", every(5, CALLS), ids=IDS)
+@pytest.mark.parametrize("call", every(5, CALLS) + full(*OTHER_CALLS), ids=IDS)
 def test_opcheck_of_what_is_traced_with_symbolic_sizes(call: Call) -> None:
     torch.library.opcheck(call.op, call.args, test_utils="test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("call", CALLS, ids=IDS)
+@pytest.mark.parametrize("call", CALLS + full(*OTHER_CALLS), ids=IDS)
 def test_only_what_the_schema_marks_is_written(call: Call) -> None:
     before = [a.clone() if isinstance(a, Tensor) else a for a in call.args]
     args = [a.clone() if isinstance(a, Tensor) else a for a in call.args]

@@ -21,12 +21,12 @@ INTERPRETED = Path(__file__).parent / "interpreted"
 
 def test_every_part_is_run() -> None:
     files = {path.stem for path in INTERPRETED.glob("*.py")}
-    assert files - {"__init__", "cases"} == {"attending", "learning", "writing"}
+    assert files - {"__init__", "cases"} == {"attending", "keeping", "learning", "writing"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.parametrize("chosen", ["not full", *full("full")])
-@pytest.mark.parametrize("part", ["attending", "learning", "writing"])
+@pytest.mark.parametrize("part", ["attending", "keeping", "learning", "writing"])
 def test_the_laws_hold_in_the_interpreter(part: str, chosen: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
