@@ -78,13 +78,10 @@ class Compiled:
             self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
-        if torch.compiler.is_compiling():
+        with self._head_start.of_call(args, kwargs):
+            kwargs = with_growing_caches(args, kwargs, self.report)
             result = self._call_compiled(args, kwargs)
-        else:
-            with self._head_start.of_call(args, kwargs):
-                kwargs = with_growing_caches(args, kwargs, self.report)
-                result = self._call_compiled(args, kwargs)
-        if self.report.runs_here == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before:
             config = with_raised(self.config, self.report.raised)
             packed = pack_dense_caches(args, kwargs, result, config, self.report)
             self.report.eager_calls += packed

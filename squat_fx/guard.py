@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 EXACT = 16.0
 """More than any width of a code: the layer is stored exactly."""
 LADDER = (4.0, 8.0, EXACT)
+ALWAYS, EVERY = 8, 16
+"""Of the prompts of a graph, the first so many are judged, and then one of so many."""
 
 
 class TooFar(Exception):
@@ -60,14 +62,25 @@ def next_bits(config: Config, layer: int) -> float:
     return EXACT
 
 
-@dataclass(frozen=True)
+@dataclass
 class Watch:
-    """Looks at the errors of a graph's ``layers``; ``repeatable``: the graph changes no input."""
+    """Looks at the errors of a graph's ``layers``.
+
+    With ``guard="warn"`` at those of its first prompts, and then of every few: what is wrong with a
+    model and a codec shows at once, and a prompt that is bound by launches pays for every one.
+
+    Attributes:
+        repeatable: whether the graph changes no input.
+        due: what tells the graph whether to measure them, see ``Rewriting.due``; None: it always
+            does.
+    """
 
     layers: tuple[int, ...]
     config: Config
     report: Report
     repeatable: bool
+    due: Tensor | None = None
+    _prompts: int = 0
 
     def __call__(self, errors: Tensor) -> None:
         """Take the errors of one call, fp32 ``[layers]``.
@@ -75,6 +88,8 @@ class Watch:
         Raises:
             TooFar: see there.
         """
+        if not self._was_due():
+            return
         if self.config.guard == "raise_bits" or not errors.is_cuda:
             self._take(errors.tolist())
             return
@@ -85,6 +100,15 @@ class Watch:
         arrived = torch.cuda.Event()
         arrived.record()
         self.report.arriving = arrived, lambda: self._take(there.tolist())
+
+    def _was_due(self) -> bool:
+        """Whether the call at hand measured anything; says whether the next one is to."""
+        if self.due is None or self.config.guard == "raise_bits":
+            return True
+        was_due = bool(self.due.item())
+        self._prompts += 1
+        self.due.fill_(self._prompts < ALWAYS or self._prompts % EVERY == 0)
+        return was_due
 
     def _take(self, errors: Sequence[float]) -> None:
         threshold, known = self.config.guard_threshold, self.report.attention_errors

@@ -513,7 +513,9 @@ def _attend_errors(
     judged: list[Tensor],
     *args: Any,
 ) -> Tensor:
-    tokens, padded, scale, causal, softcap, layouts, *formats = args
+    tokens, padded, scale, causal, softcap, layouts, *formats, due = args
+    if due is not None and not due.item():
+        return queries[0].new_zeros((len(queries),), dtype=torch.float32)
     row, query_at, key_at, there = judged
     key, value = _formats(layouts, formats)
     sides, per_layer = [], len(arenas) // len(queries)
@@ -558,7 +560,7 @@ _register(
             "(Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] arenas, Tensor? given, "
             "Tensor[] sinks, Tensor? mask, Tensor[] judged, SymInt tokens, bool padded, "
             "float scale, int causal, float softcap, str[] layouts, int[] key_format, "
-            "int[] value_format) -> Tensor",
+            "int[] value_format, Tensor? due) -> Tensor",
             _attend_errors,
             _fake_attend_errors,
         ),

@@ -116,8 +116,8 @@ class Judged:
         return (key.fmt, value.fmt, numbers, shapes, dtype, self.mask, id(self.chosen), id(own))
 
 
-def errors_of(group: Sequence[Judged], graph: fx.Graph) -> fx.Node:
-    """The errors of layers that are alike, fp32 ``[layers]``."""
+def errors_of(group: Sequence[Judged], due: fx.Node | None, graph: fx.Graph) -> fx.Node:
+    """The errors of layers that are alike, fp32 ``[layers]``; zeros unless ``due``."""
     first = group[0]
     attention, formats = first.site.attention, (first.site.key.fmt, first.site.value.fmt)
     sinks = [each.site.attention.sinks for each in group if each.site.attention.sinks is not None]
@@ -137,5 +137,6 @@ def errors_of(group: Sequence[Judged], graph: fx.Graph) -> fx.Node:
             attention.softcap,
             [fmt.layout for fmt in formats],
             *(fmt.to_ints() for fmt in formats),
+            due,
         ),
     )

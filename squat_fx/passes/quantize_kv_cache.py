@@ -231,8 +231,11 @@ class QuantizeKVCache(GraphPass):
         rewriting.watched = (*layers, *parts)
         if not rewriting.watched:
             return None
+        with torch.inference_mode(False):
+            rewriting.due = torch.ones((), dtype=torch.int64)
+        due = _constant(rewriting.due, "judge_this_prompt", rewriting) if alike else None
         with graph.inserting_before(graph.output_node()):
-            errors = [errors_of(group, graph) for group in alike.values()]
+            errors = [errors_of(group, due, graph) for group in alike.values()]
             if parts:
                 errors.append(graph.call_function(torch.stack, (list(parts.values()),)))
             devices = {value_of(site.key.stored).device for site in rewriting.sites}

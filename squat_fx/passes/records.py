@@ -205,6 +205,7 @@ class Rewriting:
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
         watched: the layers whose errors are the last output of the rewritten graph.
+        due: int64 of no dims, on the CPU: whether a call is to measure them, or return zeros.
     """
 
     module: fx.GraphModule
@@ -222,6 +223,7 @@ class Rewriting:
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     watched: tuple[int, ...] = ()
+    due: Tensor | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -252,6 +252,7 @@ def judging() -> list[Call]:
                     int(valid is None),
                     0.0,
                     *numbers,
+                    None,
                 ),
             ),
         ]
