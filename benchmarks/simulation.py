@@ -30,6 +30,7 @@ from squat_fx.kernels import kept, reference
 from squat_fx.kernels.reference import Arenas
 from squat_fx.layouts import Format
 from squat_fx.layouts.kept import MOVED, beneath
+from squat_fx.layouts.rotary import Rotation
 
 NAME = "squat_fx_simulation"
 
@@ -42,6 +43,8 @@ class Site:
         layer: its number in the model.
         module: transformers' attention module.
         prompt, residual, sinks: tokens that are fed in one call, kept as newest, kept as first.
+        frequency: radians from token to token of each pair of channels that the rotary embedding
+            turns, ``[pairs]``.
     """
 
     layer: int
@@ -49,6 +52,7 @@ class Site:
     prompt: int
     residual: int
     sinks: int
+    frequency: Tensor | None = None
 
     def packed(self, tokens: int, group: int) -> int:
         """How many of ``tokens`` stored tokens are packed, ``group`` at a time."""
@@ -93,6 +97,7 @@ class Simulation:
         self._rounding = rounding
         self._prompt = prompt
         self._measure = measure
+        self._rotary: Any = None
         self.errors: dict[int, Tensor] = {}
 
     @contextmanager
@@ -100,6 +105,7 @@ class Simulation:
         """Use it in ``model`` while the context lasts; without a rounding nothing changes."""
         ALL_ATTENTION_FUNCTIONS.register(NAME, self)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self._rotary = getattr(model.model, "rotary_emb", None)
         before = model.config._attn_implementation
         model.config._attn_implementation = before if self._rounding is None else NAME
         try:
@@ -130,7 +136,8 @@ class Simulation:
         first = max(prompt - window + 1, 0)
         query, key, value = (x[:, :, first:] for x in (query, key, value))
         prompt, tokens, rounding = prompt - first, key.shape[2], self._rounding
-        site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks)
+        frequency = frequencies(self._rotary, module)
+        site = Site(module.layer_idx, module, prompt, rounding.residual, rounding.sinks, frequency)
         packed = _packed(site, tokens, rounding.groups(site, key), device)
         seen = visible(tokens, prompt, window, device)
         scale = scaling or key.shape[-1] ** -0.5
@@ -145,6 +152,12 @@ class Simulation:
             before = self.errors.get(site.layer, 0)
             self.errors[site.layer] = before + torch.stack(squares)
         return torch.cat([of_prompt, of_steps], 2).transpose(1, 2).contiguous(), None
+
+
+def frequencies(rotary: Any, attention: Any) -> Tensor | None:
+    """Those of the rotary embedding that an attention of transformers gets, if it gets one."""
+    kind = getattr(attention, "layer_type", None)
+    return getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
 
 
 def visible(tokens: int, first: int, window: int, device: torch.device) -> Tensor:
@@ -211,11 +224,16 @@ class OfConfig(Rounding):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Rounding`."""
         formats = self._formats(site, key)
-        basis = self.config.basis(site.layer, formats[0], key.device)
+        given = self.config.basis(site.layer, formats[0], key.device)
+        of_layout = formats[0].stored_layout
+        if of_layout.given == "frequency" and site.frequency is not None:
+            given = site.frequency
+            rotation = Rotation(2 * len(given), "halves")
+            formats = (of_layout.with_rotation(formats[0], rotation), formats[1])
         query = self._scored(site, query)
         stored = stored_tokens(site, query, key, formats[0])
         return (
-            round_as("key", key, query, formats[0], site, basis, stored),
+            round_as("key", key, query, formats[0], site, given, stored),
             round_as("value", value, query, formats[1], site, None, stored),
         )
 
@@ -269,14 +287,15 @@ def stored_tokens(site: Site, query: Tensor, key: Tensor, fmt: Format) -> Tensor
 
 
 def round_as(
-    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, basis: Tensor | None = None,
+    role: Role, x: Tensor, query: Tensor, fmt: Format, site: Site, given: Tensor | None = None,
     tokens: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x`` after it was stored: fitted on the prompt, its tokens packed with feedback, those that
-    came later without; of the ``tokens`` if not all are stored.
+    came later without; of the ``tokens`` if not all are stored. ``given`` is what the layout is
+    given: a basis, or frequencies.
     """
     of_prompt = slice(0, site.prompt)
-    arenas = reference.empty_arenas(x, 0, fmt, basis)
+    arenas = reference.empty_arenas(x, 0, fmt, given)
     fit = reference.learn(arenas, x[:, :, of_prompt], None, query[:, :, of_prompt], fmt, role)
     if tokens is None:
         return _packed_and_back(x, fmt, site, arenas, fit)
@@ -292,9 +311,12 @@ def _packed_and_back(x: Tensor, fmt: Format, site: Site, arenas: Arenas, fit: Fi
     end = site.packed(x.shape[2], fmt.token_group)
     for first, last, feedback in ((0, stored, fit.feedback), (stored, end, None)):
         if first < last:
-            tokens = slice(site.sinks + first, site.sinks + last)
-            packed = reference.quantize(x[:, :, tokens], None, fmt, arenas.fixed, feedback, first)
-            reference.dequantize_groups(packed, fmt, out[:, :, tokens], arenas.fixed)
+            position = site.sinks + first
+            tokens = slice(position, site.sinks + last)
+            packed = reference.quantize(
+                x[:, :, tokens], None, fmt, arenas.fixed, feedback, first, position
+            )
+            reference.dequantize_groups(packed, fmt, out[:, :, tokens], arenas.fixed, position)
     return out
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -36,27 +36,46 @@ from variants import Statistics, Variant
 
 import squat_fx
 from squat_fx.bench.record import device_name, versions
-from squat_fx.calibration import Fingerprint
+from squat_fx.calibrate import FIRST
+from squat_fx.calibration import QUERY_WEIGHT, Fingerprint
 from squat_fx.codecs import Kivi, SquatPaper
 from squat_fx.evaluate import together
 from squat_fx.evaluate.measure import Scores, records_by_text, score
 from squat_fx.evaluate.numbers import standard_error
 from squat_fx.evaluate.settings import parse_bits, parse_codec
-from squat_fx.evaluate.tasks import Needles
+from squat_fx.evaluate.tasks import Answers, Case, Needles
 from squat_fx.evaluate.texts import Windows, encoder, leading_tokens, text_tokens
-from squat_fx.layouts import kept
+from squat_fx.layouts import kept as kept_layout
 
 BASE = "squat"
 FULL = "full"
+SCORES = 2**27  # of a head, that go through together: prompts may be scored at once
+ANSWER = 64  # tokens of an answer that count
 
 
 def _calibrated(
-    weight: float = 0.5, joint: bool = False, inner: bool = True, **options: Any
+    weight: float = QUERY_WEIGHT,
+    joint: bool = False,
+    inner: bool = True,
+    first: int = FIRST,
+    usual: bool = False,
+    **options: Any,
 ) -> Callable[[Statistics], Variant]:
     def build(statistics: Statistics) -> Variant:
-        return Variant(calibration=statistics.calibration(weight, joint, inner), **options)
+        found = {"calibration": statistics.calibration(weight, joint, inner, first)}
+        if usual:
+            found["usual"] = statistics.usual(first)
+        return Variant(**found, **options)
 
     return build
+
+
+def _mended(weight: float = 0.5, joint: bool = False, first: int = 0, **options: Any) -> Any:
+    """Around what a calibration was before: half weighed by queries, all tokens, and the strongest
+    channels first.
+    """
+    chosen = {"mend_mixed": "weighed", "falling": True, **options}
+    return _calibrated(weight, joint, first=first, **chosen)
 
 
 Build = Rounding | Callable[[Statistics], Rounding]
@@ -67,6 +86,16 @@ VARIANTS: dict[str, Build] = {
     "kivi G=32, written apart": PlainKivi(),
     "kivi G=128": OfConfig(squat_fx.Config(codec=Kivi(128))),
     "calibrated": _calibrated(),
+    "calibrated, before": _mended(mend_mixed=""),
+    "calibrated, scales not mended": _calibrated(mend_mixed=""),
+    "calibrated, first tokens too": _calibrated(first=0),
+    "calibrated, strongest first": _calibrated(falling=True),
+    "calibrated, factors for what is unusual": _calibrated(usual=True),
+    "calibrated, at least 1 bit": _calibrated(least_width=1),
+    "calibrated, channels of a width balanced": _calibrated(balanced=True),
+    "calibrated, the keys' identity": _calibrated(plain_metric=True),
+    "calibrated, w 0.125": _calibrated(0.125),
+    "calibrated, w 0.5": _calibrated(0.5),
     # scale and levels
     "before: reach 0.75, scales not mended": Variant(reach=(0.75, 1.0), norm="", value_norm=""),
     "scale of keys not mended": Variant(norm=""),
@@ -143,7 +172,6 @@ VARIANTS: dict[str, Build] = {
     "feedback for values 4": Variant(value_strength=4.0),
     # calibration
     "calibrated, w 0": _calibrated(0.0),
-    "calibrated, w 0.25": _calibrated(0.25),
     "calibrated, w 0.75": _calibrated(0.75),
     "calibrated, w 1": _calibrated(1.0),
     "calibrated, one basis for all heads": _calibrated(joint=True),
@@ -155,21 +183,85 @@ VARIANTS: dict[str, Build] = {
     "calibrated, levels reach 0": _calibrated(reach=(0.0, 0.0)),
     "calibrated, levels reach 0.75 and 1": _calibrated(reach=(0.75, 1.0)),
     "calibrated, levels reach 0.6": _calibrated(reach=(0.6, 0.6)),
-    "calibrated, scale mended": _calibrated(mend_mixed=True),
-    "calibrated, scale mended, levels reach 0": _calibrated(mend_mixed=True, reach=(0.0, 0.0)),
-    "calibrated, least squares": _calibrated(norm="fit", mend_mixed=True),
+    "calibrated, scales mended": _mended(),
+    "calibrated, mended, no sinks": _mended(first=4),
+    "calibrated, mended, no sinks, w 0.75": _mended(0.75, first=4),
+    "calibrated, mended, no sinks, reach 0.5 and 1": _mended(first=4, reach=(0.5, 1.0)),
+    "calibrated, mended, no sinks, 4 bits": _mended(first=4, key_bits=4, value_bits=4),
+    "calibrated, mended by all channels": _mended(mend_mixed="all"),
+    "calibrated, mended by stored channels": _mended(mend_mixed="stored"),
+    "calibrated, mended, levels of each width stretched": _mended(gain=True),
+    "calibrated, mended, reach 0": _mended(reach=(0.0, 0.0)),
+    "calibrated, mended, reach 0 and 1": _mended(reach=(0.0, 1.0)),
+    "calibrated, mended, reach 0.5 and 1": _mended(reach=(0.5, 1.0)),
+    "calibrated, mended, reach 0.75": _mended(reach=(0.75, 0.75)),
+    "calibrated, mended, reach 1": _mended(reach=(1.0, 1.0)),
+    "calibrated, mended, reach 0.75 and 1.25": _mended(reach=(0.75, 1.25)),
+    "calibrated, mended, size weighed": _mended(mixed_size="weighed"),
+    "calibrated, mended, size of stored channels": _mended(mixed_size="stored"),
+    "calibrated, mended, scale sought": _mended(seek=True),
+    "calibrated, mended, unbiased": _mended(norm="unbiased"),
+    "calibrated, mended, least squares": _mended(norm="fit"),
+    "calibrated, mended, least channels first": _mended(falling=False),
+    "calibrated, mended, least first, keys' identity": _mended(falling=False, plain_metric=True),
+    "calibrated, mended, keys' identity": _mended(plain_metric=True),
+    "calibrated, mended, balanced": _mended(balanced=True),
+    "calibrated, mended, balanced, least first": _mended(balanced=True, falling=False),
+    "calibrated, mended, no feedback": _mended(strength=0.0),
+    "calibrated, mended, lambda' 4": _mended(strength=4.0),
+    "calibrated, mended, w 0.25": _mended(0.25),
+    "calibrated, mended, w 0.75": _mended(0.75),
+    "calibrated, mended, w 0.9": _mended(0.9),
+    "calibrated, mended, one basis for all heads": _mended(joint=True),
+    "calibrated, even widths": _mended(even=True, balanced=True),
+    "calibrated, even widths, w 0.75": _mended(0.75, even=True, balanced=True),
+    "calibrated, even widths, keys' identity": _mended(even=True, balanced=True, plain_metric=True),
+    "calibrated, mended, K3 V2": _mended(key_bits=3),
+    "calibrated, mended, 1.5 bits": _mended(key_bits=1.5, value_bits=1.5),
+    "calibrated, mended, 1.5 bits, values stretched": _mended(
+        key_bits=1.5, value_bits=1.5, gain=True
+    ),
+    "calibrated, mended, K1.5 V2": _mended(key_bits=1.5),
+    "calibrated, mended, K1 V2": _mended(key_bits=1),
+    "calibrated, mended, 3 bits": _mended(key_bits=3, value_bits=3),
+    "calibrated, mended, 3 bits, reach 0.75": _mended(key_bits=3, value_bits=3, reach=(0.75, 0.75)),
+    "calibrated, mended, 3 bits, reach 0": _mended(key_bits=3, value_bits=3, reach=(0.0, 0.0)),
+    "calibrated, mended, 4 bits": _mended(key_bits=4, value_bits=4),
+    "calibrated, mended, 4 bits, reach 0.75": _mended(key_bits=4, value_bits=4, reach=(0.75, 0.75)),
+    "calibrated, mended, 4 bits, balanced": _mended(key_bits=4, value_bits=4, balanced=True),
+    "calibrated, 3 bits": _calibrated(key_bits=3, value_bits=3),
+    "calibrated, before, 3 bits": _mended(mend_mixed="", key_bits=3, value_bits=3),
+    "1.5 bits": Variant(key_bits=1.5, value_bits=1.5),
+    "1.5 bits, scales not mended": Variant(key_bits=1.5, value_bits=1.5, mend_mixed=""),
+    "1.5 bits, mended by worth": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="weighed"),
+    "1.5 bits, stretched": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="all", gain=True),
+    "1.5 bits, reach 0": Variant(key_bits=1.5, value_bits=1.5, mend_mixed="all", reach=(0.0, 0.0)),
+    "1.5 bits, stretched, reach 0": Variant(
+        key_bits=1.5, value_bits=1.5, mend_mixed="all", gain=True, reach=(0.0, 0.0)
+    ),
+    "2.5 bits": Variant(key_bits=2.5, value_bits=2.5),
+    "2.5 bits, scales not mended": Variant(key_bits=2.5, value_bits=2.5, mend_mixed=""),
+    "2.5 bits, stretched, reach 0": Variant(
+        key_bits=2.5, value_bits=2.5, mend_mixed="all", gain=True, reach=(0.0, 0.0)
+    ),
+    "2.5 bits, reach 0": Variant(key_bits=2.5, value_bits=2.5, mend_mixed="all", reach=(0.0, 0.0)),
     "calibrated, 4 bits": _calibrated(key_bits=4, value_bits=4),
+    "calibrated, before, 4 bits": _mended(mend_mixed="", key_bits=4, value_bits=4),
     "calibrated, 4 bits, levels reach 0": _calibrated(key_bits=4, value_bits=4, reach=(0.0, 0.0)),
     "calibrated, K3 V2": _calibrated(key_bits=3),
+    "calibrated, before, K3 V2": _mended(mend_mixed="", key_bits=3),
     "calibrated, K3 V2, levels reach 0": _calibrated(key_bits=3, reach=(0.0, 0.0)),
     "calibrated, 1.5 bits, levels reach 0": _calibrated(
         key_bits=1.5, value_bits=1.5, reach=(0.0, 0.0)
     ),
     "calibrated, 1.5 bits": _calibrated(key_bits=1.5, value_bits=1.5),
+    "calibrated, before, 1.5 bits": _mended(mend_mixed="", key_bits=1.5, value_bits=1.5),
     "calibrated, K1.5 V2": _calibrated(key_bits=1.5),
+    "calibrated, before, K1.5 V2": _mended(mend_mixed="", key_bits=1.5),
     # widths
     "K3 V1": Variant(key_bits=3, value_bits=1),
     "K2.5 V1.5": Variant(key_bits=2.5, value_bits=1.5),
+    "K2.5 V1.5, scales not mended": Variant(key_bits=2.5, value_bits=1.5, mend_mixed=""),
     "K1.5 V2.5": Variant(key_bits=1.5, value_bits=2.5),
     "K1 V3": Variant(key_bits=1, value_bits=3),
     "K3 V2": Variant(key_bits=3),
@@ -206,18 +298,22 @@ VARIANTS: dict[str, Build] = {
 }
 
 
-def of_codecs(texts: list[str], bits: list[str]) -> dict[str, Build]:
-    """Codecs as ``squat-fx eval`` takes them; those that can be are there calibrated too."""
+def of_codecs(texts: list[str], bits: list[str], is_calibrated: bool) -> dict[str, Build]:
+    """Codecs as ``squat-fx eval`` takes them; those that can be are there calibrated too, behind
+    all others, if anything is.
+    """
     found: dict[str, Build] = {}
+    calibrated: dict[str, Build] = {}
     for text in texts:
         spec, _, own = text.partition(" at ")
         label, codec = parse_codec(spec)
         for width in [own] if own else bits:
             options = {"codec": codec, **parse_bits(width)}
-            found[f"{label}, {width} bits"] = OfConfig(squat_fx.Config(**options))
-            if codec.takes_calibration:
-                found[f"{label}, {width} bits, calibrated"] = partial(_with_calibration, options)
-    return found
+            name = f"{label}, {width} bits"
+            found[name] = OfConfig(squat_fx.Config(**options))
+            if is_calibrated and codec.takes_calibration:
+                calibrated[f"{name}, calibrated"] = partial(_with_calibration, options)
+    return found | calibrated
 
 
 def _with_calibration(options: dict[str, Any], statistics: Statistics) -> Rounding:
@@ -235,8 +331,8 @@ class Study:
         device: where it runs.
         sets: windows.
         last: of each set, how many of its tokens count.
-        batch: windows that go through together.
-        calibration: windows ``[windows, tokens]`` to calibrate on.
+        batch: windows that go through together at most.
+        calibration: windows ``[windows, tokens]`` to calibrate on, if anything is calibrated.
         names: which variants.
         codecs: roundings beside the variants, by name.
     """
@@ -246,7 +342,7 @@ class Study:
     sets: list[Windows]
     last: list[int]
     batch: int
-    calibration: Tensor
+    calibration: Tensor | None
     names: list[str]
     codecs: dict[str, Build]
 
@@ -254,12 +350,13 @@ class Study:
         """What scores variants by number."""
         model = load_model(self.folder).to(self.device)
         truths = [
-            [self._predict(model, None, windows, ids) for ids in windows.ids.split(self.batch)]
+            [self._predict(model, None, windows, ids) for ids in self._batches(windows)]
             for windows in self.sets
         ]
 
         @cache
         def statistics() -> Statistics:
+            assert self.calibration is not None
             found = Statistics()
             simulation = Simulation(found, self.calibration.shape[1])
             with torch.no_grad(), simulation.of(model):
@@ -269,35 +366,36 @@ class Study:
 
         def measure(number: int) -> dict[str, Any]:
             name = self.names[number]
-            if name == FULL:
-                scores = [
-                    self._score(model, None, windows, truth, last)
-                    for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
-                ]
-                texts = records_by_text(scores, self.sets)
-                return {"name": name, "packed_bits": None, "effective_bits": 16.0,
-                        "attention_error": {}, "texts": texts}  # fmt: skip
-            built = (VARIANTS | self.codecs)[name]
-            rounding: Any = built if hasattr(built, "groups") else built(statistics())  # pyright: ignore
+            built = (VARIANTS | self.codecs)[name] if name != FULL else None
+            rounding: Any = (
+                built if built is None or hasattr(built, "groups") else built(statistics())  # pyright: ignore
+            )
             scores = [
                 self._score(model, rounding, windows, truth, last)
                 for windows, truth, last in zip(self.sets, truths, self.last, strict=True)
             ]
             texts = records_by_text(scores, self.sets)
-            errors = self._errors(model, rounding)
-            tokens = self.sets[0].prompt + self.sets[0].tokens
-            prompt = self.sets[0].prompt
-            bits = bits_of(model, rounding, prompt, tokens)
-            return {"name": name, **bits, "attention_error": errors,
-                    "texts": texts}  # fmt: skip
+            lengths = {
+                x.label(t): (x.prompt, x.prompt + x.tokens) for x in self.sets for t in x.texts
+            }
+            for label, length in lengths.items():
+                texts[label] |= bits_of(model, rounding, *length)
+            row = {"name": name, **bits_of(model, rounding, *next(iter(lengths.values())))}
+            errors = {} if rounding is None else self._errors(model, rounding)
+            return row | {"attention_error": errors, "texts": texts}
 
         return measure
+
+    def _batches(self, windows: Windows) -> tuple[Tensor, ...]:
+        """Windows that go through together: fewer where their scores would be too large."""
+        fitting = SCORES // windows.ids.shape[1] ** 2
+        return windows.ids.split(max(1, min(self.batch, fitting)))
 
     def _errors(self, model: Any, rounding: Rounding) -> dict[str, float]:
         """The relative error of attention's output by layer, on the first windows."""
         windows = self.sets[0]
         simulation = Simulation(rounding, windows.prompt, measure=True)
-        ids = windows.ids[: self.batch, :-1].to(self.device)
+        ids = self._batches(windows)[0][:, :-1].to(self.device)
         with torch.no_grad(), simulation.of(model):
             model(ids, use_cache=False, logits_to_keep=1)
         found = {str(k): (a / b).sqrt().item() for k, (a, b) in sorted(simulation.errors.items())}
@@ -320,7 +418,7 @@ class Study:
         last: int,
     ) -> Scores:
         found = []
-        for ids, truth in zip(windows.ids.split(self.batch), truths, strict=True):
+        for ids, truth in zip(self._batches(windows), truths, strict=True):
             predicted = self._predict(model, rounding, windows, ids)
             for row, log_probs, full in zip(ids, predicted, truth, strict=True):
                 following = row[windows.prompt + 1 :].to(self.device)
@@ -328,11 +426,15 @@ class Study:
         return Scores(*torch.stack(found, 1)[:, :, -last:])
 
 
-def bits_of(model: Any, rounding: Rounding, prompt: int, tokens: int) -> dict[str, float | None]:
+def bits_of(
+    model: Any, rounding: Rounding | None, prompt: int, tokens: int
+) -> dict[str, float | None]:
     """Bits of a packed number, and with everything counted after so many tokens, those of the
     prompt among them, in half precision; the mean over layers, keys and values; None of what has no
     stored layout.
     """
+    if rounding is None:
+        return {"packed_bits": None, "effective_bits": 16.0}
     if not isinstance(rounding, OfConfig):
         return {"packed_bits": None, "effective_bits": None}
     packed, effective = [], []
@@ -346,7 +448,7 @@ def bits_of(model: Any, rounding: Rounding, prompt: int, tokens: int) -> dict[st
             bits, of_layout = fmt.packed_bits_per_element(), fmt.stored_layout
             count, lost = site.packed(seen, fmt.token_group), 0
             if fmt.stored_layout.keeps_part:
-                lost = max(site.packed(prompt, kept.group(fmt)) - kept.budget(fmt), 0)
+                lost = max(site.packed(prompt, kept_layout.group(fmt)) - kept_layout.budget(fmt), 0)
             learned = sum(
                 math.prod(of_layout.fixed_shape(fmt, name, 1, 1))
                 * 8 * of_layout.dtype(fmt, name, torch.float16).itemsize
@@ -378,7 +480,7 @@ def against(row: dict[str, Any], base: dict[str, Any], label: str) -> tuple[floa
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """A row for each variant: its KL on each text, the ratio to the base, standard errors."""
-    base = next(row for row in rows if row["name"] == BASE)
+    base = next((row for row in rows if row["name"].startswith(BASE)), rows[0])
     labels = list(base["texts"])
     table = Table("", *labels, box=None)
     for row in rows:
@@ -392,15 +494,26 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def hidden(folder: Path, haystack: Tensor, length: int, count: int) -> tuple[Windows, int]:
     """Windows that end in a question for a number hidden before, and how long the answers are."""
+    cases = Needles.hide(haystack, encoder(folder), leading_tokens(folder), length, count, 1).cases
+    fed = max(len(case.asked) + len(case.answer) for case in cases)
+    answer = min(len(case.answer) for case in cases)
+    return ending(cases, leading_tokens(folder), fed, f"number hidden in {length} tokens"), answer
+
+
+def answered(folder: Path, questions: Path, length: int, count: int, answer: int) -> Windows:
+    """Windows of ``length`` tokens and then the last ``answer`` tokens of a written answer."""
     leading = leading_tokens(folder)
-    cases = Needles.hide(haystack, encoder(folder), leading, length, count, 1).cases
+    cases = Answers.read(questions, encoder(folder), leading, 4 * count, length, 1).cases
+    cases = [case for case in cases if len(case.answer) > answer][:count]
+    return ending(cases, leading, answer, f"end of an answer of {questions.name}")
+
+
+def ending(cases: Sequence[Case], leading: Tensor, tokens: int, name: str) -> Windows:
+    """The cases, made equally long at their beginnings, the last tokens fed one by one."""
     whole = [torch.cat([case.prompt, case.asked, case.answer]) for case in cases]
     least = min(map(len, whole)) - len(leading)
     ids = torch.stack([torch.cat([leading, x[len(x) - least :]]) for x in whole])
-    tokens = max(len(case.asked) + len(case.answer) for case in cases)
-    texts = (f"number hidden in {length} tokens",) * count
-    answer = min(len(case.answer) for case in cases)
-    return Windows(ids, texts, ids.shape[1] - tokens - 1, tokens), answer
+    return Windows(ids, (name,) * len(cases), ids.shape[1] - tokens - 1, tokens)
 
 
 def _tokens(folder: Path, text: Path, second_half: bool) -> Tensor:
@@ -415,7 +528,9 @@ def _tokens(folder: Path, text: Path, second_half: bool) -> Tensor:
 
 def main(
     text: Annotated[list[str], typer.Option(help="UTF-8 text, or + and one; repeat.")],
-    calibration_text: Annotated[Path, typer.Option(help="Its first half is calibrated on.")],
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Its first half is calibrated on.")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Hugging Face model folder; SmolLM2-135M when left out.")
     ] = None,
@@ -430,6 +545,10 @@ def main(
     needle: Annotated[
         list[int] | None, typer.Option(help="Tokens of the first text to hide numbers in; repeat.")
     ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Json lines with question and answer.")
+    ] = None,
+    num_questions: Annotated[int, typer.Option(help="How many of them.", min=1)] = 16,
     windows: Annotated[int, typer.Option(help="Windows per text, spread over it.", min=1)] = 8,
     prompt: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; repeat.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after it, all scored.", min=1)] = 256,
@@ -454,18 +573,24 @@ def main(
         Windows.cut(found, leading, windows, length, tokens) for length in prompt or [1024, 128]
     ]
     if drift:
-        sets.append(sets[0].drifting())
+        sets += [part.drifting() for part in sets]
+    if questions is not None:
+        sets.append(answered(folder, questions, 1024, num_questions, ANSWER))
     last = [part.tokens for part in sets]
     for length in needle or ():
         part, answer = hidden(folder, next(iter(found.values())), length, windows)
         sets.append(part)
         last.append(answer)
-    half = text_tokens(folder, calibration_text)
-    half = half[: len(half) // 2]
-    calibration = Windows.cut({"": half}, leading, 8, 1023, 0).ids
-    codecs = of_codecs(codec or [], bits or ["2"])
+    calibration = None
+    if calibration_text is not None:
+        half = text_tokens(folder, calibration_text)
+        calibration = Windows.cut({"": half[: len(half) // 2]}, leading, 8, 1023, 0).ids
+    elif not codec:
+        raise typer.BadParameter("variants are calibrated too; give a --calibration-text")
+    codecs = of_codecs(codec or [], bits or ["2"], calibration is not None)
     names = [name for name in VARIANTS if not only or name == BASE or name in only]
-    names = [FULL, BASE, *codecs] if codecs else names
+    if codecs:
+        names = [FULL, *(only or ()), *codecs]
     study = Study(folder, device, sets, last, batch, calibration, names, codecs)
     rows: dict[int, dict[str, Any]] = {}
     with TemporaryDirectory() as scratch:
@@ -481,7 +606,8 @@ def main(
     Console(width=200).print(table_of(ordered))
     options = {"windows": windows, "tokens": tokens, "device": device, "batch": batch}
     options |= {"calibration_text": calibration_text, "codecs": codec, "bits": bits}
-    options |= {"drift": drift or None, "needles": needle}
+    options |= {"drift": drift or None, "needle": needle, "questions": questions}
+    options |= {"num_questions": num_questions if questions else None}
     result = {
         "command": command("study.py", model, out, texts=paths, prompts=prompt, **options),
         "versions": versions(),

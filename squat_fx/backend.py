@@ -17,18 +17,21 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx import replay
-from squat_fx.boundary import Boundary
+from squat_fx.boundary import Boundary, joins_of, with_joined
 from squat_fx.config import Config
 from squat_fx.guard import Watch, repeated, with_raised
 from squat_fx.head_start import HeadStart
-from squat_fx.kernels import ahead
+from squat_fx.joined import JoinedKV, parts_of
+from squat_fx.kernels import ahead, reference
 from squat_fx.kernels.fallback import strictly
+from squat_fx.packed import PackedTensor
 from squat_fx.passes import Rewriting, run_pipeline
-from squat_fx.passes.records import InnerInput
+from squat_fx.passes.records import Beside, InnerInput
 from squat_fx.passes.spelling import memory_of, value_of, written_by
 from squat_fx.regions import Compiler, Example, compile_by_region
 from squat_fx.replay import Moving, is_number
@@ -118,7 +121,7 @@ def _compile_rewritten(
     report: Report,
     head_start: HeadStart | None = None,
 ) -> Callable[..., Any]:
-    rewriting = Rewriting(copy_graph(graph_module), config, {})
+    rewriting = Rewriting(copy_graph(graph_module), config, {}, is_replayed=config.cuda_graphs)
     placeholders = tuple(rewriting.graph.find_nodes(op="placeholder"))
     rewriting.placeholders = placeholders
     if _needs_gradients(examples):
@@ -126,13 +129,18 @@ def _compile_rewritten(
             "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
         )
         report.graphs.append(GraphReport("untouched", notes=(reason,), inner="eager"))
-        if any(isinstance(e, QuantizedKV) for e in examples):
+        if any(isinstance(e, PackedTensor) for e in examples):
             return _on_dense_caches(graph_module.forward)
         return _inner_compiler(config)(rewriting.module, examples)
     for node, example in zip(placeholders, examples, strict=True):
         if isinstance(example, QuantizedKV):
             rewriting.carriers[node] = example._storage.fmt
+        elif isinstance(example, JoinedKV):
+            rewriting.joined[node] = example.join
     spec = rewrite_graph(rewriting)
+    taken = joins_of(rewriting)
+    examples = [*examples, *(x for i, join in taken for x in parts_of(examples[i], join))]
+    placeholders = rewriting.placeholders
     # Dynamo hands over real tensors; the fake ones, with their symbolic sizes, are in the metadata.
     fakes = [
         e if value_of(n) is None else value_of(n)
@@ -162,8 +170,10 @@ def _compile_rewritten(
         if rewriting.watched
         else None,
         None if _changed_in_place(rewriting) else head_start,
+        rewriting.beside,
     )  # fmt: skip
-    return boundary if spec is None else _with_spec(boundary, spec)
+    run = with_joined(boundary, taken, rewriting.returned_as)
+    return run if spec is None else _with_spec(run, spec)
 
 
 def _changes_no_input(rewriting: Rewriting) -> bool:
@@ -208,6 +218,8 @@ def _prompts(rewriting: Rewriting, device: str = "cuda") -> list[ahead.Prompt]:
                     attention.scale,
                     attention.softcap,
                     attention.sinks is not None,
+                    attention.causal != reference.NO_CAUSALITY,
+                    site.layer in rewriting.watched,
                     (site.key.constant, site.value.constant),
                 )
             )
@@ -223,7 +235,7 @@ def _on_dense_caches(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` with numbers for what is packed: autograd cannot save a handle."""
 
     def run(*args: Any) -> Any:
-        return forward(*(a.dequantize() if isinstance(a, QuantizedKV) else a for a in args))
+        return forward(*(a.dequantize() if isinstance(a, PackedTensor) else a for a in args))
 
     return run
 
@@ -234,7 +246,8 @@ def _compile_inner(
     """Compile the rewritten graph, layers that are alike once."""
     compiler, inputs = _inner_compiler(config), rewriting.inputs
     positions = _fake_positions(rewriting, fakes)
-    inner = [_inner_example(fed, examples, fakes, positions) for fed in inputs]
+    beside = _fake_beside(rewriting.beside, fakes, positions)
+    inner = [_inner_example(fed, examples, fakes, positions, beside) for fed in inputs]
     if not config.share_layers or compiler is _run_as_it_is:
         return compiler(rewriting.module, [example.make()[0] for example in inner])
     kinds = [fed.kind for fed in inputs]
@@ -242,8 +255,8 @@ def _compile_inner(
     return compile_by_region(rewriting.module, inner, row, compiler)
 
 
-def _with_spec(boundary: Boundary, spec: pytree.TreeSpec) -> Callable[..., Any]:
-    return lambda *args: pytree.tree_unflatten(list(boundary(*args)), spec)
+def _with_spec(run: Callable[..., Any], spec: pytree.TreeSpec) -> Callable[..., Any]:
+    return lambda *args: pytree.tree_unflatten(list(run(*args)), spec)
 
 
 def rewrite_graph(rewriting: Rewriting) -> pytree.TreeSpec | None:
@@ -305,11 +318,15 @@ def _source(name: str) -> Any:
 
 
 def _annotate_sources(rewriting: Rewriting) -> None:
-    """Give arena placeholders the source ``carrier.arena``."""
+    """Give arena placeholders the source ``carrier.arena``, and those of what is computed beside
+    the graph one of their own.
+    """
     from torch._dynamo.source import AttrSource
 
     nodes = rewriting.graph.find_nodes(op="placeholder")
     for node, fed in zip(nodes, rewriting.inputs, strict=True):
+        if fed.kind == "beside":
+            node._dynamo_source = _source(node.name)  # pyright: ignore[reportAttributeAccessIssue]
         if fed.kind != "arena":
             continue
         source = getattr(rewriting.placeholders[fed.index], "_dynamo_source", None)
@@ -333,7 +350,7 @@ def _moving_inputs(rewriting: Rewriting, examples: Sequence[Any], report: Report
             positions.append(i)
         elif fed.kind in ("argument", "dense"):
             node, example = rewriting.placeholders[fed.index], examples[fed.index]
-            is_packed = isinstance(example, QuantizedKV)
+            is_packed = isinstance(example, PackedTensor)
             if is_number(example):
                 others.append(fed.index)
             elif is_packed or example.device.type != replay.DEVICE:
@@ -397,27 +414,54 @@ def _fake_arena(storage: Storage, fed: InnerInput, fakes: Sequence[Any]) -> Tens
 
     Dynamo does not know of it and guards on nothing of it.
     """
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
     arena = storage[fed.name]
     mode = _fake_mode(fakes)
     if mode is None or mode.shape_env is None or fed.name not in storage.fmt.packed_names:
         return _fake_constant(arena, fakes)
     sizes = list(arena.shape)
     sizes[TOKENS] = max(sizes[TOKENS], 2)  # 0 and 1 would be taken for constants
-    context = StatelessSymbolicContext(
-        dynamic_sizes=[
-            DimDynamic.DYNAMIC if dim == TOKENS else DimDynamic.STATIC for dim in range(len(sizes))
-        ]
-    )
     with torch.inference_mode(False):
         like = arena.new_empty(sizes) if sizes != list(arena.shape) else arena
-        source = _source(f"squat_fx_{fed.index}_{fed.name}")
-        return mode.from_tensor(like, symbolic_context=context, source=source)
+        return _with_dynamic_dim(like, TOKENS, f"squat_fx_{fed.index}_{fed.name}", mode)
+
+
+def _fake_beside(beside: Beside | None, fakes: Sequence[Any], positions: Any) -> list[Any]:
+    """Examples of what the graph beside another one gives it: nothing may depend on how many
+    columns they have, if those grow.
+    """
+    if beside is None:
+        return []
+    given = [fakes[fed.index] if fed.kind == "argument" else positions for fed in beside.inputs]
+    mode = _fake_mode(fakes)
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        found = [x.new_empty(x.shape) for x in beside.module(*given)]
+    if mode is None or mode.shape_env is None:
+        return found
+    for i, (x, grows) in enumerate(zip(found, beside.grow, strict=True)):
+        if grows:
+            columns = torch.empty(max(_hint(x.shape[-1]), 2), device="meta")
+            columns = _with_dynamic_dim(columns, 0, f"squat_fx_beside_{i}", mode).shape[0]
+            found[i] = x.new_empty((*x.shape[:-1], columns))
+    return found
+
+
+def _with_dynamic_dim(like: Tensor, dim: int, name: str, mode: Any) -> Tensor:
+    """A fake tensor like another one, of which the size along ``dim`` is a symbol of its own that
+    Dynamo does not know of.
+    """
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    sizes = [DimDynamic.DYNAMIC if i == dim else DimDynamic.STATIC for i in range(like.dim())]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(like, symbolic_context=context, source=_source(name))
 
 
 def _inner_example(
-    fed: InnerInput, examples: Sequence[Any], fakes: Sequence[Any], positions: Any
+    fed: InnerInput,
+    examples: Sequence[Any],
+    fakes: Sequence[Any],
+    positions: Any,
+    beside: Sequence[Any],
 ) -> Example:
     def make() -> tuple[Any, Any]:
         if fed.kind == "argument":
@@ -425,15 +469,16 @@ def _inner_example(
         fake: Any = positions
         if fed.tensor is not None:
             fake = _fake_constant(fed.tensor, fakes)
+        elif fed.kind == "beside":
+            fake = beside[fed.index]
         elif fed.kind == "arena":
             fake = _fake_arena(examples[fed.index]._storage, fed, fakes)
         elif fed.kind == "dense":
             fake = fakes[fed.index]
-            if not isinstance(fake, QuantizedKV):
+            if not isinstance(fake, PackedTensor):
                 return examples[fed.index], fake
-            dense: Any = fake._storage["dense"]
-            with dense.fake_mode:
-                fake = dense.new_empty(fake.shape)
+            with fake.dense.fake_mode:
+                fake = fake.outline()
         return fake, fake
 
     if fed.kind != "arena":

@@ -14,16 +14,27 @@ from typing import Any
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from squat_fx.head_start import Begun, HeadStart, Step
-from squat_fx.passes.records import CacheEdge, InnerInput, InnerOutput
+from squat_fx.joined import join_parts, parts_of
+from squat_fx.lenses import Join
+from squat_fx.packed import PackedTensor
+from squat_fx.passes.records import (
+    Beside,
+    CacheEdge,
+    InnerInput,
+    InnerOutput,
+    JoinedOutput,
+    Rewriting,
+)
 from squat_fx.passes.spelling import size_of
 from squat_fx.pool import POOL
 from squat_fx.replay import Moving, Replayed, Whereabouts, is_number
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
-from squat_fx.storage import Storage, changes
+from squat_fx.storage import TOKENS, Storage, changes
 from squat_fx.token_major import handle_type
 
 NOTHING: Mapping[int, Tensor] = {}
@@ -114,6 +125,7 @@ class Boundary:
         numbers: Sequence[tuple[int, Any, tuple[int, ...]]] = (),
         watch: Callable[[Tensor], None] | None = None,
         head_start: HeadStart | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._inner = inner
         self._watch = watch
@@ -122,6 +134,7 @@ class Boundary:
             self._replayed = Replayed(report)
             self._whereabouts = Whereabouts(moving.others)
         self._inputs = tuple(inputs)
+        self._fed = _by_carrier(inputs)
         self._outputs = tuple(outputs)
         self._report = report
         appended = {o.argument: o for o in outputs if o.kind == "appended"}
@@ -150,7 +163,8 @@ class Boundary:
         packed = {fed.index for fed in inputs if fed.kind == "arena"}
         self._read = tuple(c.index for c in self._carriers if c.edge is None and c.index in packed)
         grow_alike = all(c.new_tokens is None or c.new_tokens.number for c in self._carriers)
-        self._head_start = None if self._rows or not grow_alike else head_start
+        self._head_start = None if self._rows or beside or not grow_alike else head_start
+        self._beside = beside
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         args = self._packed_arguments(args)
@@ -158,12 +172,14 @@ class Boundary:
         dense = self._copied_rings(staged)
         if self._stores:
             POOL.make_room(next((x.device for x in args if not is_number(x)), None))
+        beside = self._run_beside(args, staged)
         if self._moving is None or dense:
-            results = list(self._inner(*self._gather(args, staged, dense)))
+            results = list(self._inner(*self._gather(args, staged, dense, beside)))
             return self._finish(args, self._watched(results), staged, dense)
         copied = {i: args[index] for i, index in self._moving.arguments.items()}
         for i in self._moving.positions:
             copied[i] = self._positions(args, staged)
+        copied |= self._with_room(beside, staged)
         with torch.cuda.device(self._device(args)):
             key = self._replayed.key(self._key(args, copied, staged))
             results = self._replay(key, args, staged, copied)
@@ -171,6 +187,38 @@ class Boundary:
         if self._head_start is not None:
             self._head_start.note(self._next_step(self._moving, key, args, staged))
         return out
+
+    def _run_beside(
+        self, args: tuple[Any, ...], staged: dict[int, tuple[Storage, int]]
+    ) -> Sequence[Tensor]:
+        """What the graph beside the inner one gives."""
+        if self._beside is None:
+            return ()
+        given = [
+            args[fed.index]
+            if fed.kind == "argument"
+            else self._positions(args, staged).to(self._device(args), non_blocking=True)
+            for fed in self._beside.inputs
+        ]
+        with torch.no_grad():
+            return self._beside.module(*given)
+
+    def _with_room(
+        self, beside: Sequence[Tensor], staged: dict[int, tuple[Storage, int]]
+    ) -> dict[int, Tensor]:
+        """The same by the number of the input, wide enough for all tokens for which arenas have
+        room: a recording serves until they grow.
+        """
+        if self._beside is None:
+            return {}
+        room = max(storage.capacity + new_tokens for storage, new_tokens in staged.values())
+        grow = self._beside.grow
+        return {
+            i: F.pad(x, (0, max(0, room - x.shape[-1]))) if grow[fed.index] else x
+            for i, fed in enumerate(self._inputs)
+            if fed.kind == "beside"
+            for x in (beside[fed.index],)
+        }
 
     def _watched(self, results: list[Any]) -> list[Any]:
         """``results`` without what is watched, which was looked at."""
@@ -191,7 +239,7 @@ class Boundary:
             self._replayed.count(key, begun=True)
             return begun
         return self._replayed(
-            key, copied, lambda found: self._inner(*self._gather(args, staged, {}, found))
+            key, copied, lambda found: self._inner(*self._gather(args, staged, {}, (), found))
         )
 
     def _key(
@@ -295,23 +343,25 @@ class Boundary:
         args: tuple[Any, ...],
         staged: dict[int, tuple[Storage, int]],
         dense: dict[int, Tensor],
+        beside: Sequence[Tensor],
         copied: Mapping[int, Tensor] = NOTHING,
     ) -> list[Any]:
         gathered = []
-        for i, fed in enumerate(self._inputs):
+        for i, fed in self._fed:
             if i in copied:
                 gathered.append(copied[i])
             elif fed.kind == "argument":
                 gathered.append(args[fed.index])
             elif fed.kind == "arena":
-                storage = staged[fed.index][0]
-                ring = dense.get(fed.index) if fed.name == "dense" else None
-                gathered.append(storage[fed.name] if ring is None else ring)
+                storage, ring = staged[fed.index][0], dense.get(fed.index)
+                gathered += storage.tensors if ring is None else storage.with_dense(ring)
             elif fed.kind == "constant":
                 gathered.append(fed.tensor)
+            elif fed.kind == "beside":
+                gathered.append(beside[fed.index])
             elif fed.kind == "dense":
                 x = args[fed.index]
-                gathered.append(x.dequantize() if isinstance(x, QuantizedKV) else x)
+                gathered.append(x.dequantize() if isinstance(x, PackedTensor) else x)
             else:
                 positions = self._positions(args, staged)
                 gathered.append(positions.to(self._device(args), non_blocking=True))
@@ -324,11 +374,11 @@ class Boundary:
         rows = []
         for carrier in self._carriers:
             storage = staged[carrier.index][0] if carrier.index in staged else None
-            rows.append(
-                (storage.length, storage.watermark)
-                if storage
-                else (args[carrier.index].shape[args[carrier.index].token_dim], 0)
-            )
+            if storage is not None:
+                rows.append((storage.length, storage.watermark))
+            else:
+                x = args[carrier.index]  # dense where no attention over it was understood
+                rows.append((x.shape[x.token_dim if isinstance(x, QuantizedKV) else TOKENS], 0))
         for row in self._rows:
             number = row.size(args)
             if row.carriers:
@@ -387,3 +437,51 @@ class Boundary:
                     del arenas
                 out.append(stored[made.first])
         return tuple(out)
+
+
+def _by_carrier(inputs: Sequence[InnerInput]) -> list[tuple[int, InnerInput]]:
+    """What feeds the inputs, by the number of the first of them: all arenas of a carrier, which
+    follow each other, at once.
+    """
+    found: list[tuple[int, InnerInput]] = []
+    for i, fed in enumerate(inputs):
+        before = found[-1][1] if found else None
+        if (
+            fed.kind != "arena"
+            or before is None
+            or (before.kind, before.index) != ("arena", fed.index)
+        ):
+            found.append((i, fed))
+    return found
+
+
+def joins_of(rewriting: Rewriting) -> list[tuple[int, Join]]:
+    """Which inputs of a graph are taken apart, and how, in the order of their parts."""
+    indices = {node: i for i, node in enumerate(rewriting.placeholders)}
+    found = ((indices[node], rewriting.joined[node]) for node in rewriting.taken_apart)
+    return [(index, join) for index, join in found if join is not None]
+
+
+def with_joined(
+    call: Callable[..., Any],
+    taken: Sequence[tuple[int, Join]],
+    returned_as: Sequence[int | JoinedOutput],
+) -> Callable[..., Any]:
+    """``call``, given the parts of some arguments behind all of them; its results put together."""
+    if not taken and not returned_as:
+        return call
+    made = [m if isinstance(m, int) else (m.first, m.join) for m in returned_as]
+
+    def run(*args: Any) -> Any:
+        parts = [part for index, join in taken for part in parts_of(args[index], join)]
+        results = call(*args, *parts)
+        return tuple(_output(results, m) for m in made) if made else results
+
+    return run
+
+
+def _output(results: Sequence[Any], made: int | tuple[int, Join]) -> Any:
+    if isinstance(made, int):
+        return results[made]
+    first, join = made
+    return join_parts(results[first : first + len(join.lenses)], join)

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from squat_fx.api import compiled_of
 from squat_fx.calibration import Fingerprint
 from squat_fx.codecs import codec_spec
+from squat_fx.joined import JoinedKV
+from squat_fx.lenses import Join
 from squat_fx.state import QuantizedKV
 
 FORMAT, VERSION = "squat_fx cache", 1
@@ -168,6 +170,9 @@ class _Writer:
         """``x`` as json: plain values as they are, all else as ``{kind: ...}``."""
         if x is None or isinstance(x, (bool, int, float, str)):
             return x
+        if isinstance(x, JoinedKV):
+            join = {name: getattr(x.join, name) for name in ("lenses", "sizes", "token_dim")}
+            return {"joined": join | {"parts": [self.node(part) for part in x.parts]}}
         if isinstance(x, Tensor):
             if id(x) not in self._known:
                 self._known[id(x)] = self._tensor(x)
@@ -218,6 +223,9 @@ class _Reader:
             if name not in self._known:
                 self._known[name] = self._tensor(kind, content)
             return self._known[name]
+        if kind == "joined":
+            join = Join(*(_as_tuples(content[n]) for n in ("lenses", "sizes", "token_dim")))
+            return JoinedKV([self.value(part) for part in content["parts"]], join)
         if kind in ("list", "tuple"):
             items = [self.value(item) for item in content]
             return items if kind == "list" else tuple(items)
@@ -248,6 +256,11 @@ class _Reader:
         handle = QuantizedKV.from_state(arenas, content["state"])
         self.handles.append(handle)
         return handle
+
+
+def _as_tuples(x: Any) -> Any:
+    """What json made lists of."""
+    return tuple(map(_as_tuples, x)) if isinstance(x, (list, tuple)) else x
 
 
 def _class_of_transformers(name: str) -> type | None:

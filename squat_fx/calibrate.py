@@ -24,11 +24,12 @@ from squat_fx.pool import TOKENS
 
 Text = str | Tensor | Mapping[str, Any]
 UNTRACED = "torch.compile traced no graph; torch._dynamo.reset() lets it try again"
+FIRST = 4  # tokens of a piece whose keys are unlike all others, and which caches keep as they are
 MOST_GRAPHS = 4096  # one per length of text; beyond torch's default of 8 they would go unseen
 
 
 class Statistics:
-    """Second moments of one layer, summed over prompts."""
+    """Second moments of one layer, summed over prompts; those of keys without the first tokens."""
 
     def __init__(self) -> None:
         self._moment: Tensor | None = None
@@ -37,9 +38,9 @@ class Statistics:
 
     def add(self, key: Tensor, query: Tensor) -> None:
         """A batch of prompts: ``[batch, heads, tokens, head_dim]`` each."""
-        key = key.float()
-        centred = (key - key.mean(2, keepdim=True)).double()
-        moment = (centred.mT @ centred).sum(0).cpu() / key.shape[2]
+        later = key[:, :, min(FIRST, key.shape[2] - 1) :].float()
+        centred = (later - later.mean(2, keepdim=True)).double()
+        moment = (centred.mT @ centred).sum(0).cpu() / later.shape[2]
         keep = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         gram = query_gram(query, keep, key.shape[1]).sum(0).cpu() / key.shape[2]
         self._moment = moment if self._moment is None else self._moment + moment

@@ -5,13 +5,14 @@ where they count (SVDq's latent channels, with the queries' metric of SQuat). Wi
 ``S`` of keys about the mean of their prompt and the Gram ``C`` of the queries that read them, both
 averaged over texts,
 
-    M = (1 - w) * I + w * C / mean eigenvalue of C           w = 1/2: half query-weighted
-    M = L @ L.T,   L.T @ S @ L = U @ diag(e) @ U.T           e from large to small
+    M = (1 - w) * I + w * C / mean eigenvalue of C           w = 1/4: a quarter query-weighted
+    M = L @ L.T,   L.T @ S @ L = U @ diag(e) @ U.T           e from small to large
     basis = L @ U @ H / sd
 
 so that rounding errors in the latent frame count alike. Channels are taken 16 at a time, the plane
 groups of the stored format; ``H`` is a Hadamard rotation inside each, ``sd`` the root of the mean
-of its eigenvalues. Bits go greedily to the group where they lower the error most.
+of its eigenvalues. Bits go greedily to the group where they lower the error most. The weakest
+groups come first: their errors are large, and what is fed back is taken up by those with more bits.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ from torch import Tensor, nn
 
 from squat_fx.layouts.hadamard import rotation
 from squat_fx.layouts.planes import LANES, spread_widths
+from squat_fx.layouts.symmetric import DISTORTION
 
 FORMAT, VERSION = "squat_fx calibration", 1
-QUERY_WEIGHT = 0.5
+QUERY_WEIGHT = 0.25
 RIDGE = 1e-2
-DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.00031, 9e-5)
-"""Relative mean squared error of rounding a Gaussian with 0 to 8 bits."""
-
 SAMPLES = 16  # numbers per parameter in a fingerprint
 SAMPLE_TOLERANCE = 0.02  # half precision, not another model
 
@@ -64,7 +63,6 @@ class LayerCalibration:
         weighted = (1 - QUERY_WEIGHT + RIDGE) * identity + QUERY_WEIGHT * relative
         factor = torch.linalg.cholesky(weighted)
         values, vectors = torch.linalg.eigh(factor.mT @ moment @ factor)
-        values, vectors = values.flip(-1), vectors.flip(-1)
         groups = values.split(LANES, -1)
         importance = torch.stack([group.mean(-1) for group in groups], -1)
         blocks = torch.block_diag(*[rotation(group.shape[-1]).to(values) for group in groups])

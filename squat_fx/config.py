@@ -18,7 +18,7 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 Guard = Literal["off", "warn", "raise_bits"]
 SMALLEST_WIDTH, LARGEST_WIDTH = 1, 8
 DEFAULT_CODEC = "squat"
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 512
 Width = float
 LayerBits = Mapping[int, Width | tuple[Width, Width]] | tuple[tuple[int, tuple[Width, Width]], ...]
 

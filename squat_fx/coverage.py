@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import squat_fx
 from squat_fx import tiny
 from squat_fx.codecs import Lossless
+from squat_fx.packed import PackedTensor
 
 ATTENTIONS = ("sdpa", "eager")
 PROMPT, STEPS, PADS = 12, 10, 5
@@ -206,7 +207,7 @@ def _layers(cache: Any, config: Any, packed: bool = False) -> dict[str, int]:
             continue  # a layer that caches nothing, such as an MLP, or reads another one's cache
         if name == "full" and getattr(config, "kv_lora_rank", None):
             name = "latent"
-        if not packed or isinstance(keys, squat_fx.QuantizedKV):
+        if not packed or isinstance(keys, PackedTensor):
             counts[name] += 1
     return dict(counts)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from squat_fx.config import Config
 from squat_fx.layouts.kept import beneath
+from squat_fx.packed import PackedTensor
 from squat_fx.report import Report
 from squat_fx.state import QuantizedKV
 
@@ -67,7 +68,7 @@ def _is_dense(layer: Any) -> bool:
         return False
     if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
         return False
-    if isinstance(keys, QuantizedKV) or isinstance(values, QuantizedKV):
+    if isinstance(keys, PackedTensor) or isinstance(values, PackedTensor):
         return False
     return (
         keys.dim() == values.dim() == 4 and keys.numel() > 0 and keys.shape[:3] == values.shape[:3]

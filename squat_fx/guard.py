@@ -112,7 +112,10 @@ class Watch:
 
     def _take(self, errors: Sequence[float]) -> None:
         threshold, known = self.config.guard_threshold, self.report.attention_errors
-        found = dict(zip(self.layers, errors, strict=True))
+        found: dict[int, float] = {}
+        for layer, error in zip(self.layers, errors, strict=True):  # some have several attentions
+            if not error <= found.get(layer, -1.0):
+                found[layer] = error
         far = [n for n in found if not found[n] <= threshold]  # what is no number is too far
         new = [n for n in far if known.get(n, 0.0) <= threshold]
         for layer, error in found.items():

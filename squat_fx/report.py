@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from squat_fx.codecs import Format
+from squat_fx.joined import caches_in
 from squat_fx.passes.records import AttentionSite, Rewriting, Skipped
 from squat_fx.state import QuantizedKV
 from squat_fx.storage import Storage
@@ -58,7 +59,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     if isinstance(cache, Tensor):
-        yield cache
+        yield from caches_in(cache)
     elif isinstance(cache, dict):
         for item in cache.values():
             yield from _tensors(item)
@@ -218,7 +219,9 @@ class Report:
 
     def track(self, handle: QuantizedKV) -> QuantizedKV:
         """Count a handle's storage among the live caches."""
-        self._storages.add(handle._storage)
+        if handle._storage.counted_by is not self:
+            handle._storage.counted_by = self
+            self._storages.add(handle._storage)
         return handle
 
     def note(self, text: str) -> None:
@@ -287,7 +290,7 @@ def is_static(
     that depend on the symbols ``besides`` alone.
     """
     for fed in inputs:
-        if fed.kind in ("arena", "positions", "constant"):
+        if fed.kind not in ("argument", "dense"):
             continue
         example = examples[fed.index]
         sizes = example.shape if isinstance(example, Tensor) else (example,)

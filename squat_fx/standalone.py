@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from squat_fx.backend import NotRewritten, rewrite_graph
-from squat_fx.boundary import Boundary
+from squat_fx.boundary import Boundary, joins_of, with_joined
 from squat_fx.codecs import Format
 from squat_fx.config import Config
 from squat_fx.guard import Watch
 from squat_fx.passes import Rewriting
 from squat_fx.passes.find_cache_edges import part_returned
+from squat_fx.passes.read_lenses import appended_dims
 from squat_fx.passes.spelling import (
     argument,
     kind,
@@ -29,19 +30,29 @@ from squat_fx.passes.spelling import (
     value_of,
 )
 from squat_fx.report import GraphReport, Report
+from squat_fx.state import QuantizedKV
+from squat_fx.token_major import handle_type
 
 
 class RewrittenModule(nn.Module):
     """A rewritten graph, called as the original was, with ``QuantizedKV`` where the cache is."""
 
-    def __init__(self, boundary: Boundary, rewriting: Rewriting, codegen: Any, spec: Any) -> None:
+    def __init__(
+        self,
+        rewriting: Rewriting,
+        call: Callable[..., Any],
+        placeholders: Sequence[fx.Node],
+        codegen: Any,
+        spec: Any,
+    ) -> None:
         super().__init__()
         self.module = rewriting.module
-        self._boundary = boundary
+        self._rewriting = rewriting
+        self._call = call
         self._codegen = codegen
         self._spec = spec
-        self._placeholders = rewriting.placeholders
-        self._expected = [(node.name, shape_of(node)) for node in rewriting.placeholders]
+        self._placeholders = placeholders
+        self._expected = [(node.name, shape_of(node)) for node in placeholders]
 
     @property
     def graph(self) -> fx.Graph:
@@ -58,7 +69,7 @@ class RewrittenModule(nn.Module):
         flat = _flat_inputs(self._codegen, self._placeholders, args, kwargs)
         self._check(flat)
         with torch.no_grad():  # a packed cache is not differentiable
-            out = self._boundary(*flat)
+            out = self._call(*flat)
         if is_pytree:
             return self._codegen.process_outputs(out)
         return out if self._spec is None else pytree.tree_unflatten(list(out), self._spec)
@@ -106,14 +117,16 @@ def rewrite_module(
     rewriting = Rewriting(
         graph_module, config, _carriers(graph_module.graph), placeholders=placeholders
     )
+    rewriting.joined = dict.fromkeys(placeholders)
     spec = rewrite_graph(rewriting)
     if config.strict and rewriting.skipped:
         raise NotRewritten("\n".join(f"{s.node}: {s.reason}" for s in rewriting.skipped))
     report = Report([GraphReport.of(rewriting, "eager", static=False)])
-    handles = [placeholders.index(node) for node in rewriting.handles]
-    values = [value_of(node) for node in placeholders]
+    inputs = rewriting.placeholders
+    handles = [inputs.index(node) for node in rewriting.handles]
+    values = [value_of(node) for node in inputs]
     numbers = [
-        (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
+        (row, number.size, tuple(inputs.index(node) for node in number.carriers))
         for row, number in rewriting.numbers
     ]
     watched, due = rewriting.watched, rewriting.due
@@ -122,7 +135,30 @@ def rewrite_module(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
         numbers=numbers, watch=watch,
     )  # fmt: skip
-    return RewrittenModule(boundary, rewriting, codegen, spec), report
+    call = with_joined(_expecting(boundary, rewriting), joins_of(rewriting), rewriting.returned_as)
+    return RewrittenModule(rewriting, call, placeholders, codegen, spec), report
+
+
+def _expecting(call: Callable[..., Any], rewriting: Rewriting) -> Callable[..., Any]:
+    """``call``, given handles of the formats that it was made for: others are packed anew. Nobody
+    guards here what a caller passes where.
+    """
+    indices = {node: i for i, node in enumerate(rewriting.placeholders)}
+    edges = {indices[e.carrier]: e for e in rewriting.edges().values() if e.kind == "decode"}
+
+    def run(*args: Any) -> Any:
+        flat = list(args)
+        for index, edge in edges.items():
+            x, kind = flat[index], handle_type(edge.token_dim)
+            is_other = isinstance(x, QuantizedKV) and (
+                type(x) is not kind or x._storage.described != (edge.fmt, edge.role)
+            )
+            if is_other:
+                dense = x.dequantize()
+                flat[index] = kind.from_dense(dense, edge.fmt, edge.role, given=edge.constant)
+        return call(*flat)
+
+    return run
 
 
 def _flat_inputs(
@@ -153,21 +189,49 @@ def _propagate_shapes(graph_module: fx.GraphModule, examples: Sequence[Any]) -> 
 
     Every input dim is symbolic until the graph fixes it, except heads and channels of a past.
     """
-    mode = FakeTensorMode(
-        shape_env=ShapeEnv(duck_shape=False, specialize_zero_one=False), allow_non_fake_inputs=True
-    )
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    token_dims = _token_dims(graph_module, placeholders, examples)
+    mode = _fake_mode()
 
     def fake(node: fx.Node, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        sizes = [DimDynamic.DYNAMIC] * x.dim()
-        token_dims = {d for u in node.users if (d := _appended_dim(node, u)) is not None}
-        for token_dim in token_dims if x.dim() == 4 else ():
-            sizes[3 - token_dim] = sizes[3] = DimDynamic.STATIC
+        dims = token_dims[node]
+        static: set[int] = set()
+        if x.dim() == 4 and dims & {1, 2}:
+            static = {3, *(3 - d for d in dims & {1, 2})}
+        elif x.dim() != 4 and dims:
+            static = set(range(x.dim())) - dims
+        sizes = [DimDynamic.STATIC if d in static else DimDynamic.DYNAMIC for d in range(x.dim())]
         return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
     fakes = [fake(node, x) for node, x in zip(placeholders, examples, strict=True)]
+    _propagate(graph_module, mode, fakes, examples)
+
+
+def _token_dims(
+    graph_module: fx.GraphModule, placeholders: Sequence[fx.Node], examples: Sequence[Any]
+) -> dict[fx.Node, set[int]]:
+    """The dims on which inputs, or parts of them, are concatenated to; seen with sizes that are
+    numbers, since views of an input say what they are by their sizes.
+    """
+    mode = _fake_mode()
+    fixed = [
+        mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in examples
+    ]
+    _propagate(graph_module, mode, fixed, examples)
+    is_tensor = {n: isinstance(x, Tensor) for n, x in zip(placeholders, examples, strict=True)}
+    return {n: appended_dims(n) if is_tensor[n] else set() for n in placeholders}
+
+
+def _fake_mode() -> FakeTensorMode:
+    shapes = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    return FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+
+
+def _propagate(
+    graph_module: fx.GraphModule, mode: FakeTensorMode, fakes: list[Any], examples: Sequence[Any]
+) -> None:
     try:
         with torch.no_grad():
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*fakes)

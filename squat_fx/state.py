@@ -2,8 +2,9 @@
 
 A :class:`QuantizedKV` tells the truth about the dense tensor it stands for (``shape``, ``dtype``,
 ``device``), and every operation on it is right: appending, cropping, batch selection and attention
-stay packed, everything else dequantizes. So a cache object, a beam search or a piece of code that
-was never compiled can hold one without knowing it.
+stay packed, everything else dequantizes, or raises where tokens of a prompt were left out. So a
+cache object, a beam search or a piece of code that was never compiled can hold one without knowing
+it.
 
 Several handles may share one :class:`~squat_fx.storage.Storage`: each is a part of it, a prefix or
 a window, and an append that would disturb another living handle copies first. Tokens appended
@@ -20,7 +21,6 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -30,28 +30,26 @@ from squat_fx.kernels.kept import begins_at
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import PAIRS
 from squat_fx.layouts.kept import MOVED, beneath
+from squat_fx.packed import PackedTensor
 from squat_fx.pool import grown_capacity
 from squat_fx.storage import TOKENS, Lease, Storage
 
 aten = torch.ops.aten
-IN_PLACE_ERROR = (
-    "a QuantizedKV cannot be written in place ({}); build a new tensor from its dequantize()"
-)
 
 
-class QuantizedKV(Tensor):
+NOTHING_TO_ENTER = contextlib.nullcontext()
+
+
+class QuantizedKV(PackedTensor):
     """Packed keys or values that look like the dense ``[batch, num_kv_heads, seq_len, head_dim]``.
 
     Made by a rewritten graph, by :meth:`from_dense`, or by operating on another one; never empty.
-    Not differentiable, and not to be written in place (``ValueError``).
     """
 
     _storage: Storage
     _pending: Tensor | None
     _lease: Lease
     token_dim: ClassVar[int] = TOKENS
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(
@@ -65,7 +63,7 @@ class QuantizedKV(Tensor):
         # handle, and mark it.
         is_fake = type(dense) is FakeTensor
         is_set = is_fake or torch.is_inference_mode_enabled()
-        with contextlib.nullcontext() if is_set else torch.inference_mode():
+        with NOTHING_TO_ENTER if is_set else torch.inference_mode():
             handle = Tensor._make_wrapper_subclass(
                 cls, tuple(shape), dtype=dense.dtype, device=dense.device
             )
@@ -74,7 +72,7 @@ class QuantizedKV(Tensor):
         if not is_fake:
             stored = length - (0 if pending is None else pending.shape[TOKENS])
             handle._lease = storage.lease(stored, first)
-            vars(handle).update(_dynamic_marks(cls.token_dim))
+            mark_dynamic(handle, cls.token_dim)
         return handle
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -103,13 +101,16 @@ class QuantizedKV(Tensor):
                 which each pair of channels turns from token to token, in radians.
             keys: for values of which a part is kept, their keys, which say which; without them, or
                 for keys without ``query``, all tokens are kept.
+
+        Raises:
+            ValueError: ``x`` does not fit ``fmt``, or ``keys`` have nothing to say.
         """
         if x.dim() != 4 or x.shape[3] != fmt.head_dim:
             raise ValueError(
                 f"expected [batch, heads, tokens, {fmt.head_dim}] to pack, got {tuple(x.shape)}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            kept = () if keys is None else (keys._storage[MOVED],)
+            kept = () if keys is None else (_choice_of(keys, fmt),)
             arenas = ops.overload("store", fmt.layout)(
                 x, valid, query, given, role, fmt.codec, fmt.to_ints(), *kept
             )
@@ -187,6 +188,10 @@ class QuantizedKV(Tensor):
         Copies if another living handle reads tokens that this one does not have; truncates in place
         if none does.
         """
+        storage = self._storage
+        is_newest = self._pending is None and self._lease.length == storage.length
+        if is_newest and storage.fits(new_tokens):
+            return storage
         self._own(self._lease.length)
         if self._pending is not None:
             self._reserve(self._pending.shape[TOKENS])
@@ -240,41 +245,13 @@ class QuantizedKV(Tensor):
         return self._storage["dense"]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        handles = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, QuantizedKV)]
-        if func._schema.is_mutable and any(
-            isinstance(x, QuantizedKV) for x in _written(func, args, kwargs)
-        ):
-            raise ValueError(IN_PLACE_ERROR.format(func))
-        kinds = {type(h._storage["dense"]) for h in handles}
-        if FakeTensor in kinds:
-            # While Dynamo traces, a handle is its dense shape: nothing is stored, and capacity is
-            # never looked at.
-            if func is aten.cat.default and (longer := _fake_cat(*args, **kwargs)) is not None:
-                return longer
-            return _call_dense(func, args, kwargs, lambda h: h._storage["dense"].new_empty(h.shape))
-        if kinds - {Tensor, torch.nn.Parameter}:
-            raise ValueError(
-                "a QuantizedKV reached a graph that was not compiled with backend='squat'; "
-                "compile it with that backend, or pass cache.dequantize()"
-            )
-        result = cls._stay_packed(func, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        return _call_dense(func, args, kwargs, lambda h: h.dequantize())
+    def _outlined(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return _fake_cat(*args, **kwargs) if func is aten.cat.default else NotImplemented
 
     @classmethod
     def _stay_packed(cls, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ``func`` makes of packed tensors; ``NotImplemented`` where they must be dense."""
         packed = PACKED_OPS.get(func)
         return NotImplemented if packed is None else packed(func, *args, **kwargs)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        # Python's indexing would write into a copy.
-        raise ValueError(IN_PLACE_ERROR.format("item assignment"))
 
     def repeat_interleave(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, repeats: Any, dim: int | None = None, *, output_size: int | None = None
@@ -357,21 +334,22 @@ HANDLE_TYPES: dict[int, type[QuantizedKV]] = {TOKENS: QuantizedKV}
 """The carriers by the dim of their tokens; :mod:`squat_fx.token_major` adds one."""
 
 
-def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-    """The fake ``cat`` of a handle and new tokens; None where that is for torch to judge.
+def _fake_cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """The fake ``cat`` of a handle and new tokens; ``NotImplemented`` where that
+    is for torch to judge.
 
     Torch compares sizes that are symbols one by one, which takes longer than all else that is
     traced of a cache.
     """
     first, *others = tensors
     if type(first) is not QuantizedKV or not _is_dim(dim, TOKENS) or len(others) != 1:
-        return None
+        return NotImplemented
     dense, new = first._storage["dense"], others[0]
     if new.dim() != 4 or new.dtype != dense.dtype or new.device != dense.device:
-        return None
+        return NotImplemented
     sizes = [(dense.shape[i], new.shape[i]) for i in (0, 1, 3)]
     if not all(type(a) is type(b) is int and a == b for a, b in sizes):
-        return None
+        return NotImplemented
     shape = list(first.shape)
     shape[TOKENS] = _common_size(first.shape[TOKENS]) + new.shape[TOKENS]
     return dense.new_empty(shape)
@@ -393,20 +371,39 @@ def _common_size(size: Any) -> Any:
     return common if common is size or common == size else size
 
 
-def _dynamic_marks(dim: int) -> dict[str, Any]:
-    """The attributes by which Dynamo knows that the dim ``dim`` of a tensor varies.
+def mark_dynamic(handle: Tensor, dim: int) -> None:
+    """Let Dynamo know that the dim ``dim`` of a handle varies.
 
     ``maybe_mark_dynamic(handle)`` would mark every arena again at every step, also those that never
     grow.
     """
-    return {k: set(v) if isinstance(v, set) else v for k, v in _marks_of_a_tensor(dim).items()}
+    marks, (dims, others) = vars(handle), _marks_of_a_tensor(dim)
+    marks.update(others)
+    for name in dims:
+        marks[name] = {dim}
 
 
-@lru_cache(maxsize=2)
-def _marks_of_a_tensor(dim: int) -> dict[str, Any]:
+@lru_cache(maxsize=8)
+def _marks_of_a_tensor(dim: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What marks a dim of a tensor: attributes that are sets of dims, each tensor's own, and
+    others.
+    """
     marked = torch.empty((1,) * (dim + 1))
     torch._dynamo.maybe_mark_dynamic(marked, dim)
-    return dict(vars(marked))
+    found = vars(marked)
+    dims = tuple(name for name, value in found.items() if isinstance(value, set))
+    assert all(found[name] == {dim} for name in dims)
+    return dims, {name: value for name, value in found.items() if name not in dims}
+
+
+def _choice_of(keys: QuantizedKV, fmt: Format) -> Tensor:
+    """What says which tokens ``keys`` keep, for values of ``fmt``."""
+    if not (keys.format.stored_layout.keeps_part and fmt.stored_layout.keeps_part):
+        raise ValueError(
+            "keys say which tokens to keep where both layouts keep a part of a prompt, got "
+            f"{keys.format.layout!r} and {fmt.layout!r}; leave keys out"
+        )
+    return keys._storage[MOVED]
 
 
 def _check_arenas(stored: Arenas, extent: Extent, dropped: int, fmt: Format) -> None:
@@ -441,27 +438,6 @@ def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> Quantize
 
 
 torch.serialization.add_safe_globals([_rebuild])  # it takes tensors and plain values
-
-
-def _call_dense(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Callable[[QuantizedKV], Tensor]
-) -> Any:
-    """Run ``func`` on the dense tensors that the handles stand for."""
-
-    def convert(x: Any) -> Any:
-        return dense(x) if isinstance(x, QuantizedKV) else x
-
-    args, kwargs = pytree.tree_map(convert, (args, kwargs))
-    return func(*args, **kwargs)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The arguments that ``func`` writes to."""
-    written = {
-        a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    }
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    return pytree.tree_leaves([x for name, x in given.items() if name in written])
 
 
 def _is_dim(dim: int | None, which: int) -> bool:

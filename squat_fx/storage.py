@@ -49,7 +49,10 @@ class Storage:
         described: both of them.
         length, watermark: see :mod:`squat_fx.kernels.reference`.
         dropped: every row starts at this position or later.
+        counted_by: the report that counts it among the live caches.
     """
+
+    counted_by: Any = None
 
     def __init__(
         self, arenas: Arenas, extent: Extent, fmt: Format, role: Role, dropped: int = 0
@@ -105,6 +108,10 @@ class Storage:
     def tensors(self) -> tuple[Tensor, ...]:
         """The arenas in the order of ``Format.arena_names``."""
         return tuple(self._arenas.values())
+
+    def with_dense(self, dense: Tensor) -> tuple[Tensor, ...]:
+        """The same with another buffer of exact tokens."""
+        return tuple((self._arenas | {"dense": dense}).values())
 
     @property
     def extent(self) -> Extent:
@@ -231,7 +238,7 @@ class Storage:
             if new_tokens > 1:  # several tokens may reuse ring slots
                 written = dense.clone()
             ops.overload("append_", self.fmt.layout)(
-                *(self._arenas | {"dense": written}).values(),
+                *self.with_dense(written),
                 new,
                 valid,
                 positions,

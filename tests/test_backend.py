@@ -18,6 +18,7 @@ from transformers import DynamicCache
 import squat_fx
 from squat_fx import QuantizedKV, backend
 from squat_fx.kernels import reference
+from squat_fx.passes.spelling import sizes_of
 from tests.models import build, greedy, left_padded_batch, prompt
 
 OPTIONS: dict[str, Any] = {"inner": "eager", "residual_length": 8}
@@ -65,11 +66,48 @@ def test_a_graph_of_any_batch_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -
     assert kinds.count(("decode", True)) == 1
     assert kinds.count(("decode", False)) == 1
     assert replayable.count(True) == 2
-    padded = squat_fx.compile(build("llama"), codec="none", cuda_graphs=True, **OPTIONS)
-    replayable.clear()
-    left_padded_batch(padded, tokens=4)
-    assert squat_fx.report(padded).graphs[-1].kind == "decode"
-    assert not any(replayable)
+
+
+def test_layers_that_are_equally_long_share_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[set[str]] = []
+    original = backend.rewrite_graph
+
+    def note(rewriting: Any) -> Any:
+        lengths.append({str(sizes_of(node)[2]) for node in rewriting.carriers})
+        return original(rewriting)
+
+    monkeypatch.setattr(backend, "rewrite_graph", note)
+    model = squat_fx.compile(build("llama"), codec="none", **OPTIONS)
+    greedy(model, 8)
+    assert [len(found) for found in lengths] == [0, 1]
+
+
+def test_caches_that_were_equally_long_once_may_part() -> None:
+    def two(x: Tensor, short: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor]) -> Any:
+        out, caches = x, []
+        for key, value in (short, long):
+            key, value = torch.cat([key, x], 2), torch.cat([value, x], 2)
+            out = torch.nn.functional.scaled_dot_product_attention(out, key, value)
+            caches.append((key, value))
+        return out, *caches
+
+    def run(step: Any) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        short, long = ((torch.ones(1, 2, 5, 16),) * 2 for _ in range(2))
+        found = []
+        with torch.no_grad():
+            for i in range(9):
+                x = torch.randn((1, 2, 1, 16), generator=generator)
+                out, short, long = step(x, short, long)
+                found.append(out)
+                if i in (3, 6):
+                    short = tuple(cache[:, :, :-2] for cache in short)
+        return found
+
+    compiled = squat_fx.compile(two, codec="none", **OPTIONS)
+    for found, expected in zip(run(compiled), run(two), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert len(squat_fx.report(compiled).graphs) == 3  # the first, equally long, and apart
 
 
 def test_arenas_of_one_graph_grow_each_by_itself() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import QuantizedKV
-from squat_fx.calibrate import Statistics, calibrate
+from squat_fx.calibrate import FIRST, Statistics, calibrate
 from squat_fx.calibration import LayerCalibration
 from tests.models import build, prompt
 
@@ -56,7 +56,7 @@ def test_it_sees_the_keys_that_are_cached_and_the_queries_that_read_them(
         assert query.shape == (1, 4, 40, key.shape[3])
 
 
-def test_the_statistics_are_averages_over_texts_and_tokens(
+def test_the_statistics_are_averages_over_texts_and_all_tokens_but_the_first(
     collected: list[tuple[Tensor, Tensor]],
 ) -> None:
     model = build("llama")
@@ -67,8 +67,8 @@ def test_the_statistics_are_averages_over_texts_and_tokens(
     for key, query in first_layer:
         tokens = key.shape[2]
         k, q = key[0].double(), query[0].double().unflatten(0, (2, 2)).flatten(1, 2)
-        k = k - k.mean(1, keepdim=True)
-        moment, gram = moment + k.mT @ k / tokens / 2, gram + q.mT @ q / tokens / 2
+        k = k[:, FIRST:] - k[:, FIRST:].mean(1, keepdim=True)
+        moment, gram = moment + k.mT @ k / (tokens - FIRST) / 2, gram + q.mT @ q / tokens / 2
     expected = LayerCalibration.of(moment, gram)
     torch.testing.assert_close(found.layers[0].importance, expected.importance)
     product = found.layers[0].matrices[0] @ expected.matrices[1]

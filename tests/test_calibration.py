@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 import squat_fx
 from squat_fx import Calibration, Config, QuantizedKV
-from squat_fx.calibration import DISTORTION, Fingerprint, LayerCalibration, allocate
+from squat_fx.calibration import (
+    QUERY_WEIGHT,
+    RIDGE,
+    Fingerprint,
+    LayerCalibration,
+    allocate,
+)
 from squat_fx.codecs import Squat, codec_spec, make_format
+from squat_fx.layouts.symmetric import DISTORTION
 from tests.conftest import randn
 from tests.models import build, prompt
 
@@ -89,7 +96,7 @@ def test_all_heads_of_a_layer_get_the_same_widths_and_none_decides_alone() -> No
 def test_the_widths_average_what_was_asked(bits: float) -> None:
     widths = layer()[0].widths(bits)
     assert sum(widths) == 4 * bits
-    assert list(widths) == sorted(widths, reverse=True)
+    assert list(widths) == sorted(widths)
 
 
 def test_an_average_that_the_planes_do_not_have_is_refused() -> None:
@@ -127,7 +134,8 @@ def test_errors_in_the_basis_cost_what_the_importance_says() -> None:
     found, _, query = layer()
     gram = query @ query.mT
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    weighted = 0.51 * torch.eye(64, dtype=torch.float64) + 0.5 * gram
+    identity = torch.eye(64, dtype=torch.float64)
+    weighted = (1 - QUERY_WEIGHT + RIDGE) * identity + QUERY_WEIGHT * gram
     back = found.matrices[1].double()
     cost = back @ weighted @ back.mT
     expected = found.importance.double().repeat_interleave(16, -1)
@@ -152,12 +160,12 @@ def test_one_tensor_serves_a_device() -> None:
     assert not first.is_inference()
 
 
-def test_the_matrices_are_inverse_and_the_importance_falls() -> None:
+def test_the_matrices_are_inverse_and_the_importance_rises() -> None:
     found, _, _ = layer()
     product = found.matrices[0] @ found.matrices[1]
     torch.testing.assert_close(product, torch.eye(64).expand(2, 64, 64), rtol=0, atol=1e-4)
-    assert (found.importance.diff(dim=-1) < 0).all()
-    assert found.widths(2)[0] > found.widths(2)[-1]
+    assert (found.importance.diff(dim=-1) > 0).all()
+    assert found.widths(2)[0] < found.widths(2)[-1]
     assert sum(found.widths(2.5)) == 10
 
 

@@ -164,6 +164,29 @@ def test_strict_raises_where_a_kernel_does_not_compile(broken_kernels: list[str]
     assert broken_kernels == ["write"]
 
 
+def test_a_head_wider_than_kernels_are_for_runs_as_the_reference(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU, it seems; Gemma 4 has heads of 512 channels."""
+    monkeypatch.setattr(fallback, "DEVICE", "cpu")
+    monkeypatch.setattr(fallback, "_FAILED", {})
+    fmt = stored_format(CODECS["squat"](), "key", 512, 2)
+    x = randn(1, 2, 90, 512)
+    with caplog.at_level(logging.WARNING, "squat_fx"):
+        stored = [QuantizedKV.from_dense(x, fmt, "key").dequantize() for _ in range(2)]
+    assert torch.equal(*stored)
+    texts = [r.getMessage() for r in caplog.records]
+    assert texts[0] == (
+        "the Triton kernel of store.planes_token for float32 [1, 2, 90, 512] does not compile "
+        "(HeadTooWide: head_dim 512 is more than 256); the torch reference runs instead, which is "
+        "slower"
+    )
+    assert len(texts) == len(set(texts)) == 2
+    monkeypatch.setattr(fallback, "_FAILED", {})
+    with fallback.strictly(), pytest.raises(fallback.KernelNotCompiled, match="512 is more than"):
+        QuantizedKV.from_dense(x, fmt, "key")
+
+
 def test_near_miss_another_error_of_a_kernel_is_not_hidden(
     broken_kernels: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +296,7 @@ def test_head_dims_that_are_no_whole_plane_groups(codec: str, head_dim: int) -> 
 @pytest.mark.parametrize(
     ("codec", "head_dim", "reason"),
     [
-        ("squat", 264, r"head_dim 264 is outside 1\.\.256"),
+        ("squat", 520, r"head_dim 520 is outside 1\.\.512"),
         ("polar_rope", 15, "pairs the channels of keys, got head_dim 15; choose another codec"),
         ("qjl", 4, "heads of 9 to 256 channels, got head_dim 4; choose outliers=0"),
     ],

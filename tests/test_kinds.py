@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import squat_fx
 from squat_fx import QuantizedKV, Report
@@ -91,18 +92,19 @@ def test_chunks_across_the_border_of_a_window(kind: str) -> None:
     assert layers_of(squat_fx.report(model)) == {0, 1}
 
 
-def test_a_sliding_layer_says_how_long_it_is_and_holds_as_much() -> None:
-    """transformers sizes its masks from the one; the other is the point."""
-    model = packed("mistral", "sdpa")
+@pytest.mark.parametrize("kind", ["mistral", "llama4"])
+def test_a_layer_with_a_window_says_how_long_it_is_and_holds_as_much(kind: str) -> None:
+    """Sliding or in chunks; transformers sizes its masks from the one, the other is the point."""
+    model = packed(kind, "sdpa")
     cache, ids = DynamicCache(config=model.config), prompt(1, 450)
+    layer = next(x for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer))
     sizes = set()
     with torch.no_grad():
         for x in (ids[:, :30], *ids[:, 30:].split(1, 1)):
             model(x, past_key_values=cache)
-            keys = cache.layers[0].keys
-            assert isinstance(keys, QuantizedKV)
-            assert keys.shape[2] == WINDOW - 1
-            sizes.add(squat_fx.cache_bytes(cache).stored)
+            assert isinstance(layer.keys, QuantizedKV)
+            assert layer.keys.shape[2] == WINDOW - 1
+            sizes.add(layer.keys.storage_nbytes + layer.values.storage_nbytes)
     assert len(sizes) == 1
     assert cache.get_seq_length() == 450
 

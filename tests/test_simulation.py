@@ -12,7 +12,8 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from variants import Statistics, Variant
 
 import squat_fx
-from squat_fx.codecs import Kivi, Lossless, Pruned, Squat, TurboQuant
+from squat_fx.codecs import Kivi, Lossless, Pruned, Squat, Svdq, TurboQuant
+from tests.choose import full
 from tests.models import VOCABULARY, build, prompt
 
 PROMPT, TOKENS = 72, 48
@@ -53,8 +54,9 @@ def decoded(model: Any) -> Tensor:
     [
         ("llama", {}),
         ("llama", {"codec": Kivi(32)}),
+        ("llama", {"codec": Svdq()}),
         ("gemma3", {"residual_length": 8}),
-        ("llama", {"codec": Pruned(16), "guard": "off"}),
+        *full(("llama", {"codec": Pruned(16), "guard": "off"})),
         ("llama", {"codec": Pruned(16, Lossless(4)), "guard": "off"}),
         ("gemma3", {"residual_length": 8, "codec": Pruned(16, TurboQuant()), "guard": "off"}),
     ],
@@ -104,6 +106,23 @@ def test_every_calibrated_variant_runs_and_the_plain_one_is_squat() -> None:
     for weight, joint, inner in ((0.0, False, True), (1.0, True, False)):
         other = Variant(calibration=statistics.calibration(weight, joint, inner), norm="search")
         assert (simulated(model, other) - expected).abs().max() > 1e-3
+
+
+def test_different_widths_are_mended_as_in_the_codec() -> None:
+    """In a rotated frame all channels count alike, in a calibrated one by what widths leave."""
+    model, widths = make("gemma3"), {"key_bits": 1.5, "value_bits": 2.5}
+    statistics = Statistics()
+    simulated(model, statistics)
+    bases = statistics.calibration()
+    assert {basis.widths(1.5) for basis in bases.values()} == {(1, 2)}
+    fingerprint = squat_fx.calibrate(build("llama"), prompt(1, 20)).fingerprint
+    calibration = squat_fx.Calibration(bases, fingerprint, 1)
+    for of_variant, of_codec in (({}, {}), ({"calibration": bases}, {"calibration": calibration})):
+        expected = simulated(model, OfConfig(squat_fx.Config(**widths, **of_codec)))
+        found = simulated(model, Variant(**widths, **of_variant))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+        other = simulated(model, Variant(**widths, **of_variant, mend_mixed=""))
+        assert (other - expected).abs().max() > 2e-2
 
 
 class NothingIsLeft(Rounding):

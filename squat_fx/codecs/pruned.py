@@ -34,7 +34,7 @@ from squat_fx.layouts import LAYOUTS, Format
 from squat_fx.layouts.kept import PREFIX, beneath
 from squat_fx.layouts.symmetric import LARGEST_HALF
 
-AT_ONCE = 2**27  # scores
+AT_ONCE = 2**26  # scores
 OWN_VOTE, NO_VOTE = 2.0, -1.0  # more than a mean of probabilities, and less
 
 
@@ -175,9 +175,10 @@ def attention_to(query: Tensor, key: Tensor, valid: Tensor) -> Tensor:
     """
     query, key = (x.float().where(x.abs() <= LARGEST_HALF, 0.0) for x in (query, key))
     count, tokens = query.shape[2], key.shape[2]
-    grouped = query.unflatten(1, (key.shape[1], -1)) * key.shape[3] ** -0.5
-    scores = grouped @ key[:, :, None].mT  # [batch, heads, query heads, queries, tokens]
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # of all query heads of a KV head
+    scores = (rows * key.shape[3] ** -0.5) @ key.mT
     seen = torch.ones(count, tokens, dtype=torch.bool, device=key.device).tril(tokens - count)
-    seen = seen & valid[:, None] & valid[:, -count:, None]
-    scores = scores.masked_fill_(~seen[:, None, None], -torch.inf)
-    return scores.softmax(-1).nan_to_num_(0.0).mean((2, 3))
+    seen = seen & valid[:, None] & valid[:, -count:, None]  # [batch, queries, tokens]
+    by_head = scores.unflatten(2, (-1, count))
+    by_head.masked_fill_(~seen[:, None, None], -torch.inf)
+    return scores.softmax(-1).nan_to_num_(0.0).mean(2)

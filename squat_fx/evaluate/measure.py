@@ -26,6 +26,7 @@ from squat_fx.evaluate.numbers import digits, standard_error
 from squat_fx.evaluate.settings import Setting
 from squat_fx.evaluate.tasks import Task
 from squat_fx.evaluate.texts import Windows
+from squat_fx.joined import caches_in
 
 
 @dataclass(frozen=True)
@@ -330,8 +331,8 @@ def effective_bits(handles: Sequence[squat_fx.QuantizedKV]) -> float:
 
 
 def _distinct_tensors(nested: Any) -> list[Tensor]:
-    found = {id(x): x for x in pytree.tree_leaves(nested) if isinstance(x, Tensor)}
-    return list(found.values())
+    tensors = (x for x in pytree.tree_leaves(nested) if isinstance(x, Tensor))
+    return list({id(part): part for x in tensors for part in caches_in(x)}.values())
 
 
 def stored_bytes(tensor: Tensor) -> int:

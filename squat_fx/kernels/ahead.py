@@ -1,6 +1,6 @@
 """Compile kernels of ours before a graph calls them, beside the compiler of the graph.
 
-    wait = start(prompts)       # threads: store keys; store values; attend and append_both_
+    wait = start(prompts)  # threads: store keys; store values; attend, append_both_; attend_error
     inner = compiler(graph)     # meanwhile
     wait()
 
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from squat_fx.codecs import Format, Role, codec_from_spec
 from squat_fx.kernels import ops, reference
@@ -44,6 +45,8 @@ class Prompt:
         padded: whether it says which tokens are padding.
         scale, softcap: of the attention.
         sinks: whether there are any.
+        causal: whether later keys are hidden.
+        judged: whether the stored prompt is compared with its exact attention.
         given: what the layouts of keys and values are given, such as a calibrated basis.
     """
 
@@ -56,6 +59,8 @@ class Prompt:
     scale: float
     softcap: float
     sinks: bool
+    causal: bool = True
+    judged: bool = False
     given: tuple[Tensor | None, Tensor | None] = field(default=(None, None), compare=False)
 
     @property
@@ -68,7 +73,7 @@ def start(prompts: Iterable[Prompt]) -> Callable[[], None]:
     """Compile what such prompts and the steps behind them call; returns what waits for it."""
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in _started]
     _started.update(replace(prompt, given=(None, None)) for prompt in new)
-    calls = partial(_store, side=0), partial(_store, side=1), _step
+    calls = partial(_store, side=0), partial(_store, side=1), _step, _judge
     threads = [Thread(target=_run, args=(new, call), daemon=True) for call in calls]
     for thread in threads if new else ():
         thread.start()
@@ -80,7 +85,7 @@ def start(prompts: Iterable[Prompt]) -> Callable[[], None]:
     return wait
 
 
-def _run(prompts: Sequence[Prompt], call: Callable[[Prompt], None]) -> None:
+def _run(prompts: Sequence[Prompt], call: Callable[[Prompt], Any]) -> None:
     for prompt in prompts:
         try:
             with torch.inference_mode(False), torch.no_grad(), _on(prompt.device):
@@ -94,16 +99,37 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _store(prompt: Prompt, side: int) -> None:
+def _store(prompt: Prompt, side: int) -> Sequence[Tensor]:
     """What the graph of the prompt calls for keys (side 0) or for values."""
     batch, heads, kv_heads, tokens = prompt.sizes
     role, fmt, given = prompt.sides[side]
     valid = _zeros(prompt, (batch, tokens), torch.bool) if prompt.padded else None
     takes_query = "query" in codec_from_spec(fmt.codec).taps(role)
     query = _rows(prompt, heads, fmt.head_dim) if takes_query else None
-    ops.overload("store", fmt.layout)(
+    return ops.overload("store", fmt.layout)(
         _rows(prompt, kv_heads, fmt.head_dim), valid, query, given, role, fmt.codec, fmt.to_ints()
     )
+
+
+def _judge(prompt: Prompt) -> None:
+    """What the graph of the prompt calls to see how far off what it stored is."""
+    pair = prompt.key.layout, prompt.value.layout
+    if not prompt.judged or pair not in PAIRS:
+        return
+    batch, heads, _, tokens = prompt.sizes
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = [x for side in (0, 1) for x in _store(prompt, side)]
+    mask = None
+    if prompt.padded:
+        mask = _zeros(prompt, (1, 1, 1, tokens), torch.bool).expand(batch, 1, tokens, tokens)
+    sinks = _zeros(prompt, (heads,), prompt.dtype) if prompt.sinks else None
+    given = prompt.given[0] if prompt.key.stored_layout.shared else None
+    ops.overload("attend_error", *pair)(
+        _rows(prompt, heads, prompt.key.head_dim), _rows(prompt, heads, prompt.value.head_dim),
+        *(_zeros(prompt, tuple(x.shape), x.dtype) for x in made),
+        given, mask, sinks, prompt.scale, int(prompt.causal), prompt.softcap,
+        prompt.key.to_ints(), prompt.value.to_ints(),
+    )  # fmt: skip
 
 
 def _step(prompt: Prompt) -> None:

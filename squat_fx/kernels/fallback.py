@@ -2,7 +2,8 @@
 
 Triton compiles at the first call with new types and sizes, so that a GPU, or a version of Triton,
 that lacks something shows it in the middle of a model. Kernels that were compiled before in the
-same op have run by then: to run the whole op again gives the same arenas.
+same op have run by then: to run the whole op again gives the same arenas. Heads that are wider than
+any that the kernels were run with are not tried at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+DEVICE = "cuda"
+WIDEST = 256  # channels of a head that kernels were run with
+
 _RAISES: ContextVar[bool] = ContextVar("squat_fx_raises", default=False)
 _REFERENCE: ContextVar[bool] = ContextVar("squat_fx_reference", default=False)
 _FAILED: dict[Any, str] = {}  # what was said of each kind of call
@@ -25,6 +29,10 @@ _FAILED: dict[Any, str] = {}  # what was said of each kind of call
 
 class KernelNotCompiled(RuntimeError):
     """With ``strict=True``: a kernel does not compile; the message names the op and its shape."""
+
+
+class HeadTooWide(RuntimeError):
+    """The head has more channels than kernels are for."""
 
 
 @contextmanager
@@ -53,6 +61,7 @@ def with_fallback(name: str, subject: int, run: Callable[..., Any]) -> Callable[
         if _FAILED and _kind(name, args, subject) in _FAILED:
             return _as_reference(run, args)
         try:
+            _check_width(args[subject])
             return run(*args)
         except Exception as error:
             if reference_only() or not _did_not_compile(error):
@@ -66,6 +75,11 @@ def with_fallback(name: str, subject: int, run: Callable[..., Any]) -> Callable[
             return _as_reference(run, args)
 
     return call
+
+
+def _check_width(x: Tensor) -> None:
+    if x.shape[-1] > WIDEST and x.device.type == DEVICE and not reference_only():
+        raise HeadTooWide(f"head_dim {x.shape[-1]} is more than {WIDEST}")
 
 
 def _as_reference(run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -89,6 +103,8 @@ def _is_int(x: Any) -> bool:
 
 
 def _did_not_compile(error: Exception) -> bool:
+    if isinstance(error, HeadTooWide):
+        return True
     if "triton" not in sys.modules:
         return False
     from triton.compiler.errors import CompilationError

@@ -41,15 +41,20 @@ NOT_CAUSAL = (
 @lru_cache(maxsize=64)
 def beneath_format(fmt: Format) -> Format:
     """The format in which the kept tokens are stored, of the codec that rounds them."""
-    codec = codec_from_spec(fmt.codec) if fmt.codec else None
-    if isinstance(codec, Pruned):
+    if codec := _pruned(fmt):
         fmt = replace(fmt, codec=codec_spec(codec.codec))
     return layout.beneath(fmt)
 
 
+def _pruned(fmt: Format) -> Pruned | None:
+    """The codec that chooses tokens, if it is one; ops that only read do not know it."""
+    codec = codec_from_spec(fmt.codec) if fmt.codec else None
+    return codec if isinstance(codec, Pruned) else None
+
+
 def beneath(arenas: Arenas, fmt: Format) -> tuple[Arenas, Format]:
     """Arenas and format of what is stored; unchanged where another codec keeps all tokens."""
-    if not fmt.stored_layout.keeps_part and not fmt.codec.startswith(Pruned.name):
+    if not fmt.stored_layout.keeps_part and _pruned(fmt) is None:
         return arenas, fmt
     return replace(arenas, fixed=layout.beneath_fixed(arenas.fixed)), beneath_format(fmt)
 
@@ -149,8 +154,8 @@ def _moved(
     """The arena ``moved`` of a prompt whose row ``b`` has ``packed[b]`` tokens from ``first[b]`` on
     that could be packed, and loses ``lost[b]`` of them.
     """
-    codec = codec_from_spec(fmt.codec)
-    assert isinstance(codec, Pruned), f"{fmt.codec} keeps all tokens"
+    codec = _pruned(fmt)
+    assert codec is not None, f"{fmt.codec} keeps all tokens"
     token = torch.arange(key.shape[2], device=key.device)
     known = valid if valid is not None else token.new_ones(key.shape[:1] + token.shape).bool()
     candidate = (token >= first[:, None]) & (token < (first + packed)[:, None])

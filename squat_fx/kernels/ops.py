@@ -24,6 +24,8 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
+Where a layout keeps a part of a prompt, implementations see the layout beneath it
+(:mod:`squat_fx.kernels.kept`).
 CPU tensors run the reference; CUDA tensors run the Triton kernels, imported at the first call, and
 the reference where one does not compile (:mod:`squat_fx.kernels.fallback`).
 Under autocast ``attend`` takes its query in the dtype of autocast, as torch's attention does, and

@@ -16,6 +16,8 @@ How a cached tensor is stored (one role, keys or values, of one layer):
 * A reader may see a window only: the tokens from ``first`` on. What no reader sees any more is
   dropped from the front of a row (``drop_front``), which moves its ``start`` and no other position;
   its first ``sink_length`` tokens are then ones that nobody looks at.
+* A row of which a part is kept is, to all that is said here, a shorter row that begins later
+  (:mod:`squat_fx.layouts.kept`).
 
 What a codec learns from a prompt (offsets and factors, error feedback) it learns in ``store``, from
 the valid tokens after the sinks; tokens that are appended later are rounded with what was learned
@@ -489,8 +491,12 @@ def attend(
 ) -> Tensor:
     """Attention over the stored tokens from ``first`` on and, beside them, the exact new ones.
 
-    The mask and the causality count from ``first``.
+    The mask and the causality count from ``first``; the mask may have more columns than there are
+    tokens.
     """
+    if mask is not None and mask.shape[-1] > 1:
+        new_len = 0 if new_key is None else new_key.shape[2]
+        mask = mask[..., : key[1].length + new_len - first]
     if key[2].stored_layout.chooses and query.shape[2] == 1:
         sides = (
             chosen.Side(arenas, extent.length, extent.watermark, fmt, new)

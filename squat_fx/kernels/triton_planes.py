@@ -35,7 +35,7 @@ from squat_fx.kernels.operands import (
     unpack_ptx,
 )
 from squat_fx.layouts.planes import LANES
-from squat_fx.layouts.symmetric import STEP, are_mixed, least_scales
+from squat_fx.layouts.symmetric import STEP, least_scales, worths
 
 
 class Stored(NamedTuple):
@@ -75,8 +75,8 @@ class StoredFormat:
     for tensor cores (``operands.py``).
 
     ``layout`` is its name. In ``planes/token``, which is ``per_token``, ``steps[plane]`` is the
-    distance of its levels and ``least_scales[plane]`` what its largest number asks of the size;
-    ``mended`` says that a scale is not the size, and ``unbiased`` what it keeps.
+    distance of its levels, ``least_scales[plane]`` what its largest number asks of the size, and
+    ``worths[plane]`` what it counts in what the scale keeps, which ``unbiased`` says.
     """
 
     layout: str
@@ -92,7 +92,7 @@ class StoredFormat:
     per_token: bool
     steps: tuple[float, ...]
     least_scales: tuple[float, ...]
-    mended: bool
+    worths: tuple[float, ...]
     unbiased: bool
     affine: bool
     levels: float
@@ -172,7 +172,7 @@ def stored_format(fmt: Format) -> StoredFormat:
         per_token=per_token,
         steps=tuple(STEP[bits] for bits in fmt.widths) if per_token else (),
         least_scales=least_scales(fmt.widths) if per_token else (),
-        mended=per_token and not are_mixed(fmt.widths),
+        worths=worths(fmt.widths, fmt.latent) if per_token else (),
         unbiased=fmt.unbiased,
         affine=fmt.affine,
         levels=levels,

@@ -11,7 +11,7 @@ over the valid numbers of a group. ``planes/token`` (``layouts/symmetric.py``):
     y = ((x - offset) / factor) @ basis
     size = max(sqrt(mean(y**2)), max(|y| * least_scale))
     code = clamp(round_half_even(y / (size * step) + zero), 0, 2**bits - 1)
-    scale = size, mended, fp16, negative in odd slots
+    scale = size, mended by what the plane groups are worth, fp16, negative in odd slots
 
 With ``feedback`` ``W``, plane group by plane group, ``later += (rounded - true) @ W[group, later]``
 (``codecs/feedback.py``). Tokens are a tuple of plane groups, fp32 ``[T, 16]``: what a plane group
@@ -320,20 +320,35 @@ def relative_scale(fmt, plane):
     return fmt.least_scales[plane] / max(max(fmt.least_scales), 1e-30)
 
 
+@triton.constexpr_function
+def worth(fmt, plane):
+    """What the numbers of a plane group count in what a scale keeps."""
+    return fmt.worths[plane]
+
+
+@triton.constexpr_function
+def count_alike(fmt):
+    """Whether all plane groups count the same in it."""
+    return len(set(fmt.worths)) == 1
+
+
 @triton.jit
 def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.constexpr):
     """Quantize latent tokens into ``slot``."""
     squares = planes[0] * planes[0]
+    weighed = squares * worth(fmt, 0) if largest_code(fmt, 0) > 0 else tl.zeros_like(squares)
     asked = tl.abs(planes[0]) * relative_scale(fmt, 0)
     for j in tl.static_range(1, num_planes(fmt)):
         squares += planes[j] * planes[j]
+        if largest_code(fmt, j) > 0:
+            weighed += planes[j] * planes[j] * worth(fmt, j)
         asked = tl.maximum(asked, tl.abs(planes[j]) * relative_scale(fmt, j))
     asked = tl.max(asked, 1, keep_dims=True) * largest_scale(fmt)
     total = tl.sum(squares, 1, keep_dims=True)
     size = tl.maximum(tl.sqrt(total / fmt.head_dim), asked)
     size = tl.minimum(tl.maximum(size, SMALLEST_TOKEN_SCALE), LARGEST_HALF)
-    if not fmt.mended:
-        size = size.to(tl.float16).to(tl.float32)
+    if not count_alike(fmt):
+        total = tl.sum(weighed, 1, keep_dims=True)
     per_unit = 1.0 / tl.where(slot % 2 == 0, size, -size)
     kept = tl.zeros_like(squares)
     words = no_words(slot, fmt)
@@ -367,16 +382,13 @@ def pack_tokens(stored, head, slot, keep, planes, feedback, lane, fmt: tl.conste
                 matrices = next_matrices
             else:
                 units = feed_back(units, error, feedback, j, fmt)
-    scale = size
-    if fmt.mended:
-        kept = tl.sum(kept, 1, keep_dims=True)
-        total = total * per_unit * per_unit
-        if fmt.unbiased:
-            scale *= total / tl.maximum(kept * per_unit, SMALLEST_TOKEN_SCALE)
-        else:
-            scale *= tl.sqrt(total / tl.maximum(kept, SMALLEST_TOKEN_SCALE))
-        scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF)
-    scale = scale.to(tl.float16)
+    kept = tl.sum(kept, 1, keep_dims=True)
+    total = total * per_unit * per_unit
+    if fmt.unbiased:
+        scale = size * (total / tl.maximum(kept * per_unit, SMALLEST_TOKEN_SCALE))
+    else:
+        scale = size * tl.sqrt(total / tl.maximum(kept, SMALLEST_TOKEN_SCALE))
+    scale = tl.minimum(tl.maximum(scale, SMALLEST_TOKEN_SCALE), LARGEST_HALF).to(tl.float16)
     scale = tl.where(slot % 2 == 0, scale, -scale)
     tl.store(stored.scale + head * stored.capacity + slot, scale, mask=keep)
     store_words(stored, head, slot, keep, lane, words, fmt)
@@ -392,11 +404,9 @@ def level_in_units(level, plane: tl.constexpr, fmt: tl.constexpr):
 @triton.jit
 def add_kept(kept, number, rounded, lane, plane: tl.constexpr, fmt: tl.constexpr):
     """Add what a plane group keeps of its length, or of its product with itself."""
-    if fmt.mended:
-        if 16 * plane + 16 > fmt.head_dim:
-            rounded = tl.where(16 * plane + lane < fmt.head_dim, rounded, 0.0)
-        kept += rounded * (number if fmt.unbiased else rounded)
-    return kept
+    if 16 * plane + 16 > fmt.head_dim:
+        rounded = tl.where(16 * plane + lane < fmt.head_dim, rounded, 0.0)
+    return kept + rounded * (number if fmt.unbiased else rounded) * worth(fmt, plane)
 
 
 @triton.jit

@@ -74,7 +74,8 @@ class PlanesPerToken(StoredLayout):
     ) -> tuple[Tensor, ...]:
         """Rounded in the latent frame; no token depends on another, padding or not."""
         latent = to_latent(x, fixed.get("affine"), fixed.get("basis"))
-        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot, fmt.unbiased)
+        kept = fmt.unbiased, fmt.latent
+        codes, scale = quantize_tokens(latent, fmt.widths, feedback, first_slot, *kept)
         return pack(codes, fmt.widths), scale
 
     def dequantize(

@@ -16,9 +16,12 @@ what it lost. Keys come back as long as they were, ``|y'| = |y|``; values, of wh
 means, come back ``unbiased``, ``y' @ y = y @ y``. The scale of least error, ``y' @ y = y' @ y'``,
 shortens all tokens and is worse than none mended.
 
-Where plane groups have different widths the narrow ones lose more, and to make up for it in the
-wide ones would be an error: there the scale is the size, and levels reach three quarters of the
-largest number at 2 bits, all of it from 3 bits on.
+Where plane groups have different widths levels reach three quarters of the largest number at 2 bits
+and all of it from 3 bits on. In a rotated frame all channels are worth the same, and so they count
+alike in what the scale keeps. In a calibrated basis the narrow plane groups are narrow because they
+are worth little; what they lose must not be made up for in the wide ones. There a plane group
+counts as much as its width says that it is worth: one over the error that the width leaves, since
+bits were given so that what is left is worth the same everywhere.
 
 Attention sums weights times scales times codes, which are not centred: with scales of one sign the
 sum grows with the tokens, and tensor cores, which cut off what they add, lose a little of all of it
@@ -37,6 +40,9 @@ from squat_fx.layouts.planes import LANES
 STEP = (1.0, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 REACH = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 REACH_OF_MIXED = (0.0, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+DISTORTION = (1.0, 0.3634, 0.1188, 0.03744, 0.01154, 0.00349, 0.00104, 0.00031, 9e-5)
+"""Relative mean squared error of rounding a Gaussian with 0 to 8 bits."""
+
 SMALLEST_SCALE = 2.0**-24  # the smallest fp16; a token of zeros gets it
 LARGEST_HALF = 65504.0
 
@@ -66,8 +72,15 @@ def token_size(y: Tensor, widths: tuple[int, ...]) -> Tensor:
     factor = factor.repeat_interleave(LANES)[: y.shape[-1]]
     size = y.square().mean(-1, keepdim=True).sqrt()
     size = torch.maximum(size, (y.abs() * factor).amax(-1, keepdim=True))
-    size = size.clamp(SMALLEST_SCALE, LARGEST_HALF)
-    return size.half().float() if are_mixed(widths) else size
+    return size.clamp(SMALLEST_SCALE, LARGEST_HALF)
+
+
+def worths(widths: tuple[int, ...], latent: bool) -> tuple[float, ...]:
+    """What the numbers of each plane group count in what a scale keeps, relative to those of the
+    widest; nothing without bits. ``latent``: the frame is a calibrated basis.
+    """
+    least = DISTORTION[max(widths)]
+    return tuple((least / DISTORTION[b] if latent else 1.0) if b else 0.0 for b in widths)
 
 
 def alternating_signs(tokens: int, first_slot: int, device: torch.device) -> Tensor:
@@ -82,6 +95,7 @@ def quantize_tokens(
     feedback: Tensor | None = None,
     first_slot: int = 0,
     unbiased: bool = False,
+    latent: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Codes (uint8, the shape of ``y``) and scales (fp16 ``[..., tokens, 1]``).
 
@@ -91,6 +105,7 @@ def quantize_tokens(
         feedback: see :class:`squat_fx.codecs.base.Fit`; size and length are those before it.
         first_slot: where the first token is stored.
         unbiased: see the module.
+        latent: whether the frame is a calibrated basis.
     """
     head_dim = y.shape[-1]
     sign = alternating_signs(y.shape[-2], first_slot, y.device)
@@ -107,18 +122,24 @@ def quantize_tokens(
             later = slice(first + LANES, head_dim)
             error = (rounded - zero[block]) * unit[..., block] - rest[..., block]
             rest[..., later] += error @ feedback[..., block, later]
-    if not are_mixed(widths):
-        size = size * _mending(y / (size * sign), (codes - zero) * step, unbiased)
+    size = size * _mending(
+        y / (size * sign), (codes - zero) * step, worths(widths, latent), unbiased
+    )
     scale = size.clamp(SMALLEST_SCALE, LARGEST_HALF).half() * sign
     return codes.to(torch.uint8), scale
 
 
-def _mending(units: Tensor, levels: Tensor, unbiased: bool) -> Tensor:
-    """What to multiply ``levels`` with for the length or the product of ``units``."""
-    total = units.square().sum(-1, keepdim=True)
-    if unbiased:
-        return total / (units * levels).sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
-    return (total / levels.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SCALE)).sqrt()
+def _mending(units: Tensor, levels: Tensor, of_groups: tuple[float, ...], unbiased: bool) -> Tensor:
+    """What to multiply ``levels`` with for the length or the product of ``units``, in which plane
+    groups count as :func:`worths` says.
+    """
+    worth = torch.tensor(of_groups, device=units.device)
+    worth = worth.repeat_interleave(LANES)[: units.shape[-1]]
+    units = units.masked_fill(worth == 0, 0.0)
+    total = (worth * units.square()).sum(-1, keepdim=True)
+    kept = (worth * levels * (units if unbiased else levels)).sum(-1, keepdim=True)
+    ratio = total / kept.clamp_min(SMALLEST_SCALE)
+    return ratio if unbiased else ratio.sqrt()
 
 
 def dequantize_tokens(codes: Tensor, scale: Tensor, widths: tuple[int, ...]) -> Tensor:

@@ -10,17 +10,22 @@ from squat_fx.passes.quantize_kv_cache import QuantizeKVCache
 from squat_fx.passes.record_rotations import RecordRotations
 from squat_fx.passes.records import Attention, AttentionSite, CacheEdge, Rewriting, Skipped
 from squat_fx.passes.serve_positions import ServePositions
+from squat_fx.passes.set_masks_apart import SetMasksApart
 from squat_fx.passes.spell_out_einsums import SpellOutEinsums
+from squat_fx.passes.take_apart import PutBackTogether, TakeCachesApart
 from squat_fx.passes.verify import Verify
 
 PIPELINE: tuple[type[GraphPass], ...] = (
     SpellOutEinsums,
     Canonicalize,
+    TakeCachesApart,
     FindCacheEdges,
     RecordRotations,
+    PutBackTogether,
     ServePositions,
     QuantizeKVCache,
     FuseAppends,
+    SetMasksApart,
     Verify,
 )
 

@@ -73,6 +73,25 @@ def follow_views(node: fx.Node, stop: Callable[[fx.Node], bool]) -> Followed | s
     return Followed(node, named, math.prod(repeats))
 
 
+def token_dim_of(followed: Followed, role: str, spelling: str) -> int | None:
+    """The dim of tokens, 2 or 1, of what an attention reads as [batch, heads x repeat, tokens,
+    channels] (an eager key: transposed); None if it reads the dims in another order.
+    """
+    axes = followed.axes
+    if len(axes) == 3:
+        axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
+    last = axes[-2:]
+    if role == "key" and spelling == "eager":
+        last = last[::-1]
+    heads = tuple(name for name in axes[1] if name != "repeat")
+    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
+        return None
+    read = (heads, *last)
+    if read == (("heads",), ("tokens",), ("channels",)):
+        return 2
+    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
+
+
 def _no_view(node: fx.Node) -> str | None:
     step = kind(node)
     if step == "cast":

@@ -51,6 +51,10 @@ from squat_fx.passes.spelling import (
     submodule_of,
 )
 
+RETURNED_WEIGHTS = (
+    "the attention weights leave the graph as well (output_attentions, or code behind the "
+    "attention that Dynamo cannot trace and that is handed them)"
+)
 DROPOUT = "dropout is active; call model.eval()"
 
 
@@ -180,8 +184,13 @@ def _weighted_sum(softmax: fx.Node) -> _WeightedSum | str | None:
     while True:
         users = [u for u in node.users if u.op != "output" and not reads_size(u)]
         if node in returned or len(users) != 1:
-            is_attention = any(_reaches_weighted_sum(u, node) for u in users)
-            return "the attention weights have another reader" if is_attention else None
+            if not any(_reaches_weighted_sum(u, node) for u in users):
+                return None
+            return (
+                RETURNED_WEIGHTS
+                if node in returned
+                else "the attention weights have another reader"
+            )
         user = users[0]
         step = kind(user)
         if step == "matmul" and operand(user) is node:

@@ -29,8 +29,9 @@ from torch._guards import TracingContext
 
 from squat_fx.codecs import Format, Role
 from squat_fx.layouts.kept import beneath
-from squat_fx.passes.axes import Followed, follow_views
+from squat_fx.passes.axes import Followed, follow_views, token_dim_of
 from squat_fx.passes.base import GraphPass
+from squat_fx.passes.latent import latent_reason
 from squat_fx.passes.one_mask import terms_of
 from squat_fx.passes.records import (
     Attention,
@@ -44,7 +45,9 @@ from squat_fx.passes.spelling import (
     argument,
     describe,
     dim_of,
+    is_product,
     kind,
+    memory_of,
     newest_of,
     parts_of,
     returned_nodes,
@@ -76,11 +79,11 @@ class FindCacheEdges(GraphPass):
         count = len(rewriting.attentions)
         for ordinal, attention in enumerate(rewriting.attentions):
             layer = layer_of(attention.output, ordinal, count)
-            found = _site(attention, layer, count, returned, rewriting)
-            if isinstance(found, AttentionSite):
-                rewriting.sites.append(found)
-            else:
+            found = _sites(attention, layer, count, returned, rewriting)
+            if isinstance(found, str):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
+            else:
+                rewriting.sites.extend(found)
         self._agree(rewriting)
         _find_lone_edges(rewriting, returned)
         _place_windows(rewriting)
@@ -90,22 +93,32 @@ class FindCacheEdges(GraphPass):
 
     def _agree(self, rewriting: Rewriting) -> None:
         """Attentions that share a cache must agree on its format, and on the keys whose tokens
-        values keep; the first one decides.
+        values keep; the first one decides. A cache grows if the queries of one of them come with
+        its keys.
         """
         edges: dict[fx.Node, CacheEdge] = {}
         keys: dict[fx.Node, fx.Node] = {}
-        for site in list(rewriting.sites):
+        refused: dict[fx.Node, Skipped] = {}
+        for site in rewriting.sites:
+            pair, output = (site.key, site.value), site.attention.output
             chosen_by = keys.setdefault(site.value.stored, site.key.stored)
             keeps_part = site.value.fmt.stored_layout.keeps_part
-            other_keys = keeps_part and chosen_by is not site.key.stored
-            for edge in (site.key, site.value):
-                if edges.setdefault(edge.stored, edge) != edge or other_keys:
-                    rewriting.sites.remove(site)
-                    reason = "shares its cache with a layer that stores it differently"
-                    rewriting.skipped.append(
-                        Skipped(site.attention.output.name, reason, site.layer)
-                    )
-                    break
+            is_other = keeps_part and chosen_by is not site.key.stored
+            known = [edges.get(e.stored, e) for e in pair]
+            is_other |= any(
+                k != replace(e, grows=k.grows) for k, e in zip(known, pair, strict=True)
+            )
+            if is_other:
+                reason = "shares its cache with a layer that stores it differently"
+                refused[output] = Skipped(output.name, reason, site.layer)
+            elif output not in refused:
+                edges |= {e.stored: e for e in pair if e.grows or e.stored not in edges}
+        rewriting.skipped.extend(refused.values())
+        rewriting.sites = [
+            replace(site, key=edges[site.key.stored], value=edges[site.value.stored])
+            for site in rewriting.sites
+            if site.attention.output not in refused
+        ]
 
 
 def layer_of(node: fx.Node, ordinal: int, count: int) -> int:
@@ -130,8 +143,27 @@ def _layers_of_caches() -> set[int]:
     return {int(match.group(1)) for match in found if match}
 
 
+def _sites(
+    attention: Attention, layer: int, count: int, returned: Returned, rewriting: Rewriting
+) -> list[AttentionSite] | str:
+    """The site of an attention, or one for each block of its heads, or why there is none."""
+    blocks = rewriting.blocks.get(attention.output)
+    if blocks is None:
+        found = _site(attention, None, layer, count, returned, rewriting)
+        return found if isinstance(found, str) else [found]
+    sites: list[AttentionSite] = []
+    for block in blocks:  # its keys are read as they are, and not as an eager product reads them
+        part = replace(attention, key=block.key, value=block.value, spelling="sdpa")
+        found = _site(part, block.heads, layer, count, returned, rewriting)
+        if isinstance(found, str):
+            return found
+        sites.append(found)
+    return sites
+
+
 def _site(
     attention: Attention,
+    heads: tuple[int, int] | None,
     layer: int,
     count: int,
     returned: Returned,
@@ -142,10 +174,10 @@ def _site(
     for role, node in zip(ROLES, (attention.key, attention.value), strict=True):
         found = follow_views(node, lambda n: _is_cache_candidate(n, returned, rewriting))
         if isinstance(found, str):
-            return f"{role} {found}"
-        token_dim = _token_dim(found, role, attention)
+            return latent_reason(attention, role, returned) or f"{role} {found}"
+        token_dim = token_dim_of(found, role, attention.spelling)
         if reason := _source_reason(found.source, token_dim or 2, returned, rewriting):
-            return f"{role} {reason}"
+            return latent_reason(attention, role, returned) or f"{role} {reason}"
         if token_dim is None:
             return f"{role} {OTHER_AXES}"
         followed.append(found)
@@ -154,14 +186,14 @@ def _site(
     sizes = [usual_order(sizes_of(f.source), d) for f, d in zip(followed, token_dims, strict=True)]
     if reason := _tiled_reason(attention, key, value):
         return reason
-    queries = _queries_per_kv(attention, key, value, *sizes)
+    queries = _queries_per_kv(attention, heads, key, value, *sizes)
     if isinstance(queries, str):
         return queries
     for role, found, (_, _, tokens, _) in zip(ROLES, followed, sizes, strict=True):
-        if reason := _buffer_reason(found.source, tokens, attention):
+        if reason := _buffer_reason(found.source, tokens, attention, rewriting):
             return f"{role} {reason}"
-    _, heads, _, key_dim = sizes[0]
-    formats = rewriting.config.formats(layer, count, heads, key_dim, sizes[1][3])
+    _, kv_heads, _, key_dim = sizes[0]
+    formats = rewriting.config.formats(layer, count, kv_heads, key_dim, sizes[1][3])
     if isinstance(formats, str):
         return formats
     found_edges = [
@@ -170,10 +202,12 @@ def _site(
             ROLES, (key.source, value.source), token_dims, formats, strict=True
         )
     ]
+    is_window = any(found.source is not _grown(found.source) for found in followed)
     key_edge, value_edge = (
         _settled(
             edge,
             edge.kind != "prefill" or _grows_with_the_query(attention, edge.sizes(edge.new)[2]),
+            is_window,
         )
         for edge in found_edges
     )
@@ -183,7 +217,7 @@ def _site(
     key_edge = replace(key_edge, given=basis)
     seen = None if key.source is key_edge.grown else key.source
     is_tiled = _is_tiled(key)
-    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled)
+    return AttentionSite(attention, key_edge, value_edge, queries, layer, seen, is_tiled, heads)
 
 
 def _is_cache_candidate(node: fx.Node, returned: Returned, rewriting: Rewriting) -> bool:
@@ -232,6 +266,9 @@ def _source_reason(
         return f"is a concatenation of {len(parts)} tensors, not of past and new"
     if rewriting.carriers.get(parts[0]) and value_of(parts[0]).token_dim != token_dim:
         return f"is packed with its tokens on dim {value_of(parts[0]).token_dim}, not {token_dim}"
+    past = memory_of(parts[0])
+    if _is_input(past) and (found := writers(past)):
+        return f"is appended to a past that is changed in place by {describe(found[0])}"
     if any(w > grown for part in parts for w in writers(part)):
         return "is concatenated from tensors that are changed in place later"
     arriving = rewriting.carriers.get(parts[0])
@@ -246,38 +283,62 @@ def _source_reason(
     return None
 
 
-def _buffer_reason(stored: fx.Node, tokens: Any, attention: Attention) -> str | None:
-    """Whether what is returned is an input of the same shape with something written into it."""
-    if kind(stored) == "cat" or _grows_with_the_query(attention, tokens):
+def _buffer_reason(
+    stored: fx.Node, tokens: Any, attention: Attention, rewriting: Rewriting
+) -> str | None:
+    """Why what is returned is made of an input like it in another way than by appending to that:
+    what was packed would be rounded again at every call.
+    """
+    if kind(stored) == "cat":
+        past, new = parts_of(stored)
+        source = memory_of(past)
+        if _is_input(source) or len(sizes_of(past)) != len(sizes_of(stored)):
+            return None
+        if _is_input(memory_of(new)):
+            return "is a concatenation of new tokens and of a past behind them"
+        if _comes_from_cache(stored, [past], rewriting, argument(stored, 1, "dim", 0)):
+            return (
+                f"is appended to what {describe(source)} makes of a graph input, not to a past as "
+                "it was returned"
+            )
         return None
-    seen, stack = {stored}, [stored]
-    while stack:
-        for node in stack.pop().all_input_nodes:
-            if node.op == "placeholder" and shape_of(node) == shape_of(stored):
-                return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
-            if node not in seen and len(shape_of(node) or ()) == 4:
-                seen.add(node)
-                stack.append(node)
+    if _grows_with_the_query(attention, tokens):
+        return None
+    if _comes_from_cache(stored, stored.all_input_nodes, rewriting):
+        return f"is a buffer of fixed size, written by {describe(stored)}; {GROW}"
     return None
 
 
-def _token_dim(followed: Followed, role: str, attention: Attention) -> int | None:
-    """The cache's dim of tokens, 2 or 1, that the attention reads as [batch, heads x repeat,
-    tokens, channels] (an eager key: transposed); None if it reads the dims in another order.
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _comes_from_cache(
+    stored: fx.Node, above: list[fx.Node], rewriting: Rewriting, token_dim: int | None = None
+) -> bool:
+    """Whether nodes come, other than by a product of matrices, from an input that is packed, or is
+    shaped as ``stored`` is, but for the batch, and for the tokens if their dim is given.
     """
-    axes = followed.axes
-    if len(axes) == 3:
-        axes = (("batch",), axes[0][1:], *axes[1:]) if axes[0][:1] == ("batch",) else axes
-    last = axes[-2:]
-    if role == "key" and attention.spelling == "eager":
-        last = last[::-1]
-    heads = tuple(name for name in axes[1] if name != "repeat")
-    if len(axes) != 4 or axes[0] != ("batch",) or len(axes[1]) > 2:
-        return None
-    read = (heads, *last)
-    if read == (("heads",), ("tokens",), ("channels",)):
-        return 2
-    return 1 if read == (("tokens",), ("heads",), ("channels",)) else None
+    shape = sizes_of(stored)
+    free = {0} if token_dim is None else {0, dim_of(token_dim, shape)}
+    seen, stack = {stored}, list(above)
+    while stack:
+        node = stack.pop()
+        own = shape_of(node)
+        if node in seen or own is None or is_product(node):
+            continue
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+        if not _is_input(node):
+            continue
+        packed = rewriting.carriers.get(node) or rewriting.joined.get(node)
+        is_like = len(own) == len(shape) and all(
+            dim in free or same_size(*sizes)
+            for dim, sizes in enumerate(zip(own, shape, strict=True))
+        )
+        if packed is not None or is_like:
+            return True
+    return False
 
 
 def _is_tiled(followed: Followed) -> bool:
@@ -297,11 +358,17 @@ def _tiled_reason(attention: Attention, key: Followed, value: Followed) -> str |
 
 
 def _queries_per_kv(
-    attention: Attention, key: Followed, value: Followed, keys: Sizes, values: Sizes
+    attention: Attention,
+    block: tuple[int, int] | None,
+    key: Followed,
+    value: Followed,
+    keys: Sizes,
+    values: Sizes,
 ) -> int | str:
     """Query heads per KV head: the repeat in the graph, and what SDPA's ``enable_gqa`` leaves.
 
-    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels.
+    ``keys`` and ``values``: sizes of the cache as batch, heads, tokens and channels. ``block``:
+    which query heads are meant, if not all of them are.
     """
     if key.source is value.source:
         return "keys and values are the same tensor"
@@ -319,7 +386,7 @@ def _queries_per_kv(
     leading = [_leading(shape, keys[0], keys[1] * key.repeat) for shape in (query, output)]
     if not all(map(same_size, *leading)):
         return "the attention's output has other leading dims than its query"
-    heads = leading[0][1]
+    heads = leading[0][1] if block is None else block[1]
     if not isinstance(heads, int) or heads % keys[1]:
         return "the number of query heads is not a multiple of the number of key heads"
     return heads // keys[1]
@@ -360,11 +427,11 @@ def _edge(
     return CacheEdge(role, "prefill", stored, new, None, fmt, **tail)
 
 
-def _settled(edge: CacheEdge, grows: bool) -> CacheEdge:
-    """``edge``, all of whose tokens are kept if it is a window, which forgets by itself, or comes
-    from elsewhere than the queries that could choose.
+def _settled(edge: CacheEdge, grows: bool, is_window: bool) -> CacheEdge:
+    """``edge``, all of whose tokens are kept if it is read as a window, which forgets by itself, or
+    comes from elsewhere than the queries that could choose.
     """
-    whole = edge.kind == "prefill" and (edge.is_window or not grows)
+    whole = is_window or edge.is_window or not grows
     return replace(edge, grows=grows, fmt=beneath(edge.fmt) if whole else edge.fmt)
 
 

@@ -110,10 +110,12 @@ class Judged:
         """Equal for layers that one call judges."""
         attention, key, value = self.site.attention, self.site.key, self.site.value
         numbers = attention.scale, attention.causal, attention.softcap, attention.sinks is None
-        shapes = (sizes_of(key.stored), sizes_of(value.stored), sizes_of(attention.query))
+        nodes = key.stored, value.stored, attention.query
+        looks = tuple((tuple(sizes_of(node)), value_of(node).dtype) for node in nodes)
+        heads = self.site.num_queries_per_kv, self.site.heads
         own = None if self.given is None else self.site
-        dtype = value_of(key.stored).dtype
-        return (key.fmt, value.fmt, numbers, shapes, dtype, self.mask, id(self.chosen), id(own))
+        place = self.mask, id(self.chosen), id(own)
+        return key.fmt, value.fmt, numbers, looks, heads, place
 
 
 def errors_of(group: Sequence[Judged], due: fx.Node | None, graph: fx.Graph) -> fx.Node:

@@ -78,6 +78,7 @@ class QuantizeKVCache(GraphPass):
         self._arenas: dict[fx.Node, list[fx.Node]] = {}
         self._given: dict[fx.Node, fx.Node] = {}
         self._turned: dict[fx.Node, fx.Node] = {}
+        self._results: dict[fx.Node, list[tuple[tuple[int, int] | None, fx.Node]]] = {}
         self._placed: dict[fx.Node, fx.Node] = {}  # the last op of ours that was put after a node
         readers: dict[fx.Node, list[fx.Node]] = {edge.stored: [] for edge in edges.values()}
         for site in rewriting.sites:
@@ -97,7 +98,7 @@ class QuantizeKVCache(GraphPass):
                 guides = self._query_of(edge, rewriting), _keys_of(edge, stored, rewriting)
                 stored[edge.stored] = self._store(edge, guides, readers[edge.stored], rewriting)
         _replace_outputs(rewriting, edges, stored, self._errors(stored, readers, rewriting))
-        _drop_dead(rewriting.graph)
+        drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
 
@@ -144,7 +145,10 @@ class QuantizeKVCache(GraphPass):
                 ),
             )
             attend.meta["squat_layer"] = site.layer
-            result = attend
+            self._results.setdefault(output, []).append((site.heads, attend))
+            result = self._all_heads(output)
+            if result is None:
+                return attend
             if value_of(site.key.new).dtype != value_of(output).dtype:
                 result = graph.call_method("to", (attend, value_of(output).dtype))
             if site.tiled:
@@ -158,6 +162,15 @@ class QuantizeKVCache(GraphPass):
         output.replace_all_uses_with(replacement)
         graph.erase_node(output)
         return attend
+
+    def _all_heads(self, output: fx.Node) -> fx.Node | None:
+        """What the sites of an attention make of its query heads, once all of them are there."""
+        made = self._results[output]
+        if made[0][0] is None:
+            return made[0][1]
+        if sum(heads[1] for heads, _ in made if heads) < sizes_of(output)[1]:
+            return None
+        return output.graph.call_function(torch.cat, ([node for _, node in made], 1))
 
     def _append(self, edge: CacheEdge, readers: list[fx.Node], rewriting: Rewriting) -> None:
         graph = rewriting.graph
@@ -259,6 +272,8 @@ class QuantizeKVCache(GraphPass):
                 output = graph.call_method("unflatten", (output, 0, (-1, _num_heads(site))))
             if site.tiled:
                 output = _regrouped(output, site.num_queries_per_kv, graph)
+            if site.heads:
+                output = graph.call_method("narrow", (output, 1, *site.heads))
             return graph.call_function(
                 ops.overload("attend_error", site.key.fmt.layout, site.value.fmt.layout),
                 (
@@ -394,6 +409,8 @@ def four_dim_query(site: AttentionSite, graph: fx.Graph) -> fx.Node:
     query = _in_dtype_of(site.attention.query, site.key.new, graph)
     if len(sizes_of(site.attention.query)) == 3:
         query = graph.call_method("unflatten", (query, 0, (-1, _num_heads(site))))
+    if site.heads:
+        return graph.call_method("narrow", (query, 1, *site.heads))
     return _regrouped(query, site.num_queries_per_kv, graph) if site.tiled else query
 
 
@@ -455,7 +472,7 @@ def _token_major(node: fx.Node, graph: fx.Graph) -> fx.Node:
     return graph.call_function(torch.transpose, (graph.call_method("contiguous", (swapped,)), 1, 2))
 
 
-def _drop_dead(graph: fx.Graph) -> None:
+def drop_dead(graph: fx.Graph) -> None:
     """Erase what nothing needs; an in-place write is needed where its memory is.
 
     ``Graph.eliminate_dead_code`` drops a ``mask.masked_fill_(...)`` whose result nobody names, and
@@ -590,9 +607,12 @@ def _settle_inputs(rewriting: Rewriting, arenas: dict[fx.Node, list[fx.Node]]) -
         elif node not in indices:
             rewriting.inputs.append(InnerInput("positions"))
         elif not node.users and (
-            node in rewriting.carriers or isinstance(value_of(node), torch.SymInt)
+            node in rewriting.carriers
+            or rewriting.joined.get(node) is not None
+            or isinstance(value_of(node), torch.SymInt)
         ):
             rewriting.graph.erase_node(node)
         else:
-            is_dense = node in rewriting.carriers and not all(reads_size(u) for u in node.users)
+            is_packed = node in rewriting.carriers or rewriting.joined.get(node) is not None
+            is_dense = is_packed and not all(reads_size(u) for u in node.users)
             rewriting.inputs.append(InnerInput("dense" if is_dense else "argument", indices[node]))

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from squat_fx.codecs import Format, Role
 from squat_fx.layouts.rotary import Rotation
+from squat_fx.lenses import Join
 from squat_fx.passes.spelling import sizes_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class AttentionSite:
 
     ``seen`` are the keys that it reads, if those are not all of ``cat(past, new)`` but the newest.
     Query heads of one KV head follow each other, unless they are ``tiled``: then query head ``i``
-    reads KV head ``i % num_kv_heads``.
+    reads KV head ``i % num_kv_heads``. An attention whose heads read caches in different order has
+    several sites, each for some of its query ``heads``: the first one and how many.
     """
 
     attention: Attention
@@ -123,6 +125,7 @@ class AttentionSite:
     layer: int
     seen: fx.Node | None = None
     tiled: bool = False
+    heads: tuple[int, int] | None = None
 
     @property
     def kind(self) -> str:
@@ -179,6 +182,30 @@ class Rotary:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some of an attention's query heads, the first one and how many, and the keys and values that
+    they read, each group of them a KV head.
+    """
+
+    heads: tuple[int, int]
+    key: fx.Node
+    value: fx.Node
+
+
+@dataclass(frozen=True)
+class JoinedOutput:
+    """A flat output that is put together from caches.
+
+    ``first`` is which output of the graph is the first of them, ``whole`` the node that was
+    returned before.
+    """
+
+    first: int
+    join: Join
+    whole: fx.Node
+
+
+@dataclass(frozen=True)
 class Skipped:
     """An attention that runs as it was, and why; ``reason`` is a sentence for the user."""
 
@@ -206,6 +233,15 @@ class Rewriting:
         constants: placeholders that are always fed the same tensor.
         watched: the layers whose errors are the last output of the rewritten graph.
         due: int64 of no dims, on the CPU: whether a call is to measure them, or return zeros.
+        is_replayed: whether the graph is to be replayed as a CUDA graph, if that is possible.
+        beside: what is computed before the graph is called.
+        joined: inputs that hold several caches, with how; None if they may do so in later calls.
+        taken_apart: the placeholders for the caches in such an input; behind all others.
+        returned_as: which output of the graph each flat output is, or is put together from; empty
+            if that is as it was.
+        made: the nodes that taking apart put into the graph.
+        blocks: attentions, by their outputs, whose query heads read caches in different order.
+        replaced: what reads a part of a joined tensor, the part as it was and as it is now.
     """
 
     module: fx.GraphModule
@@ -224,6 +260,14 @@ class Rewriting:
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     watched: tuple[int, ...] = ()
     due: Tensor | None = None
+    is_replayed: bool = False
+    beside: Beside | None = None
+    joined: dict[fx.Node, Join | None] = field(default_factory=dict)
+    taken_apart: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    returned_as: list[int | JoinedOutput] = field(default_factory=list)
+    blocks: dict[fx.Node, list[Block]] = field(default_factory=dict)
+    made: list[fx.Node] = field(default_factory=list)
+    replaced: list[tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=list)
 
     @property
     def graph(self) -> fx.Graph:
@@ -291,14 +335,30 @@ class InnerInput:
     """What one placeholder of the inner graph is fed with.
 
     ``kind`` is ``"argument"`` (argument ``index`` as it is), ``"dense"`` (the same, dequantized),
-    ``"arena"`` (arena ``name`` of carrier ``index``), ``"positions"`` or ``"constant"``
-    (``tensor``).
+    ``"arena"`` (arena ``name`` of carrier ``index``), ``"positions"``, ``"constant"`` (``tensor``)
+    or ``"beside"`` (output ``index`` of the graph beside it).
     """
 
-    kind: Literal["argument", "dense", "arena", "positions", "constant"]
+    kind: Literal["argument", "dense", "arena", "positions", "constant", "beside"]
     index: int = -1
     name: str = ""
     tensor: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A graph that is called before another one, to which it gives its outputs.
+
+    Attributes:
+        module: takes what ``inputs`` say, and returns a tuple of tensors.
+        inputs: what feeds it.
+        grow: of each output, whether its last dim grows with the cache; then it may be given with
+            more columns, which nobody reads.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[InnerInput, ...]
+    grow: tuple[bool, ...]
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class Scores:
             return source_of(node)  # which changes nothing in a softmax
         if step in ("where", "masked_fill"):
             return self._filled(node)
+        if step in ("max", "maximum", "clamp"):
+            return self._raised(node)
         if step not in ("add", "mul", "div") or not is_plain(node):
             return f"the scores pass through {describe(node)}, which is not understood"
         scores, other = _scores_and_other(node)
@@ -136,6 +138,24 @@ class Scores:
         if not isinstance(condition, fx.Node) or value_of(condition).dtype != torch.bool:
             return f"the condition of {describe(node)} is no bool tensor"
         self.terms.append(Term(condition, means, merged=_is_merged(scores, condition)))
+        return scores
+
+    def _raised(self, node: fx.Node) -> fx.Node | str:
+        """``maximum(scores, finfo.min)`` and the like: what is raised to it has weight zero."""
+        if kind(node) == "clamp":
+            least, most = argument(node, 1, "min"), argument(node, 2, "max")
+            scores: Any = operand(node) if most is None else None
+        else:
+            scores, least = operand(node), operand(node, 1)
+            if not comes_from_matmul(scores, sizes_of(node)):
+                scores, least = least, scores
+        number = number_of(least)
+        if not comes_from_matmul(scores, sizes_of(node)) or number is None:
+            return f"the scores pass through {describe(node)}, which is not understood"
+        if self.softcap:
+            return INSIDE_SOFTCAP
+        if number * self.scale > HIDDEN:
+            return f"scores below {number:g} are raised to it, where they still count"
         return scores
 
     def _added_product(self, node: fx.Node) -> Scores | str:
@@ -300,7 +320,9 @@ def _with_sinks(node: fx.Node) -> tuple[fx.Node, fx.Node] | str:
         return "a column is dropped after the softmax, but no sink column was added before it"
     scores, column = parts
     sinks = one_logit_per_head(column, sizes_of(scores)[1], 4)
-    return "the sink column is not one logit per head" if sinks is None else (scores, sinks)
+    if sinks is None:
+        return "the sink column is not one logit per head, the same for all queries"
+    return scores, sinks
 
 
 def _is_row_maximum(node: Any, scores: Any) -> bool:

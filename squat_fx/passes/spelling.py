@@ -67,12 +67,18 @@ _SPELLINGS: dict[str, tuple[Any, ...]] = {
         aten.to.dtype_layout, prims.convert_element_type.default,
     ),
     "cat": (torch.cat, torch.concat, torch.concatenate, aten.cat.default),
+    "stack": (torch.stack, aten.stack.default),
     "max": (torch.max, torch.amax, "max", "amax", aten.max.dim, aten.amax.default),
     "view": (
         torch.reshape, torch.flatten, torch.unflatten, torch.squeeze,
         "view", "reshape", "flatten", "unflatten", "squeeze",
         aten.view.default, aten.reshape.default, aten._unsafe_view.default,
         aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
+    ),
+    "maximum": (torch.maximum, "maximum", aten.maximum.default),
+    "clamp": (
+        torch.clamp, torch.clamp_min, torch.clip, "clamp", "clamp_min", "clip",
+        aten.clamp.default, aten.clamp_min.default,
     ),
     "unsqueeze": (torch.unsqueeze, "unsqueeze", aten.unsqueeze.default),
     "expand": ("expand", aten.expand.default, torch.broadcast_to, torch.Tensor.expand),
@@ -122,6 +128,9 @@ VIEWS = frozenset(
 )
 _MAY_ALIAS = (VIEWS | {"cast"}) - {"repeat_interleave", "repeat"}
 _OTHER_VIEWS = frozenset({"chunk", "split", "unbind", "select", "narrow", "view_as", "movedim"})
+_PRODUCTS = frozenset(
+    {"linear", "Linear", "Conv1D", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}
+)
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, name)
     for name in dir(operator)
@@ -258,6 +267,11 @@ def reads_size(node: fx.Node) -> bool:
     return describe(node) in (*names, "_assert_tensor_metadata")
 
 
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a product of matrices, such as a projection."""
+    return describe(node) in _PRODUCTS
+
+
 def newest_of(node: Any) -> fx.Node | None:
     """``x`` of ``x[:, :, -n:]``: the newest of its tokens, or all of them."""
     if kind(node) == "slice":
@@ -295,13 +309,13 @@ def writers(node: fx.Node) -> list[fx.Node]:
             is_writer = current in written_by(user)
             if is_writer and user not in found:
                 found.append(user)
-            if user not in seen and (is_writer or _may_alias(user)):
+            if user not in seen and (is_writer or may_alias(user)):
                 seen.add(user)
                 stack.append(user)
     return found
 
 
-def _may_alias(node: fx.Node) -> bool:
+def may_alias(node: fx.Node) -> bool:
     name = describe(node)
     return (kind(node) in _MAY_ALIAS and name != "clone") or name in _OTHER_VIEWS
 
@@ -330,7 +344,7 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def memory_of(node: fx.Node) -> fx.Node:
     """The node whose memory ``node`` may be a view of."""
-    while _may_alias(node) or written_by(node):
+    while may_alias(node) or written_by(node):
         source = operand(node)
         if not isinstance(source, fx.Node):
             break

@@ -73,7 +73,7 @@ class Verify(GraphPass):
             sizes = shape_of(node) or ()
             only_asked_for_size = node in rewriting.carriers and fed.kind == "argument"
             changes = is_size or any(not isinstance(size, int) for size in sizes)
-            if changes and fed.kind != "arena" and not only_asked_for_size:
+            if changes and fed.kind in ("argument", "dense") and not only_asked_for_size:
                 changing.append(_readable(node))
         if changing:
             note = "the decode graph is dynamic, because sizes of its inputs change: "

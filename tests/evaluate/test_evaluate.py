@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import squat_fx
 from squat_fx.cli import app
+from squat_fx.codecs import Lossless, Pruned
 from squat_fx.demo import silent
 from squat_fx.evaluate import attention, report, settings
 from squat_fx.evaluate.measure import Evaluation, Row, Scores, hold
@@ -220,6 +221,23 @@ def test_bits_are_bytes_that_are_held() -> None:
     learned = 2 * 16 / 52 / 2  # means and factors, of keys only
     assert two.held.effective_bits == pytest.approx((3 * 16 + 16 * exact) / 52 + learned)
     assert none.held.effective_bits == 16
+
+
+def test_what_a_prompt_lost_takes_no_bits_and_counts_as_an_error() -> None:
+    part = Pruned(8, Lossless(1), window=8)
+    options = {"inner": "eager", "residual_length": 8, "guard": "off"}
+    _, some, whole = run(
+        "llama",
+        settings.packed("part", codec=part, **options),
+        settings.packed("whole", codec=Lossless(1), **options),
+    )
+    packed, exact = 40 - 12 + 12 - 20, 12  # of 52 tokens; 28 of the prompt were packed, 8 are kept
+    moved = (1 + 8 + 1) * 32 / 16 / 2  # of keys and of values, a number each for heads of 16
+    assert some.held.effective_bits == pytest.approx((16 * (packed + exact) + moved) / 52)
+    assert whole.held.effective_bits == 16
+    for layer, error in some.layers.items():
+        assert error > 0.05 > whole.layers[layer]
+    assert some.scores[0].mean_kl > whole.scores[0].mean_kl
 
 
 def test_a_setting_that_packs_nothing_is_refused() -> None:

@@ -45,7 +45,7 @@ from squat_fx.layouts.planes import LANES, num_planes, unpack
 from squat_fx.layouts.rotary import Rotation
 from squat_fx.layouts.signs_token import is_outlier, split_widths
 from squat_fx.layouts.sketch import directions, signs_of
-from squat_fx.layouts.symmetric import STEP, alternating_signs, are_mixed, least_scales
+from squat_fx.layouts.symmetric import STEP, alternating_signs, least_scales, worths
 
 NUM_KV_HEADS = 2
 LATENT = ("latent/rope", "latent/sparse")
@@ -552,15 +552,15 @@ def assert_rounded_rightly(
         size = y.square().mean(-1).sqrt().maximum(asked.amax(-1)).clamp(2.0**-24, 65504.0)
         sign = alternating_signs(x.shape[2], 0, x.device).double()
         size = scale = size[..., None]
-        if are_mixed(fmt.widths):
-            size = packed[1].double().abs()
-        else:
-            bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
-            levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
-            levels, length = levels * sign, y.norm(dim=-1, keepdim=True)
-            scale = length / levels.norm(dim=-1, keepdim=True)
-            if fmt.unbiased:
-                scale = length**2 / (y * levels).sum(-1, keepdim=True).clamp_min(1e-30)
+        bits = torch.tensor(fmt.widths).repeat_interleave(LANES)[:head_dim]
+        levels = (codes - (2.0**bits - 1) / 2) * torch.tensor(STEP, dtype=torch.float64)[bits]
+        worth = torch.tensor(worths(fmt.widths, fmt.latent), dtype=torch.float64)
+        root = worth.repeat_interleave(LANES)[:head_dim].sqrt()
+        levels, number = levels * sign * root, y * root
+        length = number.norm(dim=-1, keepdim=True)
+        scale = length / levels.norm(dim=-1, keepdim=True)
+        if fmt.unbiased:
+            scale = length**2 / (number * levels).sum(-1, keepdim=True).clamp_min(1e-30)
         size = size * sign
         scale = scale.clamp(2.0**-24, 65504.0)
         assert_nearest_halves(packed[1] * sign, scale, 1e-6 * largest_number)

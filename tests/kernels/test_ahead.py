@@ -27,9 +27,9 @@ def looks(x: Any) -> Any:
     return x if isinstance(x, (int, float, str, type(None))) else repr(x)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("family", "guard"), [("llama", "warn"), ("gpt2", "off")])
 def test_ops_are_called_ahead_with_what_graphs_give_them(
-    monkeypatch: pytest.MonkeyPatch, family: str
+    monkeypatch: pytest.MonkeyPatch, family: str, guard: Any
 ) -> None:
     torch._dynamo.reset()
     called: dict[str, list[Any]] = {"learn": [], "attend": [], "write_both": []}
@@ -50,7 +50,7 @@ def test_ops_are_called_ahead_with_what_graphs_give_them(
         return spec
 
     monkeypatch.setattr(backend, "rewrite_graph", rewrite_graph)
-    model = squat_fx.compile(build(family), inner="eager", residual_length=8, guard="off")
+    model = squat_fx.compile(build(family), inner="eager", residual_length=8, guard=guard)
     with torch.no_grad():
         out = model(prompt(2, 50), use_cache=True)
         model(prompt(2, 1), past_key_values=out.past_key_values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,13 @@ def test_without_queries_all_tokens_are_kept() -> None:
     assert torch.equal(keys[:, :, 40:], key[:, :, 40:])
 
 
+def test_keys_that_keep_all_tokens_choose_nothing() -> None:
+    key, value, query = tensors(1)
+    keys = QuantizedKV.from_dense(key, formats_of(Lossless(1))[0], "key", query=query)
+    with pytest.raises(ValueError, match=r"^keys say .*, got 'dense' and 'kept/dense'; leave .*$"):
+        QuantizedKV.from_dense(value, formats_of(exact(9))[1], "value", keys=keys)
+
+
 # handles ------------------------------------------------------------------------------------------
 
 
@@ -401,6 +409,50 @@ def test_appended_tokens_grow_what_was_kept_and_drop_nothing() -> None:
     there = stored_tokens(cached[0], total)
     assert there[..., TOKENS:].all()
     assert (there.sum(-1) == 9 + SINKS + RESIDUAL + 600).all()
+
+
+STEPS = st.sampled_from(["append", "crop", "clone", "pick", "pickle", "keep both"])
+
+
+@given(steps=st.lists(st.tuples(STEPS, st.integers(0, 2**16)), max_size=12), seed=SEEDS)
+def test_whatever_is_done_to_a_cache_it_attends_to_what_it_holds(
+    steps: list[tuple[str, int]], seed: int
+) -> None:
+    """Older handles, too."""
+    key, value, query = tensors(2, seed=seed)
+    cached = caches(key, value, query, exact(9), left_padding([0, 30], TOKENS))
+    there = stored_tokens(cached[0], TOKENS)
+    held: list[tuple[Any, Tensor, Tensor, Tensor]] = [(cached, key, value, there)]
+    for step, number in steps:
+        cached, key, value, there = held[-1]
+        length = key.shape[2]
+        if step == "append":
+            count = 1 + number % 9
+            new = tensors(key.shape[0], count, number)[:2]
+            cached = more(cached, new)
+            key, value = (torch.cat([x, n], 2) for x, n in zip((key, value), new, strict=True))
+            there = F.pad(there, (0, count), value=True)
+        elif step == "crop":
+            shortest = TOKENS - RESIDUAL
+            end = shortest + number % (length - shortest + 1)
+            cached = tuple(x[:, :, :end] for x in cached)
+            key, value, there = key[:, :, :end], value[:, :, :end], there[..., :end]
+        elif step == "pick":
+            rows = torch.tensor([number % key.shape[0], 0])
+            cached = tuple(x.index_select(0, rows) for x in cached)
+            key, value, there = key[rows], value[rows], there[rows]
+        elif step == "clone":
+            cached = tuple(x.clone() for x in cached)
+        elif step == "pickle":
+            cached = tuple(pickle.loads(pickle.dumps(x)) for x in cached)
+        after = cached, key, value, there
+        held = [*held, after] if step == "keep both" else [*held[:-1], after]
+    for cached, key, value, there in held:
+        new = randn(key.shape[0], HEADS * QUERIES, 1, HEAD_DIM, seed=1, dtype=torch.float64)
+        seen = there.repeat_interleave(QUERIES, 1)[:, :, None]
+        torch.testing.assert_close(
+            attention(new, *cached), attention(new, key, value, seen), rtol=1e-6, atol=1e-6
+        )
 
 
 # ops ----------------------------------------------------------------------------------------------

@@ -257,6 +257,13 @@ def flint(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
     return torch.matmul(probs, repeat_kv(value))
 
 
+def xglm(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """What is hidden is raised to the smallest number."""
+    scores = torch.matmul(query, interleaved(key).transpose(-1, -2)) * 0.3 + mask
+    scores = torch.max(scores, torch.full((), torch.finfo(torch.float32).min))
+    return torch.matmul(scores.clamp(min=-1e30).softmax(-1), interleaved(value))
+
+
 PLAIN: dict[str, Attend] = {
     "sdpa": sdpa,
     "sdpa, repeat_kv": sdpa_repeat_kv,
@@ -295,4 +302,5 @@ MASKED: dict[str, Attend] = {
     "granite_swa": granite_swa,
     "mimo": mimo,
     "flint": flint,
+    "xglm": xglm,
 }

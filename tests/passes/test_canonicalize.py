@@ -174,7 +174,10 @@ def test_attention_weights_that_are_returned() -> None:
             return weights @ interleaved(value), weights, key, value
 
     (skipped,) = left_alone(Weighing(), *examples(Weighing()))
-    assert skipped.reason == "the attention weights have another reader"
+    assert skipped.reason == (
+        "the attention weights leave the graph as well (output_attentions, or code behind the "
+        "attention that Dynamo cannot trace and that is handed them)"
+    )
 
 
 def test_attention_weights_with_a_second_reader() -> None:
@@ -339,7 +342,45 @@ def test_sink_column_that_is_no_logit_per_head() -> None:
         logits = torch.cat([query @ interleaved(key).mT, query.sum(-1, keepdim=True)], -1)
         return F.softmax(logits, -1)[..., :-1] @ interleaved(value)
 
-    assert reason(attend) == "the sink column is not one logit per head"
+    assert reason(attend) == ("the sink column is not one logit per head, the same for all queries")
+
+
+def test_sinks_of_every_query_of_its_own() -> None:
+    """As Inkling 2 computes them."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        scores, sinks = query @ interleaved(key).mT, query.mean(-1, keepdim=True)
+        probs = F.softmax(torch.cat([scores, sinks], dim=-1).float(), dim=-1)
+        return probs[..., :-1] @ interleaved(value)
+
+    assert reason(attend) == "the sink column is not one logit per head, the same for all queries"
+
+
+@pytest.mark.parametrize(
+    ("raise_", "why"),
+    [
+        (lambda x: x.clamp(min=-50.0), "scores below -50 are raised to it, where they still count"),
+        (lambda x: x.clamp(max=5.0), "the scores pass through clamp, which is not understood"),
+        (lambda x: x.clamp(-1e9, 5.0), "the scores pass through clamp, which is not understood"),
+        (
+            lambda x: torch.maximum(x, x.mean(-1, keepdim=True)),
+            "the scores pass through maximum, which is not understood",
+        ),
+        (
+            lambda x: torch.maximum(x, -x),
+            "the scores pass through maximum, which is not understood",
+        ),
+        (
+            lambda x: x.clamp(min=-1e5) * 0.01,
+            "scores below -100000 are raised to it, where they still count",
+        ),
+    ],
+)
+def test_scores_that_are_raised_to_what_counts(raise_: Any, why: str) -> None:
+    def attend(_: Any, query: Any, key: Any, value: Any, mask: Any) -> Any:
+        return F.softmax(raise_(query @ interleaved(key).mT), -1) @ interleaved(value)
+
+    assert reason(attend) == why
 
 
 def test_maximum_of_another_dim_is_subtracted() -> None:

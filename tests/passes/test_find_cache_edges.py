@@ -296,6 +296,93 @@ def test_layer_that_is_skipped_by_the_config() -> None:
     assert [s.reason for s in report.skipped] == ["the layer is in skip_layers"]
 
 
+# Near misses: what is cached is no key
+
+REBUILT = (
+    "is rebuilt by Linear from a latent cache at every step (multi-head latent attention); "
+    "what is cached is small already and stays as it is"
+)
+ABSORBED = (
+    "key and value are parts of one latent cache (multi-head latent attention, its projections "
+    "absorbed into the query), which is small already and stays as it is"
+)
+
+
+class Latent(Cached):
+    """Multi-head latent attention: a latent and a rotary key for all heads are cached."""
+
+    def __init__(self, written: bool = False, past: bool = True) -> None:
+        super().__init__()
+        self.down = torch.nn.Linear(16, 12)
+        self.up = torch.nn.Linear(8, HEADS * 2 * HEAD_DIM)
+        self.written, self.past = written, past
+        self.query = torch.nn.Linear(16, HEADS * (HEAD_DIM + 4))
+
+    def forward(self, x: Any, past_latent: Any = None, past_rotary: Any = None) -> Any:
+        latent, rotary = self.down(x).split([8, 4], -1)
+        rotary = rotary.unsqueeze(1)
+        if self.past:
+            latent = torch.cat([past_latent, latent], 1)
+            rotary = torch.cat([past_rotary, rotary], 2)
+        both = self.up(F.layer_norm(latent, (8,))).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        plain, value = both.split([HEAD_DIM, HEAD_DIM], -1)
+        turned = rotary.expand(-1, HEADS, -1, -1)
+        if self.written:
+            key = plain.new_empty(*plain.shape[:3], HEAD_DIM + 4)
+            key[..., :HEAD_DIM] = plain
+            key[..., HEAD_DIM:] = turned
+        else:
+            key = torch.cat([plain, turned], -1)
+        query = self.query(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(query, key, value), latent, rotary
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_keys_that_are_rebuilt_from_a_latent_cache(written: bool) -> None:
+    module = Latent(written)
+    inputs = (tokens(3), randn(2, 7, 8), randn(2, 1, 7, 4))
+    (skipped,) = squat_fx.rewrite(traced(module, inputs), inputs, LOSSLESS)[1].skipped
+    assert skipped.reason == "key " + REBUILT.replace("Linear", "linear")
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_keys_that_are_rebuilt_from_a_latent_cache_in_dynamo(past: bool) -> None:
+    module = Latent(past=past)
+    inputs = (tokens(3), randn(2, 7, 8), randn(2, 1, 7, 4)) if past else (tokens(3),)
+    report = squat_fx.explain(module, inputs, codec="none")
+    assert [s.reason for s in report.skipped] == ["key " + REBUILT.replace("Linear", "linear")]
+
+
+def traced(module: torch.nn.Module, inputs: Any) -> fx.GraphModule:
+    """As ``torch.export`` has it."""
+    return torch.export.export(module, inputs).module()
+
+
+def test_latent_attention_whose_projections_are_absorbed() -> None:
+    class Absorbed(Cached):
+        def forward(self, x: Any, past_latent: Any) -> Any:
+            latent = torch.cat([past_latent, self.heads(self.key, x)[:, :1]], 2)
+            query, value = self.heads(self.query, x), latent[..., :6]
+            return F.scaled_dot_product_attention(query, latent, value, enable_gqa=True), latent
+
+    assert reasons(Absorbed(), tokens(3), past(1)[0]) == [ABSORBED]
+
+
+def test_keys_that_are_projected_and_not_cached_are_no_latent_attention() -> None:
+    """The hidden states are returned as well, and the query comes from them too."""
+
+    class Encoder(Cached):
+        def forward(self, x: Any) -> Any:
+            x = x.relu()
+            query, key, value = (self.heads(p, x) for p in (self.query, self.key, self.value))
+            return self.attend(self, query, key, value, None), x
+
+    (text,) = reasons(Encoder(), tokens(3))
+    assert text == (
+        "key comes from Linear, not from a past + new concatenation on dim -2 that is returned"
+    )
+
+
 # Near misses: other concatenations and other attentions
 
 

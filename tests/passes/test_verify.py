@@ -16,9 +16,8 @@ from tests.passes.spellings import sdpa_masked
 def rewritten() -> Rewriting:
     """A rewritten decode graph, and what feeds it."""
     module, _ = rewrite(Cached(), *examples(Cached()))
-    boundary: Any = module._boundary
-    inputs, outputs = list(boundary._inputs), list(boundary._outputs)
-    return Rewriting(module.module, LOSSLESS, {}, inputs=inputs, outputs=outputs)
+    made: Any = module._rewriting
+    return Rewriting(made.module, LOSSLESS, {}, inputs=made.inputs, outputs=made.outputs)
 
 
 def test_a_rewritten_graph_passes() -> None:

@@ -27,8 +27,9 @@ def kernels() -> Iterator[None]:
     ("codec", "dtype"),
     [
         (Squat(), torch.float16),
-        (Kivi(32), torch.float32),
-        *full((Lossless(4), torch.float32), (TurboQuant(), torch.float16)),
+        *full(
+            (Kivi(32), torch.float32), (Lossless(4), torch.float32), (TurboQuant(), torch.float16)
+        ),
     ],
     ids=str,
 )
