@@ -22,7 +22,7 @@ import squat_fx
 from squat_fx.bench.generate import SHAPES
 from squat_fx.bench.record import device_name, versions
 
-GUARDS = ("off", "warn", "raise_bits")
+GUARDS = ["off", "warn", "raise_bits"]
 
 
 def make(model: Path | None, layers: int, longest: int, device: str) -> Any:
@@ -53,13 +53,16 @@ def main(
     device: Annotated[str, typer.Option()] = "cpu",
     inner: Annotated[str, typer.Option()] = "inductor",
     turns: Annotated[int, typer.Option()] = 10,
+    guard: Annotated[list[str], typer.Option(help="Settings; the first is the baseline.")] = GUARDS,
+    codec: Annotated[str, typer.Option()] = "squat",
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs")] = False,
     out: Annotated[Path | None, typer.Option()] = None,
 ) -> None:
     """Print a line for each length, and write all of them as json."""
-    options: dict[str, Any] = {"inner": inner}
+    options: dict[str, Any] = {"inner": inner, "codec": codec, "cuda_graphs": cuda_graphs}
     models = {
-        guard: squat_fx.compile(make(model, layers, max(tokens), device), guard=guard, **options)
-        for guard in GUARDS
+        which: squat_fx.compile(make(model, layers, max(tokens), device), guard=which, **options)
+        for which in guard
     }
     rows = []
     for count in tokens:
@@ -68,19 +71,20 @@ def main(
         for each in models.values():
             for _ in range(2):
                 seconds(each, ids)
-        found: dict[str, list[float]] = {guard: [] for guard in GUARDS}
+        found: dict[str, list[float]] = {which: [] for which in guard}
         for _ in range(turns):
-            for guard, each in models.items():
-                found[guard].append(seconds(each, ids))
-        row: dict[str, Any] = {"tokens": count} | {g: median(found[g]) for g in GUARDS}
-        errors = squat_fx.report(models["warn"]).attention_errors
+            for which, each in models.items():
+                found[which].append(seconds(each, ids))
+        row: dict[str, Any] = {"tokens": count} | {g: median(found[g]) for g in guard}
+        row["more"] = {g: round(row[g] / row[guard[0]] - 1, 4) for g in guard[1:]}
+        errors = squat_fx.report(models[guard[-1]]).attention_errors
         row["errors"] = [round(errors[layer], 3) for layer in sorted(errors)]
         rows.append(row)
         print(row, flush=True)
         if out is not None:
             known = {"layers": layers, "inner": inner, "turns": turns, "device": device_name()}
             out.write_text(json.dumps(known | {"versions": versions(), "rows": rows}, indent=1))
-    print(*(squat_fx.report(models["warn"]).notes), sep="\n")
+    print(*(squat_fx.report(models[guard[-1]]).notes), sep="\n")
 
 
 if __name__ == "__main__":

@@ -78,13 +78,10 @@ class Compiled:
             self._compile()
         if self._drops_masks:
             kwargs = without_idle_mask(kwargs)
-        if torch.compiler.is_compiling():
+        with self._head_start.of_call(args, kwargs):
+            kwargs = with_growing_caches(args, kwargs, self.report)
             result = self._call_compiled(args, kwargs)
-        else:
-            with self._head_start.of_call(args, kwargs):
-                kwargs = with_growing_caches(args, kwargs, self.report)
-                result = self._call_compiled(args, kwargs)
-        if self.report.runs_here == before and not torch.compiler.is_compiling():
+        if self.report.runs_here == before:
             config = with_raised(self.config, self.report.raised)
             packed = pack_dense_caches(args, kwargs, result, config, self.report)
             self.report.eager_calls += packed
@@ -145,7 +142,7 @@ def compile(
     exact_layers: Sequence[int] = (),
     layer_bits: Mapping[int, float | tuple[float, float]] | None = None,
     guard: Guard = "warn",
-    guard_threshold: float = 0.6,
+    guard_threshold: float = 0.65,
     calibration: Calibration | None = None,
     inner: Inner = "inductor",
     cuda_graphs: bool = False,

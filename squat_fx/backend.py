@@ -164,7 +164,9 @@ def _compile_rewritten(
             (row, number.size, tuple(placeholders.index(node) for node in number.carriers))
             for row, number in rewriting.numbers
         ],
-        Watch(rewriting.watched, config, report, _changes_no_input(rewriting))
+        Watch(
+            rewriting.watched, config, report, _changes_no_input(rewriting), rewriting.due
+        )
         if rewriting.watched
         else None,
         None if _changed_in_place(rewriting) else head_start,

@@ -311,6 +311,11 @@ class Boundary:
         staged: dict[int, tuple[Storage, int]] = {}
         taken: set[int] = set()
         for carrier in self._carriers:
+            handle = args[carrier.index]
+            if isinstance(handle, QuantizedKV) and handle.has_pending:
+                # Before any length is taken: another carrier may be a shorter one of this storage.
+                handle.writable_storage()
+        for carrier in self._carriers:
             if carrier.new_tokens is None:
                 continue
             new_tokens = carrier.new_tokens(args)
@@ -392,14 +397,14 @@ class Boundary:
 
         Takes arenas out of ``results``, so that no two layers are held twice.
         """
-        for index, ring in dense.items():
-            staged[index][0]["dense"].copy_(ring)
         appended: dict[int, QuantizedKV] = {}
         with torch.inference_mode():  # entered once, and not for every handle
             for carrier in self._carriers:
                 if carrier.new_tokens is None:
                     continue
                 storage, new_tokens = staged[carrier.index]
+                if carrier.index in dense:
+                    storage["dense"].copy_(dense[carrier.index])
                 storage.advance(new_tokens)
                 first = args[carrier.index].first
                 if carrier.kept is not None:

@@ -40,11 +40,11 @@ class Config:
         exact_layers: layers whose cache is packed like the others' but loses nothing.
         layer_bits: other widths for some layers, ``{layer: bits}`` or
             ``{layer: (key_bits, value_bits)}``; kept as sorted pairs.
-        guard: what to do where the attention of a prompt's newest queries over the packed cache is
-            further from its exact output than ``guard_threshold``: ``"off"`` does not look,
-            ``"warn"`` says so once for each layer, ``"raise_bits"`` stores the layer with more
-            bits, this prompt and all later ones.
-        guard_threshold: a share of the output's norm.
+        guard: what to do where what a prompt's newest queries find in packed tokens is further from
+            what was there than ``guard_threshold``: ``"off"`` does not look, ``"warn"`` says so
+            once for each layer, ``"raise_bits"`` stores the layer with more bits, this prompt and
+            all later ones.
+        guard_threshold: a share of the norm of what was there.
         calibration: from :func:`squat_fx.calibrate`, for codecs that take one (``squat`` does).
         inner: what compiles the rewritten graph.
         cuda_graphs: record static decode graphs as CUDA graphs, and replay them.
@@ -66,7 +66,7 @@ class Config:
     exact_layers: tuple[int, ...] = ()
     layer_bits: LayerBits = ()
     guard: Guard = "warn"
-    guard_threshold: float = 0.6
+    guard_threshold: float = 0.65
     calibration: Calibration | None = None
     inner: Inner = "inductor"
     cuda_graphs: bool = False
@@ -91,7 +91,7 @@ class Config:
         threshold = self.guard_threshold
         if not isinstance(threshold, (int, float)) or not threshold > 0:
             raise ValueError(
-                "guard_threshold must be a share of the norm of attention's output, more than 0 "
+                "guard_threshold must be a share of the norm of what attention finds, more than 0 "
                 f"(the default is {Config.guard_threshold}), got {threshold!r}"
             )
         if isinstance(self.codec, str):

@@ -1,10 +1,9 @@
 """The quality guard: what the packed cache of a prompt does to attention, and more bits for layers
 that lose too much.
 
-The graph of a prompt returns one number a layer. The prompt's newest queries attend to what was
-stored, as those of the next token will: the newest and the first keys exact, the others packed.
-``|found - true| / |true|`` over all of them is the layer's error, ``true`` being the output of the
-model's own attention. That costs 16 queries a layer where the prompt has thousands.
+The graph of a prompt returns one number a layer, the error of what the prompt's newest queries
+find in packed tokens: :mod:`squat_fx.kernels.judge` says how it is measured, ``docs/guard.md`` what
+it is for models and codecs that work and for some that do not.
 
 With ``guard="warn"`` the numbers come to the host by themselves, after the prompt. With
 ``guard="raise_bits"`` the call waits for them, and where one is above the threshold it raises
@@ -31,6 +30,8 @@ logger = logging.getLogger(__name__)
 EXACT = 16.0
 """More than any width of a code: the layer is stored exactly."""
 LADDER = (4.0, 8.0, EXACT)
+ALWAYS, EVERY = 8, 16
+"""Of the prompts of a graph, the first so many are judged, and then one of so many."""
 
 
 class TooFar(Exception):
@@ -61,14 +62,25 @@ def next_bits(config: Config, layer: int) -> float:
     return EXACT
 
 
-@dataclass(frozen=True)
+@dataclass
 class Watch:
-    """Looks at the errors of a graph's ``layers``; ``repeatable``: the graph changes no input."""
+    """Looks at the errors of a graph's ``layers``.
+
+    With ``guard="warn"`` at those of its first prompts, and then of every few: what is wrong with a
+    model and a codec shows at once, and a prompt that is bound by launches pays for every one.
+
+    Attributes:
+        repeatable: whether the graph changes no input.
+        due: what tells the graph whether to measure them, see ``Rewriting.due``; None: it always
+            does.
+    """
 
     layers: tuple[int, ...]
     config: Config
     report: Report
     repeatable: bool
+    due: Tensor | None = None
+    _prompts: int = 0
 
     def __call__(self, errors: Tensor) -> None:
         """Take the errors of one call, fp32 ``[layers]``.
@@ -76,6 +88,8 @@ class Watch:
         Raises:
             TooFar: see there.
         """
+        if not self._was_due():
+            return
         if self.config.guard == "raise_bits" or not errors.is_cuda:
             self._take(errors.tolist())
             return
@@ -87,9 +101,21 @@ class Watch:
         arrived.record()
         self.report.arriving = arrived, lambda: self._take(there.tolist())
 
+    def _was_due(self) -> bool:
+        """Whether the call at hand measured anything; says whether the next one is to."""
+        if self.due is None or self.config.guard == "raise_bits":
+            return True
+        was_due = bool(self.due.item())
+        self._prompts += 1
+        self.due.fill_(self._prompts < ALWAYS or self._prompts % EVERY == 0)
+        return was_due
+
     def _take(self, errors: Sequence[float]) -> None:
         threshold, known = self.config.guard_threshold, self.report.attention_errors
-        found = dict(zip(self.layers, errors, strict=True))
+        found: dict[int, float] = {}
+        for layer, error in zip(self.layers, errors, strict=True):  # some have several attentions
+            if not error <= found.get(layer, -1.0):
+                found[layer] = error
         far = [n for n in found if not found[n] <= threshold]  # what is no number is too far
         new = [n for n in far if known.get(n, 0.0) <= threshold]
         for layer, error in found.items():
@@ -120,7 +146,7 @@ class Watch:
     def _say(self, layers: Sequence[int], found: Mapping[int, float], what: str) -> None:
         worst = max((found[n] for n in layers), key=lambda e: e if e == e else float("inf"))
         text = (
-            f"the packed cache changes attention's output by up to {worst:.0%} in layers "
+            f"what attention finds in packed tokens changes by up to {worst:.0%} in layers "
             f"{ranges(layers)} ({self.config.resolved_codec.name}; guard_threshold is "
             f"{self.config.guard_threshold:.0%}); {what}"
         )

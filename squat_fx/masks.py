@@ -30,8 +30,6 @@ def without_idle_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
     mask = kwargs.get(NAME)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or isinstance(mask, FakeTensor):
         return kwargs
-    if torch.compiler.is_compiling():
-        return kwargs
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return kwargs
     return kwargs | {NAME: None} if bool((mask == 1).all()) else kwargs

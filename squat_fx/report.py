@@ -174,8 +174,8 @@ class Report:
 
     @property
     def attention_errors(self) -> dict[int, float]:
-        """By layer: how far the output of attention over a packed prompt was from the exact one, as
-        a share of that; the largest of all prompts. See :mod:`squat_fx.guard`.
+        """By layer: how far what attention finds in the packed tokens of a prompt was from what was
+        there, as a share of that; the largest of all prompts. See :mod:`squat_fx.guard`.
         """
         self.read_arrived(wait=True)
         return self._errors
@@ -237,7 +237,7 @@ class Report:
         if errors:
             numbers = ", ".join(f"{errors[layer]:.2f}" for layer in sorted(errors))
             where = ranges(errors)
-            lines.append(f"error of attention's output after a prompt, layers {where}: {numbers}")
+            lines.append(f"error of attention over packed tokens, layers {where}: {numbers}")
         if self.eager_calls:
             lines.append(
                 f"{self.eager_calls} calls ran eagerly, their caches were packed afterwards"

@@ -129,7 +129,8 @@ def rewrite_module(
         (row, number.size, tuple(inputs.index(node) for node in number.carriers))
         for row, number in rewriting.numbers
     ]
-    watch = Watch(rewriting.watched, config, report, False) if rewriting.watched else None
+    watched, due = rewriting.watched, rewriting.due
+    watch = Watch(watched, config, report, False, due) if watched else None
     boundary = Boundary(
         graph_module.forward, rewriting.inputs, rewriting.outputs, handles, values, report,
         numbers=numbers, watch=watch,

@@ -166,6 +166,11 @@ class QuantizedKV(PackedTensor):
         return stored if self._pending is None else torch.cat([stored, self._pending], TOKENS)
 
     @property
+    def has_pending(self) -> bool:
+        """Whether tokens that were appended eagerly are not yet written to the storage."""
+        return self._pending is not None
+
+    @property
     def first(self) -> int:
         """Where a window begins: the first of the storage's tokens that this handle reads."""
         return self._lease.first
@@ -300,7 +305,7 @@ class QuantizedKV(PackedTensor):
         """Undo :meth:`to_state`, in memory of its own.
 
         Raises:
-            ValueError: the codec is not known here, or arenas are missing.
+            ValueError: the codec is not known here, or arenas are missing or do not fit.
         """
         fmt = Format.from_ints(state["layout"], state["codec"], list(state["format"]))
         codec_from_spec(fmt.codec)
@@ -311,6 +316,9 @@ class QuantizedKV(PackedTensor):
         stored = Arenas.of(fmt, tuple(arenas[name] for name in fmt.arena_names))
         extent = Extent(state["length"], state["watermark"])
         dropped = state["dropped"]
+        _check_arenas(stored, extent, dropped, fmt)
+        if not dropped <= state["first"] < max(extent.length, 1):
+            raise ValueError(f"a window begins at {state['first']} of {extent.length} tokens")
         capacity = grown_capacity(extent.length - dropped, 0)
         storage = Storage.pooled(stored, extent, fmt, state["role"], capacity, dropped)
         kind = HANDLE_TYPES[state["token_dim"]]
@@ -396,6 +404,33 @@ def _choice_of(keys: QuantizedKV, fmt: Format) -> Tensor:
             f"{keys.format.layout!r} and {fmt.layout!r}; leave keys out"
         )
     return keys._storage[MOVED]
+
+
+def _check_arenas(stored: Arenas, extent: Extent, dropped: int, fmt: Format) -> None:
+    """Kernels read where these numbers say, whoever wrote the file that they come from.
+
+    Raises:
+        ValueError: an arena is not what the format and the extent say.
+    """
+    (batch, heads), dense, layout = stored.dense.shape[:2], stored.dense, fmt.stored_layout
+    wanted = {"dense": (batch, heads, fmt.dense_length, fmt.head_dim), "start": (batch,)}
+    wanted |= {n: layout.fixed_shape(fmt, n, batch, heads) for n in layout.fixed}
+    rooms = []
+    for name, arena in zip(fmt.packed_names, stored.packed, strict=True):
+        wanted[name] = (batch, heads, arena.shape[TOKENS], fmt.last_dim(name))
+        rooms.append(arena.shape[TOKENS] * fmt.tokens_per_slot(name))
+    for name, arena in zip(fmt.arena_names, stored.tensors(fmt), strict=True):
+        dtype = fmt.arena_dtype(name, dense.dtype)
+        if name != layout.given and (arena.shape, arena.dtype) != (wanted[name], dtype):
+            raise ValueError(
+                f"the arena {name} of layout {fmt.layout!r} is {arena.dtype} "
+                f"{tuple(arena.shape)}, not {dtype} {tuple(wanted[name])}"
+            )
+    first, last = (int(stored.start.amin()), int(stored.start.amax())) if batch else (dropped, 0)
+    if not 0 <= dropped <= first or max(last, extent.watermark) > extent.length:
+        raise ValueError(f"rows of {extent.length} tokens begin at {first} to {last}")
+    if extent.packed(first, fmt) > min(rooms):
+        raise ValueError(f"{extent.packed(first, fmt)} packed tokens have room for {min(rooms)}")
 
 
 def _rebuild(arenas: Mapping[str, Tensor], state: Mapping[str, Any]) -> QuantizedKV:

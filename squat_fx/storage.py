@@ -89,8 +89,13 @@ class Storage:
     ) -> Storage:
         """Copy ``arenas`` into pooled ones with room for ``capacity`` packed tokens."""
         storage = cls(arenas, extent, fmt, role, dropped)
-        storage._move_to_pool(capacity)
-        shared = fmt.stored_layout.shared
+        given, shared = dict(storage._arenas), fmt.stored_layout.shared
+        try:
+            storage._move_to_pool(capacity)
+        except BaseException:
+            moved = {n: a for n, a in storage._arenas.items() if a is not given[n]}
+            _give_back(moved, shared)
+            raise
         weakref.finalize(storage, _give_back, storage._arenas, shared).atexit = False
         return storage
 

@@ -34,6 +34,20 @@ class Layer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(p(x).unflatten(-1, (-1, HEAD_DIM)) for p in (self.query, self.key, self.value))
 
+    def grown(
+        self, x: Tensor, cache: Any, index: int, token_dim: int
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Queries, keys and values with tokens on ``token_dim``, keys and values behind those of
+        pairs in a cache, and how many these are.
+        """
+        query, *new = (p if token_dim == 1 else p.transpose(1, 2) for p in self.project(x))
+        if cache is None:
+            return query, *new, 0  # pyright: ignore[reportReturnType]
+        key, value = (
+            torch.cat([old, x], token_dim) for old, x in zip(cache[index], new, strict=True)
+        )
+        return query, key, value, cache[index][0].shape[token_dim]
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor, past: int) -> Tensor:
     """Causal attention over ``[batch, heads, tokens, head_dim]``."""
@@ -64,35 +78,22 @@ class Own(nn.Module):
         return tuple(made)
 
 
-def appended(
-    cache: Any, index: int, new: tuple[Tensor, Tensor], token_dim: int
-) -> tuple[int, tuple[Tensor, Tensor]]:
-    """How many tokens a cache of tuples has, and its keys and values with the new ones."""
-    if cache is None:
-        return 0, new
-    key, value = (torch.cat(both, token_dim) for both in zip(cache[index], new, strict=True))
-    return cache[index][0].shape[token_dim], (key, value)
-
-
 def head_major(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples of keys and values, ``[B, H, T, D]``; no cache at first."""
-    query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past, (key, value) = appended(cache, index, (key, value), 2)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=2)
     return attend(query, key, value, past).transpose(1, 2).flatten(2), (key, value)
 
 
 def token_major(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples of keys and values, ``[B, T, H, D]``."""
-    query, key, value = layer.project(x)
-    past, (key, value) = appended(cache, index, (key, value), 1)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=1)
     turned = (t.transpose(1, 2) for t in (query, key, value))
     return attend(*turned, past).transpose(1, 2).flatten(2), (key, value)
 
 
 def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with repeated heads, permutes and a softmax."""
-    query, key, value = layer.project(x)
-    past, (key, value) = appended(cache, index, (key, value), 1)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=1)
     repeated = key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2)
     scores = query.transpose(1, 2) @ repeated[0].permute(0, 2, 3, 1) / HEAD_DIM**0.5
     ahead = torch.arange(scores.shape[-1]) > torch.arange(scores.shape[-2])[:, None] + past
@@ -102,8 +103,7 @@ def token_major_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> 
 
 def mask_by_vmap(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """Tuples, and a mask that is made entry by entry."""
-    query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past, (key, value) = appended(cache, index, (key, value), 2)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=2)
     rows, columns = torch.arange(query.shape[2]) + past, torch.arange(key.shape[2])
     mask = torch.vmap(torch.vmap(torch.ge, (None, 0)), (0, None))(rows, columns)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
@@ -112,8 +112,7 @@ def mask_by_vmap(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tenso
 
 def einsums(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with einsums, ``[B, T, H, D]`` in and out."""
-    query, key, value = layer.project(x)
-    past, (key, value) = appended(cache, index, (key, value), 1)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=1)
     repeated = key.repeat_interleave(2, dim=2), value.repeat_interleave(2, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", query, repeated[0]) * HEAD_DIM**-0.5
     ahead = torch.arange(scores.shape[-1]) > torch.arange(scores.shape[-2])[:, None] + past

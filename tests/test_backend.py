@@ -258,6 +258,28 @@ def test_a_scale_that_changes_is_seen() -> None:
             )
 
 
+def test_a_function_inside_of_another_compilation_runs_outside_of_it() -> None:
+    """So nothing of a call need ask whether it is being traced."""
+    dense = build("llama")
+
+    def step(ids: Tensor) -> Any:
+        out = dense(ids, use_cache=True)
+        return out.logits, out.past_key_values
+
+    inner = squat_fx.compile(step, codec="none", **OPTIONS)
+
+    @torch.compile(backend="eager")
+    def outer(ids: Tensor) -> tuple[Tensor, Any]:
+        logits, cache = inner(ids + 1)
+        return logits * 2, cache
+
+    with torch.no_grad():
+        found, cache = outer(prompt(1, 40))
+        assert torch.equal(found, 2 * dense(prompt(1, 40) + 1).logits)
+    assert all(isinstance(layer.keys, QuantizedKV) for layer in cache.layers)
+    assert [graph.kind for graph in squat_fx.report(inner).graphs] == ["prefill"]
+
+
 def test_a_failure_while_compiling_runs_the_model_as_it_was_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -39,6 +39,30 @@ def packed(codec: Any = None, tokens: int = 90, **options: Any) -> QuantizedKV:
     return QuantizedKV.from_dense(randn(2, 3, tokens, 32), fmt, "key", left_padding([0, 9], tokens))
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda arenas, state: arenas.update(qdata=arenas["qdata"][:, :, :-8]), "have room for"),
+        (lambda arenas, state: state.update(length=10**6, watermark=10**6), "have room for"),
+        (lambda arenas, state: arenas["start"].fill_(-10), "begin at -10 to -10"),
+        (lambda arenas, state: arenas["start"].fill_(1000), "begin at 1000 to 1000"),
+        (lambda arenas, state: state.update(first=90), "a window begins at 90 of 90 tokens"),
+        (
+            lambda arenas, state: arenas.update(scale=arenas["scale"].float()),
+            r"arena scale of layout 'planes/token' is torch.float32 .*, not torch.float16",
+        ),
+        (lambda arenas, state: arenas.update(dense=arenas["dense"][:1]), "the arena .* is "),
+    ],
+)
+def test_arenas_that_do_not_fit_are_refused(change: Any, text: str) -> None:
+    """A kernel would read beyond them."""
+    arenas, state = packed(CODECS["squat"]()).to_state()
+    QuantizedKV.from_state(arenas, state)
+    change(arenas, state)
+    with pytest.raises(ValueError, match=text):
+        QuantizedKV.from_state(arenas, state)
+
+
 # what comes back ----------------------------------------------------------------------------------
 
 PROGRAM = """

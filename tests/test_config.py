@@ -103,8 +103,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "guard_threshold": (
         {"guard_threshold": 0},
-        "guard_threshold must be a share of the norm of attention's output, more than 0 "
-        "(the default is 0.6), got 0",
+        "guard_threshold must be a share of the norm of what attention finds, more than 0 "
+        "(the default is 0.65), got 0",
     ),
     "inner": (
         {"inner": "cudagraphs"},

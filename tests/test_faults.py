@@ -77,6 +77,16 @@ def test_no_memory_to_grow_a_handle(
     assert torch.equal(longer.clone().dequantize(), fresh.clone().dequantize())
 
 
+@pytest.mark.parametrize("spare", range(4))
+def test_no_memory_to_store_a_prompt_leaves_no_arena_behind(spare: int, full_memory: Any) -> None:
+    full_memory(spare)
+    before = POOL.live_bytes
+    fmt = stored_format(CODECS["squat"](), "key", 32)
+    with pytest.raises(torch.OutOfMemoryError):
+        QuantizedKV.from_dense(randn(1, 2, 100, 32), fmt, "key")
+    assert POOL.live_bytes == before
+
+
 def test_no_memory_to_grow_in_a_compiled_step(
     full_memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from squat_fx.codecs import Codec, Format, Kivi, Kvarn, Role, Squat, Think
+from squat_fx.codecs import CODECS, Codec, Format, Kivi, Kvarn, Role, Squat, Think
 from squat_fx.kernels import reference
 from squat_fx.pool import POOL
 from squat_fx.state import QuantizedKV
@@ -90,6 +90,13 @@ def test_it_counts_its_bytes_with_spare_capacity_and_pending_tokens(handle: Quan
     arenas = sum(arena.nbytes for arena in handle._storage.tensors)
     assert handle.storage_nbytes == arenas
     assert torch.cat([handle, new_tokens(2)], 2).storage_nbytes == arenas + new_tokens(2).nbytes
+
+
+@pytest.mark.parametrize("name", ["squat", "squat_paper", "think", "kivi", "qjl"])
+def test_queries_say_nothing_of_values(name: str) -> None:
+    fmt, x = stored_format(CODECS[name](), "value", 32), randn(1, 2, 60, 32)
+    asked = QuantizedKV.from_dense(x, fmt, "value", query=randn(1, 4, 60, 32, seed=1))
+    assert_is(asked, QuantizedKV.from_dense(x, fmt, "value").dequantize())
 
 
 def test_padding_reads_as_zeros(dense: Tensor) -> None:

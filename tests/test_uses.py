@@ -160,7 +160,13 @@ def test_device_map(last_layer: str, tmp_path: Any) -> None:
     model.generation_config = dense.generation_config
     model = squat_fx.compile(model, codec="none", **OPTIONS)
     assert torch.equal(greedy(model, 16), greedy(dense, 16))
-    assert squat_fx.report(model).rewritten > 0
+    report = squat_fx.report(model)
+    layers = [[site.layer for site in g.sites] for g in report.graphs if g.kind == "prefill"]
+    assert layers in ([[0], [1]], [[0, 1]]), str(report)
+    model = squat_fx.compile(model, codec="kivi", layer_bits={1: 4}, **OPTIONS)
+    bits = [layer.keys.format.bits for layer in prefilled(model, prompt(1, 60)).layers]
+    assert bits == [2, 4]
+    assert sorted(squat_fx.report(model).attention_errors) == [0, 1]
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,7 +18,9 @@ Formats are named after their layout: torch fails at exit if two overloads diffe
 | ``append_`` | new tokens into the ring; what leaves the ring is packed, in place |
 | ``append_both_`` | the same for the keys and values of a layer at once |
 | ``attend`` | attention over the packed past and exact new tokens |
-| ``attend_error`` | how far attention over a stored prompt is from its exact output |
+| ``attend_error`` | how far attention over a prompt that is stored in part is from its output |
+| ``judged_tokens`` | which tokens of a prompt its store is judged by |
+| ``attend_errors`` | how far attention over a stored prompt is from exact, in alike layers |
 | ``dequantize`` | the stored tokens as numbers |
 | ``valid_tokens`` | which new tokens a mask lets any query see |
 
@@ -44,7 +46,7 @@ import torch
 from torch import Tensor
 
 from squat_fx.codecs import Fit, Role
-from squat_fx.kernels import fallback, kept, reference
+from squat_fx.kernels import fallback, judge, kept, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from squat_fx.layouts import LAYOUTS, PAIRS, Format, arena_names, stored_names
 from squat_fx.layouts.kept import MOVED, beneath_fixed
@@ -420,7 +422,7 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
 
     key_name, value_name = map(_overload_name, layouts)
     formats = f"int[] key_{key_name}_format, int[] value_{value_name}_format"
-    return [
+    ops: list[Op] = [
         (
             f"append_both_.{name}",
             f"({_declare(key_layout, 'key_', mutable=True)}, "
@@ -440,16 +442,21 @@ def _ops_of_pair(*layouts: str) -> list[Op]:
             attend,
             fake_attend,
         ),
-        (
-            f"attend_error.{name}",
-            "(Tensor query, Tensor output, "
-            f"{_declare_stored(key_layout, 'key_')}, {_declare_stored(value_layout, 'value_')}, "
-            "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
-            f"int causal, float softcap, {formats}) -> Tensor",
-            attend_error,
-            fake_attend_error,
-        ),
     ]
+    if LAYOUTS[key_layout].keeps_part:
+        ops.append(
+            (
+                f"attend_error.{name}",
+                "(Tensor query, Tensor output, "
+                f"{_declare_stored(key_layout, 'key_')}, "
+                f"{_declare_stored(value_layout, 'value_')}, "
+                "Tensor? key_given, Tensor? mask, Tensor? sinks, float scale, "
+                f"int causal, float softcap, {formats}) -> Tensor",
+                attend_error,
+                fake_attend_error,
+            )
+        )
+    return ops
 
 
 def _room(tokens: int, query: Tensor | None, keys: Tensor | None, fmt: Format) -> int:
@@ -479,10 +486,85 @@ def _fake_valid_tokens(mask: Tensor, new: Tensor) -> Tensor:
     return mask.new_empty((new.shape[0], new.shape[2]), dtype=torch.bool)
 
 
+def _judged_tokens(
+    stored: Tensor, valid: Tensor | None, layouts: list[str], *formats: list[int]
+) -> tuple[Tensor, ...]:
+    key, value = _formats(layouts, formats)
+    return judge.judged_tokens(stored, valid, key, value)
+
+
+def _fake_judged_tokens(
+    stored: Tensor, valid: Tensor | None, layouts: list[str], *formats: list[int]
+) -> tuple[Tensor, ...]:
+    plan = judge.Plan.of(*_formats(layouts, formats))
+    keys = plan.sampled + plan.sinks + plan.newest
+    row, queries, positions = (
+        stored.new_empty((1, count), dtype=torch.int64) for count in (1, judge.QUERIES, keys)
+    )
+    return row, queries, positions, stored.new_empty((1, keys), dtype=torch.bool)
+
+
+def _attend_errors(
+    queries: list[Tensor],
+    keys: list[Tensor],
+    values: list[Tensor],
+    arenas: list[Tensor],
+    given: Tensor | None,
+    sinks: list[Tensor],
+    mask: Tensor | None,
+    judged: list[Tensor],
+    *args: Any,
+) -> Tensor:
+    tokens, padded, scale, causal, softcap, layouts, *formats, due = args
+    if due is not None and not due.item():
+        return queries[0].new_zeros((len(queries),), dtype=torch.float32)
+    row, query_at, key_at, there = judged
+    key, value = _formats(layouts, formats)
+    sides, per_layer = [], len(arenas) // len(queries)
+    first = 0
+    for fmt, exact, shared in ((key, keys, given), (value, values, None)):
+        count = len(fmt.stored_names)
+        stored = (arenas[at : at + count] for at in range(first, len(arenas), per_layer))
+        made = [Arenas.of(fmt, _completed(tensors, shared, fmt)) for tensors in stored]
+        sides.append(judge.Side(fmt, exact, made))
+        first += count
+    key_side, value_side = sides
+    return judge.attend_errors(
+        queries, key_side, value_side, (row, query_at, key_at, there), tokens, padded=padded,
+        mask=mask, sinks=sinks, scale=scale, causal=bool(causal), softcap=softcap,
+    )  # fmt: skip
+
+
+def _fake_attend_errors(queries: list[Tensor], *args: Any) -> Tensor:
+    return queries[0].new_empty((len(queries),), dtype=torch.float32)
+
+
+def _formats(layouts: list[str], formats: Sequence[list[int]]) -> tuple[Format, Format]:
+    """Those of keys and values; which codecs they are of does not matter."""
+    key, value = (Format.from_ints(*each) for each in zip(layouts, ("", ""), formats, strict=True))
+    return key, value
+
+
 _register(
     [
         *(op for layout in LAYOUTS for op in _ops_of(layout)),
         *(op for pair in PAIRS for op in _ops_of_pair(*pair)),
         ("valid_tokens", "(Tensor mask, Tensor new) -> Tensor", _valid_tokens, _fake_valid_tokens),
+        (
+            "judged_tokens",
+            "(Tensor stored, Tensor? valid, str[] layouts, int[] key_format, int[] value_format) "
+            f"-> {_returns(4)}",
+            _judged_tokens,
+            _fake_judged_tokens,
+        ),
+        (
+            "attend_errors",
+            "(Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] arenas, Tensor? given, "
+            "Tensor[] sinks, Tensor? mask, Tensor[] judged, SymInt tokens, bool padded, "
+            "float scale, int causal, float softcap, str[] layouts, int[] key_format, "
+            "int[] value_format, Tensor? due) -> Tensor",
+            _attend_errors,
+            _fake_attend_errors,
+        ),
     ]
 )

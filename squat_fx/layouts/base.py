@@ -178,7 +178,7 @@ class StoredLayout:
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """Undo :meth:`quantize`: fp32 ``[batch, heads, tokens, head_dim]``."""
         raise NotImplementedError
@@ -189,7 +189,7 @@ class StoredLayout:
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
         return out.copy_(self.dequantize(packed, fmt, fixed, first_position))

@@ -57,7 +57,7 @@ class Dense(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """The numbers as they are."""
         return packed[0]

@@ -122,7 +122,7 @@ class Kept(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         return self.beneath.dequantize(packed, beneath(fmt), beneath_fixed(fixed), first_position)
 
@@ -132,7 +132,7 @@ class Kept(StoredLayout):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         place = out, first_position
         return self.beneath.dequantize_into(packed, beneath(fmt), beneath_fixed(fixed), *place)

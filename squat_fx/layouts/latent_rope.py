@@ -124,7 +124,7 @@ class LatentRope(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata = packed[0]

@@ -123,7 +123,7 @@ class LatentSparse(LatentRope):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """All keys, those of outliers exact."""
         numbers = super().dequantize(packed, fmt, fixed, first_position)

@@ -79,7 +79,7 @@ class LevelsPerToken(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)

@@ -84,7 +84,7 @@ class PlanesPerChannel(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
@@ -98,7 +98,7 @@ class PlanesPerChannel(StoredLayout):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """Without memory beside ``out`` where its numbers are fp32 in whole groups."""
         if out.dtype != torch.float32 or fmt.head_dim % fmt.channel_group:

@@ -92,7 +92,7 @@ class PlanesDual(PlanesPerChannel):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths).unflatten(2, (-1, fmt.token_group))
@@ -111,7 +111,7 @@ class PlanesDual(PlanesPerChannel):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
         return out.copy_(self.dequantize(packed, fmt, fixed, first_position))

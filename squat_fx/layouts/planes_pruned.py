@@ -85,7 +85,7 @@ class PlanesPruned(PlanesPerChannel):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed
@@ -102,7 +102,7 @@ class PlanesPruned(PlanesPerChannel):
         fmt: Format,
         fixed: Fixed,
         out: Tensor,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """The same into ``out``, of any float dtype."""
         return out.copy_(self.dequantize(packed, fmt, fixed, first_position))

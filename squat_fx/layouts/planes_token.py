@@ -83,7 +83,7 @@ class PlanesPerToken(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         codes = unpack(packed[0], fmt.head_dim, fmt.widths)

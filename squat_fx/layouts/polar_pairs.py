@@ -104,7 +104,7 @@ class PolarPairs(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         qdata, scale, zero_point = packed

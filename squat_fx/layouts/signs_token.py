@@ -106,7 +106,7 @@ class SignsPerToken(StoredLayout):
         packed: tuple[Tensor, ...],
         fmt: Format,
         fixed: Fixed,
-        first_position: int = 0,
+        first_position: int | Tensor = 0,
     ) -> Tensor:
         """See :meth:`StoredLayout.dequantize`."""
         sketch_dim, outlier_dim, outliers = split_widths(fmt.widths)

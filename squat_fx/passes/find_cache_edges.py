@@ -25,6 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx
+from torch._guards import TracingContext
 
 from squat_fx.codecs import Format, Role
 from squat_fx.layouts.kept import beneath
@@ -77,7 +78,7 @@ class FindCacheEdges(GraphPass):
         returned = returned_nodes(rewriting.graph)
         count = len(rewriting.attentions)
         for ordinal, attention in enumerate(rewriting.attentions):
-            layer = layer_of(attention.output, ordinal)
+            layer = layer_of(attention.output, ordinal, count)
             found = _sites(attention, layer, count, returned, rewriting)
             if isinstance(found, str):
                 rewriting.skipped.append(Skipped(attention.output.name, found, layer))
@@ -120,13 +121,26 @@ class FindCacheEdges(GraphPass):
         ]
 
 
-def layer_of(node: fx.Node, ordinal: int) -> int:
-    """The layer's number: the innermost in the node's module path, else its place in the graph."""
+def layer_of(node: fx.Node, ordinal: int, count: int) -> int:
+    """The layer's number: the innermost in the node's module path; in a graph of one attention,
+    as where hooks break a model into pieces, that of the cache's layer; else its place among the
+    ``count`` attentions of the graph.
+    """
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         if match := re.search(r"(?:^|[._\[])(\d+)(?:[\]._']|$)", str(path)):
             return int(match.group(1))
-    return ordinal
+    known = _layers_of_caches() if count == 1 else set()
+    return known.pop() if len(known) == 1 else ordinal
+
+
+def _layers_of_caches() -> set[int]:
+    """The layers of caches that Dynamo looked into while it traced the graph at hand."""
+    context = TracingContext.try_get()
+    guards = [] if context is None else context.guards_context.dynamo_guards
+    names: Any = (guard.name for guard in guards)
+    found = (re.search(r"\.layers\[(\d+)\]", str(n() if callable(n) else n)) for n in names)
+    return {int(match.group(1)) for match in found if match}
 
 
 def _sites(

@@ -4,7 +4,10 @@ Before (prefill):
     key = cat([empty, new_key], -2);  out = attention(query, key, value);  return out, key, value
 After:
     arenas = squat_fx.store(key, valid, query);  out = attention(query, key, value)
-    errors = stack([squat_fx.attend_error(query, out, *key_arenas, *value_arenas), ...])
+    row, queries_at, keys_at, there = squat_fx.judged_tokens(key, valid)
+    judged = query[row, :, queries_at], key[row, :, keys_at], value[row, :, keys_at]
+    ...
+    errors = squat_fx.attend_errors(*judged of all layers, *arenas of all layers, ...)
     return out, *arenas, ..., errors
 
 Before (decode):
@@ -13,8 +16,8 @@ After:
     out = squat_fx.attend(query, new_key, new_value, *key_arenas, *value_arenas, positions, ...)
     squat_fx.append_(*key_arenas, new_key, valid, positions, ..., after=[out]);  return out
 
-Attention always sees the new tokens exactly, beside the packed past; then they are appended. What a
-prompt's store does to the attention of its newest queries is measured unless ``guard="off"``.
+Attention always sees the new tokens exactly, beside the packed past; then they are appended. What
+the store of a prompt does to attention is measured unless ``guard="off"``.
 
 Leaves alone: attention that was skipped. If it reads a carrier, it gets the dequantized tensor, and
 the carrier still grows packed. Keeps: shapes, dtypes and metadata of every surviving node, and the
@@ -34,6 +37,7 @@ from squat_fx.kernels import ops
 from squat_fx.layouts.kept import MOVED
 from squat_fx.passes.base import GraphPass
 from squat_fx.passes.canonicalize import dropout_is_active
+from squat_fx.passes.judge_prompts import Chosen, Judged, errors_of, which
 from squat_fx.passes.one_mask import one_mask, terms_of
 from squat_fx.passes.records import (
     AttentionSite,
@@ -93,7 +97,7 @@ class QuantizeKVCache(GraphPass):
             else:
                 guides = self._query_of(edge, rewriting), _keys_of(edge, stored, rewriting)
                 stored[edge.stored] = self._store(edge, guides, readers[edge.stored], rewriting)
-        _replace_outputs(rewriting, edges, stored, self._errors(stored, rewriting))
+        _replace_outputs(rewriting, edges, stored, self._errors(stored, readers, rewriting))
         drop_dead(rewriting.graph)
         _settle_inputs(rewriting, self._arenas)
         return len(edges)
@@ -218,20 +222,44 @@ class QuantizeKVCache(GraphPass):
         self._placed[place] = out[-1]
         return out
 
-    def _errors(self, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting) -> fx.Node | None:
+    def _errors(
+        self,
+        stored: dict[fx.Node, list[fx.Node]],
+        readers: dict[fx.Node, list[fx.Node]],
+        rewriting: Rewriting,
+    ) -> fx.Node | None:
         """One tensor of the errors of all layers that lose something; notes which they are."""
         if rewriting.config.guard == "off":
             return None
-        found = {s.layer: self._error(s, stored, rewriting) for s in rewriting.sites if _loses(s)}
-        if not found:
+        graph, chosen = rewriting.graph, {}
+        alike: dict[Any, list[Judged]] = {}
+        parts: dict[int, fx.Node] = {}
+        for site in filter(_loses, rewriting.sites):
+            if site.key.fmt.stored_layout.keeps_part:
+                parts[site.layer] = self._error_of_a_part(site, stored, rewriting)
+                continue
+            judged = self._judged(site, stored, readers[site.key.stored], chosen, graph)
+            alike.setdefault(judged.alike, []).append(judged)
+        layers = [each.site.layer for group in alike.values() for each in group]
+        rewriting.watched = (*layers, *parts)
+        if not rewriting.watched:
             return None
-        rewriting.watched = tuple(found)
-        with rewriting.graph.inserting_before(rewriting.graph.output_node()):
-            return rewriting.graph.call_function(torch.stack, (list(found.values()),))
+        with torch.inference_mode(False):
+            rewriting.due = torch.ones((), dtype=torch.int64)
+        due = _constant(rewriting.due, "judge_this_prompt", rewriting) if alike else None
+        with graph.inserting_before(graph.output_node()):
+            errors = [errors_of(group, due, graph) for group in alike.values()]
+            if parts:
+                errors.append(graph.call_function(torch.stack, (list(parts.values()),)))
+            devices = {value_of(site.key.stored).device for site in rewriting.sites}
+            if len(devices) > 1:
+                errors = [graph.call_method("cpu", (x,)) for x in errors]
+            return errors[0] if len(errors) == 1 else graph.call_function(torch.cat, (errors,))
 
-    def _error(
+    def _error_of_a_part(
         self, site: AttentionSite, stored: dict[fx.Node, list[fx.Node]], rewriting: Rewriting
     ) -> fx.Node:
+        """The error of a layer that does not store all tokens, of no dims: of the output itself."""
         attention, graph = site.attention, rewriting.graph
         arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
         with graph.inserting_before(attention.output):
@@ -262,6 +290,36 @@ class QuantizeKVCache(GraphPass):
                     site.value.fmt.to_ints(),
                 ),
             )
+
+    def _judged(
+        self,
+        site: AttentionSite,
+        stored: dict[fx.Node, list[fx.Node]],
+        readers: list[fx.Node],
+        chosen: dict[Any, Chosen],
+        graph: fx.Graph,
+    ) -> Judged:
+        """Keep what a layer is judged by, as soon as it has been stored."""
+        arenas = [node for edge in (site.key, site.value) for node in stored[edge.stored]]
+        key, value = (self._usual(edge, edge.stored) for edge in (site.key, site.value))
+        valid = self._valid_tokens(site, key, readers)
+        with graph.inserting_before(site.attention.output):
+            query = four_dim_query(site, graph)
+            mask = self._mask(site, graph)
+        same = which(key, valid, site)
+        if same not in chosen:
+            with graph.inserting_before(_latest(key, valid).next):
+                chosen[same] = Chosen.of(key, valid, site, graph)
+        tokens = chosen[same]
+        kept = []
+        for x, at in zip((query, key, value), tokens.places, strict=True):
+            # At once, so that nothing else of a layer is alive when the next one begins.
+            with graph.inserting_before(_latest(x, at, tokens.all[0]).next):
+                kept.append(tokens.kept(x, at, graph))
+        with graph.inserting_before(site.attention.output):
+            mask = tokens.mask(mask, graph)
+        given = self._given.get(site.key.stored)
+        return Judged(site, tokens, tuple(kept), tuple(arenas), given, mask)
 
     def _query_of(self, edge: CacheEdge, rewriting: Rewriting) -> fx.Node | None:
         """The queries of the prompt, if the codec of an edge wants to see them."""
@@ -362,10 +420,21 @@ def _num_heads(site: AttentionSite) -> int:
 
 def _loses(site: AttentionSite) -> bool:
     """Whether a prompt's attention is over all tokens that are stored, and not all stay exact."""
-    tokens = {edge.sizes(edge.stored)[2] for edge in (site.key, site.value)}
-    tokens.add(sizes_of(site.attention.query)[-2])
+    edges = site.key, site.value
+    shapes = [shape_of(edge.stored) for edge in edges]
     is_exact = site.key.fmt.layout == site.value.fmt.layout == "dense"
-    return site.kind == "prefill" and len(tokens) == 1 and not is_exact
+    if site.kind != "prefill" or is_exact or any(0 in (shape or ()) for shape in shapes):
+        return False
+    tokens = {edge.sizes(edge.stored)[2] for edge in edges}
+    tokens.add(sizes_of(site.attention.query)[-2])
+    if len(tokens) == 1:
+        return True
+    # Where hooks break a model into pieces, one length has several symbols.
+    examples = [value_of(edge.stored).shape[edge.token_dim] for edge in edges]
+    examples.append(value_of(site.attention.query).shape[-2])
+    lengths = {n if isinstance(n, int) else n.node.hint for n in examples}
+    is_whole = not any(edge.is_window for edge in edges)
+    return bool(site.attention.causal) and is_whole and len(lengths) == 1
 
 
 def _regrouped(x: fx.Node, outer: int, graph: fx.Graph) -> fx.Node:

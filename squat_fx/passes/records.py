@@ -232,6 +232,7 @@ class Rewriting:
         placeholders: the original graph's inputs.
         constants: placeholders that are always fed the same tensor.
         watched: the layers whose errors are the last output of the rewritten graph.
+        due: int64 of no dims, on the CPU: whether a call is to measure them, or return zeros.
         is_replayed: whether the graph is to be replayed as a CUDA graph, if that is possible.
         beside: what is computed before the graph is called.
         joined: inputs that hold several caches, with how; None if they may do so in later calls.
@@ -258,6 +259,7 @@ class Rewriting:
     placeholders: tuple[fx.Node, ...] = ()
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     watched: tuple[int, ...] = ()
+    due: Tensor | None = None
     is_replayed: bool = False
     beside: Beside | None = None
     joined: dict[fx.Node, Join | None] = field(default_factory=dict)

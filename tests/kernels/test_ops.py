@@ -30,7 +30,7 @@ from squat_fx.codecs import (
     Think,
     TurboQuant,
 )
-from squat_fx.kernels import ops, reference
+from squat_fx.kernels import judge, ops, reference
 from squat_fx.kernels.reference import Arenas, Extent
 from tests.choose import every, full
 from tests.conftest import left_padding, randn, stored_format
@@ -191,6 +191,8 @@ def calls(layout: str) -> list[Call]:
         Call(f"attend.{pair}", (*news, *sides, -1, *options, *tail)),
         Call(f"attend.{pair}", (query, None, None, *sides, -1, None, sinks, 0.2, 0, 30.0, *tail)),
     ]
+    if not key.fmt.stored_layout.keeps_part:
+        return numbers + attention
     made = tuple(
         tensor for role in ("key", "value") for tensor in store(format_of(layout, role), x, role)
     )
@@ -209,7 +211,55 @@ def calls(layout: str) -> list[Call]:
 VALID_TOKENS = Call(
     "valid_tokens", (left_padding([0, 3], 9)[:, None, None, :], randn(BATCH, HEADS, 4, 16))
 )
-CALLS = [VALID_TOKENS, *(call for layout in LAYOUTS for call in calls(layout))]
+
+
+def judging() -> list[Call]:
+    """Two layers that are alike, and one with padding, after a prompt of 90 tokens."""
+    formats = [format_of("planes/token", role) for role in ("key", "value")]
+    query, key, value = (randn(BATCH, n * HEADS, 90, 40, seed=n) for n in (2, 1, 1))
+    numbers = [fmt.layout for fmt in formats], *(fmt.to_ints() for fmt in formats)
+    out = []
+    for valid, sinks, layers in ((None, [randn(2 * HEADS)], 2), (left_padding([0, 3], 90), [], 1)):
+        arenas = [
+            t
+            for fmt, x, role in zip(formats, (key, value), ("key", "value"), strict=True)
+            for t in ops.overload("store", fmt.layout)(
+                x, valid, None, None, role, fmt.codec, fmt.to_ints()
+            )
+        ]
+        chosen = torch.ops.squat_fx.judged_tokens(key, valid, *numbers)
+        row, queries, keys, _ = chosen
+        sample = keys[:, : judge.Plan.of(*formats).sampled]
+        kept = query[row, :, queries], key[row, :, keys], value[row, :, sample]
+        mask = None
+        if valid is not None:
+            seen = valid[:, None, None].expand(-1, -1, 90, -1).tril()
+            mask = seen[row[..., None], :, queries[:, :, None], keys[:, None]]
+        out += [
+            Call("judged_tokens", (key, valid, *numbers)),
+            Call(
+                "attend_errors",
+                (
+                    *([x] * layers for x in kept),
+                    arenas * layers,
+                    None,
+                    sinks * layers,
+                    mask,
+                    list(chosen),
+                    90,
+                    valid is not None,
+                    0.2,
+                    int(valid is None),
+                    0.0,
+                    *numbers,
+                    None,
+                ),
+            ),
+        ]
+    return out
+
+
+CALLS = [VALID_TOKENS, *judging(), *(call for layout in LAYOUTS for call in calls(layout))]
 OTHER_CALLS = [call for layout in CODECS if layout not in LAYOUTS for call in calls(layout)]
 """Of layouts that only say what others say already."""
 IDS = [f"{call.name}-{i}" for i, call in enumerate(CALLS + OTHER_CALLS)]

@@ -83,11 +83,11 @@ value: transpose_2 = past None + new transpose_2""",
 
 def test_layer_is_read_from_the_module_path() -> None:
     node = fx.Graph().placeholder("x")
-    assert layer_of(node, 3) == 3
+    assert layer_of(node, 3, 4) == 3
     node.meta["nn_module_stack"] = {"a": ("model", None), "b": ("model.layers.7.attention", None)}
-    assert layer_of(node, 3) == 7
+    assert layer_of(node, 3, 4) == 7
     node.meta["nn_module_stack"] = {"a": ("L['self'].blocks[11]", None)}
-    assert layer_of(node, 3) == 11
+    assert layer_of(node, 3, 4) == 11
 
 
 # Near misses: the cache

@@ -58,12 +58,13 @@ def test_prefill() -> None:
     assert_expected_inline(
         text(module, tokens(3), torch.zeros(3, 3)),
         """\
-inputs: x, mask
+inputs: judge_this_prompt, x, mask
 valid_tokens_default = squat_fx.valid_tokens(unsqueeze_1, transpose_1)
+judged_tokens_default = squat_fx.judged_tokens(transpose_1, valid_tokens_default, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 store_planes_token = squat_fx.store.planes_token(transpose_1, valid_tokens_default, transpose, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, valid_tokens_default, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, None, unsqueeze_1, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
-return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
+attend_errors_default = squat_fx.attend_errors([getitem_15], [getitem_16], [getitem_17], [*store_planes_token, *store_planes_token_1], None, [], getitem_21, [getitem_10, getitem_11, getitem_12, getitem_13], size_1, True, 0.353553, 0, 0.0, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], judge_this_prompt)
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, attend_errors_default""",
     )
 
 
@@ -80,11 +81,12 @@ def test_prefill_of_a_calibrated_layer() -> None:
     assert_expected_inline(
         text(Prefill(), tokens(3), config=config),
         """\
-inputs: transpose_1_basis, x, mask
+inputs: transpose_1_basis, judge_this_prompt, x, mask
+judged_tokens_default = squat_fx.judged_tokens(transpose_1, None, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 store_planes_token = squat_fx.store.planes_token(transpose_1, None, transpose, transpose_1_basis, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 1, 0, 2])
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(transpose, scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, transpose_1_basis, None, None, 0.353553, 0, 0.0, [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
-return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, stack""",
+attend_errors_default = squat_fx.attend_errors([getitem_15], [getitem_16], [getitem_17], [*store_planes_token, *store_planes_token_1], transpose_1_basis, [], None, [getitem_10, getitem_11, getitem_12, getitem_13], size_1, False, 0.353553, 0, 0.0, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 1, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], judge_this_prompt)
+return scaled_dot_product_attention, *store_planes_token, *store_planes_token_1, attend_errors_default""",
     )
 
 
@@ -105,11 +107,12 @@ def test_prefill_of_merged_heads() -> None:
     assert_expected_inline(
         text(Prefill(merged_heads), tokens(3)),
         """\
-inputs: x, mask
+inputs: judge_this_prompt, x, mask
+judged_tokens_default = squat_fx.judged_tokens(transpose_1, None, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
 store_planes_token_1 = squat_fx.store.planes_token(transpose_2, None, None, None, 'value', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 0, 0, 1, 2])
 store_planes_token = squat_fx.store.planes_token(transpose_1, None, unflatten_4, None, 'key', 'squat {"center": true, "smooth": true, "strength": 1.0}', [8, 1, 8, 32, 4, 1, 0, 0, 2])
-attend_error_planes_token = squat_fx.attend_error.planes_token(unflatten_5, unflatten_6, *store_planes_token, *store_planes_token_1, None, None, None, 1.0, 0, 0.0, [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2])
-return unflatten_3, *store_planes_token, *store_planes_token_1, stack""",
+attend_errors_default = squat_fx.attend_errors([getitem_17], [getitem_18], [getitem_19], [*store_planes_token, *store_planes_token_1], None, [], None, [getitem_12, getitem_13, getitem_14, getitem_15], size_9, False, 1.0, 0, 0.0, ['planes/token', 'planes/token'], [8, 1, 8, 32, 4, 1, 0, 0, 2], [8, 1, 8, 32, 4, 0, 0, 1, 2], judge_this_prompt)
+return unflatten_3, *store_planes_token, *store_planes_token_1, attend_errors_default""",
     )
 
 
