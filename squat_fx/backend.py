@@ -318,14 +318,14 @@ def _source(name: str) -> Any:
 
 
 def _annotate_sources(rewriting: Rewriting) -> None:
-    """Give arena placeholders the source ``carrier.arena``, and those of what is computed beside
-    the graph one of their own.
+    """Give arena placeholders the source ``carrier.arena``, and constants and those of what is
+    computed beside the graph one of their own.
     """
     from torch._dynamo.source import AttrSource
 
     nodes = rewriting.graph.find_nodes(op="placeholder")
     for node, fed in zip(nodes, rewriting.inputs, strict=True):
-        if fed.kind == "beside":
+        if fed.kind in ("beside", "constant"):
             node._dynamo_source = _source(node.name)  # pyright: ignore[reportAttributeAccessIssue]
         if fed.kind != "arena":
             continue

@@ -256,6 +256,14 @@ def test_first_prompts_are_judged_and_then_one_of_several() -> None:
         assert judged == expected
 
 
+def test_an_inner_compiler_takes_what_says_whether_to_judge() -> None:
+    torch._dynamo.reset()
+    model = squat_fx.compile(build("llama"), inner="aot_eager", strict=True)
+    for count in (80, 100):
+        prefill(model, count)
+    assert sorted(squat_fx.report(model).attention_errors) == [0, 1]
+
+
 def test_it_can_be_left_out() -> None:
     model = compiled("qwen2", codec="kivi", guard="off")
     out = prefill(model)
