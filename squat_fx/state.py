@@ -317,7 +317,8 @@ class QuantizedKV(PackedTensor):
         extent = Extent(state["length"], state["watermark"])
         dropped = state["dropped"]
         _check_arenas(stored, extent, dropped, fmt)
-        if not dropped <= state["first"] < max(extent.length, 1):
+        first_kept = 0 if fmt.stored_layout.keeps_part else dropped  # lost tokens still count
+        if not first_kept <= state["first"] < max(extent.length, 1):
             raise ValueError(f"a window begins at {state['first']} of {extent.length} tokens")
         capacity = grown_capacity(extent.length - dropped, 0)
         storage = Storage.pooled(stored, extent, fmt, state["role"], capacity, dropped)

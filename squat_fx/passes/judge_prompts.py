@@ -33,7 +33,7 @@ class Chosen:
     valid: fx.Node | None
     all: tuple[fx.Node, ...]
     sample: fx.Node
-    sizes: tuple[fx.Node, fx.Node]
+    sizes: tuple[fx.Node | int, fx.Node | int]
     masks: dict[fx.Node | None, fx.Node | None] = field(default_factory=lambda: {None: None})
 
     @classmethod
@@ -80,9 +80,13 @@ class Chosen:
         return self.masks[mask]
 
 
-def _size(x: fx.Node, dim: int, graph: fx.Graph) -> fx.Node:
+def _size(x: fx.Node, dim: int, graph: fx.Graph) -> fx.Node | int:
+    """A size that is a number is no node: nothing but tensors and symbols may cross regions."""
+    value = value_of(x).shape[dim]
+    if isinstance(value, int):
+        return value
     size = graph.call_method("size", (x, dim))
-    size.meta["val"] = value_of(x).shape[dim]
+    size.meta["val"] = value
     return size
 
 
