@@ -414,8 +414,7 @@ def _check_arenas(stored: Arenas, extent: Extent, dropped: int, fmt: Format) -> 
         ValueError: an arena is not what the format and the extent say.
     """
     (batch, heads), dense, layout = stored.dense.shape[:2], stored.dense, fmt.stored_layout
-    wanted = {"dense": (batch, heads, fmt.dense_length, fmt.head_dim), "start": (batch,)}
-    wanted |= {n: layout.fixed_shape(fmt, n, batch, heads) for n in layout.fixed}
+    wanted = fmt.constant_shapes(batch, heads)
     rooms = []
     for name, arena in zip(fmt.packed_names, stored.packed, strict=True):
         wanted[name] = (batch, heads, arena.shape[TOKENS], fmt.last_dim(name))

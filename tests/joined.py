@@ -152,11 +152,7 @@ MODELS: dict[str, Callable[[], Own]] = {
 
 def differential(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """DiffLlama's double read: every head has its keys, and half of the values, twice."""
-    query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past = 0 if cache is None else cache[index][0].shape[2]
-    if cache is not None:
-        key = torch.cat([cache[index][0], key], 2)
-        value = torch.cat([cache[index][1], value], 2)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=2)
     halves = (half.repeat(1, 2, 1, 1) for half in value.chunk(2, 1))
     first, second = (attend(query, key, half, past) for half in halves)
     return (first - 0.3 * second).transpose(1, 2).flatten(2), (key, value)
@@ -164,11 +160,7 @@ def differential(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tenso
 
 def differential_written_out(layer: Layer, x: Tensor, cache: Any, index: int) -> tuple[Tensor, Any]:
     """The same with repeated heads and a softmax each."""
-    query, key, value = (p.transpose(1, 2) for p in layer.project(x))
-    past = 0 if cache is None else cache[index][0].shape[2]
-    if cache is not None:
-        key = torch.cat([cache[index][0], key], 2)
-        value = torch.cat([cache[index][1], value], 2)
+    query, key, value, past = layer.grown(x, cache, index, token_dim=2)
     each = query.shape[1] // key.shape[1]
     made = []
     for half in value.chunk(2, 1):

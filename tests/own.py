@@ -150,3 +150,21 @@ def check(model: Callable[..., Any], step: Callable[..., Any]) -> tuple[Any, Rep
         kept = kept.dequantize() if isinstance(kept, QuantizedKV) else kept
         torch.testing.assert_close(kept, wanted)
     return cache, squat_fx.report(step)
+
+
+def check_exported(model: Own, past: Any, dynamic: Any) -> Any:
+    """The law for a step that was exported and rewritten; gives the last cache.
+
+    ``dynamic`` says which dims of ``past`` vary.
+    """
+    x = randn(BATCH, 1, WIDTH)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x, past), dynamic_shapes=({}, dynamic))
+        module, report = squat_fx.rewrite(exported.module(), (x, past), squat_fx.Config(**EXACT))
+        assert report.rewritten == len(model.layers), str(report)
+        kept = past
+        for seed in range(9):
+            x = randn(BATCH, 1, WIDTH, seed=seed)
+            (found, kept), (expected, past) = module(x, kept), model(x, past)
+            torch.testing.assert_close(found, expected)
+    return kept

@@ -40,6 +40,7 @@ from tests.own import (
     Own,
     attend,
     check,
+    check_exported,
     head_major,
     leaves,
     run,
@@ -253,18 +254,10 @@ def test_cache_that_needs_gradients_runs_untouched() -> None:
 )  # fmt: skip
 def test_exported_programs(name: str, token_dim: int) -> None:
     model = MODELS[name]()
-    past, x = run(model, (7,))[1], randn(BATCH, 1, WIDTH)
+    past = run(model, (7,))[1]
     length = torch.export.Dim("length", min=2, max=512)
     dims = torch.utils._pytree.tree_map(lambda _: {token_dim: length}, past)
-    with torch.no_grad():
-        exported = torch.export.export(model, (x, past), dynamic_shapes=({}, dims))
-        module, report = squat_fx.rewrite(exported.module(), (x, past), squat_fx.Config(**EXACT))
-        assert report.rewritten == len(model.layers), str(report)
-        kept = past
-        for seed in range(9):
-            x = randn(BATCH, 1, WIDTH, seed=seed)
-            (found, kept), (expected, past) = module(x, kept), model(x, past)
-            torch.testing.assert_close(found, expected)
+    kept = check_exported(model, past, dims)
     assert all(isinstance(t, JoinedKV) for t in leaves(kept))
 
 

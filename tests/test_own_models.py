@@ -28,6 +28,7 @@ from tests.own import (
     Layer,
     Own,
     check,
+    check_exported,
     einsums,
     head_major,
     in_a_dict,
@@ -154,17 +155,8 @@ def test_exported_program_with_a_past(update: Any) -> None:
     past = run(model, (7,))[1]
     length = torch.export.Dim("length", min=2, max=512)
     dims = {1 if update is token_major else 2: length}
-    dynamic = ({}, tuple((dims, dims) for _ in model.layers))
-    x = randn(BATCH, 1, WIDTH)
-    with torch.no_grad():
-        exported = torch.export.export(model, (x, past), dynamic_shapes=dynamic)
-        module, report = squat_fx.rewrite(exported.module(), (x, past), squat_fx.Config(**EXACT))
-        assert report.rewritten == len(model.layers), str(report)
-        kept = past
-        for seed in range(9):
-            x = randn(BATCH, 1, WIDTH, seed=seed)
-            (found, kept), (expected, past) = module(x, kept), model(x, past)
-            torch.testing.assert_close(found, expected)
+    dynamic = tuple((dims, dims) for _ in model.layers)
+    kept = check_exported(model, past, dynamic)
     assert all(isinstance(t, QuantizedKV) for t in leaves(kept))
 
 

@@ -270,10 +270,7 @@ def _ops_of(layout: str) -> list[Op]:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         fmt = Format.from_ints(layout, codec, format)
-        batch, heads = x.shape[:2]
-        shapes = {"dense": (batch, heads, fmt.dense_length, fmt.head_dim), "start": (batch,)}
-        for n in fixed:
-            shapes[n] = stored.fixed_shape(fmt, n, batch, heads)
+        shapes = fmt.constant_shapes(*x.shape[:2])
         rest = (
             x.new_empty(shapes[n], dtype=fmt.arena_dtype(n, x.dtype)) for n in made[len(packed) :]
         )

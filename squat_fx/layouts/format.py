@@ -89,6 +89,13 @@ class Format:
         """Size of the last dim of the packed arena ``name``."""
         return self.stored_layout.last_dim(self, name)
 
+    def constant_shapes(self, batch: int, heads: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arenas that do not grow, by name."""
+        layout = self.stored_layout
+        dense, start = (batch, heads, self.dense_length, self.head_dim), (batch,)
+        fixed = {name: layout.fixed_shape(self, name, batch, heads) for name in layout.fixed}
+        return {"dense": dense, "start": start, **fixed}
+
     def arena_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of arena ``name`` for a cache of ``dtype``."""
         if name == "start":
